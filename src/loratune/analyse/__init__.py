@@ -1,0 +1,1 @@
+"""Results in, frozen summaries out: cells, curves, crossovers. No torch."""

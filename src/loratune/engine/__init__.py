@@ -1,0 +1,1 @@
+"""Training: trials in, records out. Writes nothing; knows nothing of the store."""

@@ -1,0 +1,1 @@
+"""Scoring trained adapters on tasks."""

@@ -1,0 +1,1 @@
+"""The tensor part of each LoRA variant, one file a method."""

@@ -1,0 +1,1 @@
+"""Base models and tokenizers: loading, fingerprints, target layers, the demo models."""

@@ -1,0 +1,250 @@
+"""The frozen records that one stage hands the next. No torch, no pandas, no behaviour.
+
+The words are the project's: a *trial* is one fine-tuning run, a point of the study; an *outcome* is
+what it produced, divergence included; a *score* is one task's count of right and wrong answers.
+Counts start with `num_`, units stand in the name, `None` means absent, never zero.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["planned", "running", "done", "diverged", "stopped", "out_of_memory", "failed"]
+FinishedStatus = Literal["done", "diverged", "stopped", "out_of_memory", "failed"]
+
+# Statuses whose outcome stands: asking for the trial again does not train it again. `failed` and
+# `out_of_memory` are tried anew by the next `loratune run`, as a new attempt.
+FINAL_STATUSES: tuple[str, ...] = ("done", "diverged", "stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """`count` linear layers that share the leaf name `name` and map in_features to out_features."""
+
+    name: str
+    in_features: int
+    out_features: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What planning needs of a base model, read from the model itself or declared by a preset.
+
+    `num_block_parameters` counts the linear weights inside the decoder blocks (N in the cost
+    formula), `attention_width` is heads x head_dim, `sliding_window` the window of the layers that
+    have one, `num_sliding_layers` how many do. `linears` are the decoder's linears, head excluded.
+    """
+
+    source: str
+    fingerprint: str
+    num_parameters: int
+    num_block_parameters: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_width: int
+    vocab_size: int
+    linears: tuple[LinearShape, ...]
+    sliding_window: int | None = None
+    num_sliding_layers: int = 0
+    provisional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What planning needs of one prepared data set (one tokenizer, one choice of N).
+
+    Token counts are over the training rows, templates and EOS included. `sum_squared_tokens` is the
+    sum of squared row lengths, so that S = sum_squared_tokens / num_tokens. `fingerprint` hashes
+    the exact token rows of training and validation and the loss masks; it is provisional where the
+    rows could not be reached and the counts are declared.
+    """
+
+    fingerprint: str
+    num_train_rows: int
+    num_validation_rows: int
+    num_tokens: int
+    sum_squared_tokens: int
+    num_target_tokens: int
+    max_row_tokens: int
+    provisional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """What happened to the rows on their way from the file to the trainer; every row is accounted.
+
+    num_source_rows = num_dropped_too_long + num_validation_rows + num_left_over + num_train_rows
+    where a validation file is not given. `num_truncated` rows are kept, cut to `max_tokens`.
+    `num_in_test` maps a task's name to how many training rows have the same normalised question as
+    one of its test questions. `num_duplicate_rows` counts training rows whose normalised question
+    already stood in an earlier training row.
+    """
+
+    source: str
+    num_source_rows: int
+    num_dropped_too_long: int
+    num_truncated: int
+    num_validation_rows: int
+    num_validation_groups: int
+    num_left_over: int
+    num_train_rows: int
+    num_duplicate_rows: int
+    num_in_test: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MethodChoice:
+    """A LoRA variant and its options, every default filled in, options sorted by name."""
+
+    name: str
+    options: tuple[tuple[str, float | int | str | bool | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One fine-tuning run with every derived number explicit; the engine consults no default.
+
+    `trial_id` hashes everything that can change the trial's numbers; it is provisional where model
+    or data were declared, not read. `scale` multiplies BA (alpha/r, or alpha/sqrt(r) for rslora).
+    Update t of `num_updates` (from 0) covers rows t*batch_size ... of the endless row order;
+    the last one holds `last_batch_size` rows. `epochs` is set for protocol fixed_samples, `steps`
+    for fixed_steps. `beta2` is a plain number here, whatever rule the study gave.
+    """
+
+    trial_id: str
+    provisional: bool
+    model: str
+    model_fingerprint: str
+    precision: str
+    data_fingerprint: str
+    rows: int | None
+    num_train_rows: int
+    method: MethodChoice
+    rank: int
+    alpha: float
+    scale: float
+    targets: tuple[str, ...]
+    dropout: float
+    batch_size: int
+    learning_rate: float
+    seed: int
+    protocol: Literal["fixed_samples", "fixed_steps"]
+    epochs: float | None
+    steps: int | None
+    num_updates: int
+    last_batch_size: int
+    num_samples: int
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_steps: int
+    optimizer: str
+    beta1: float
+    beta2: float
+    beta2_rule: str
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a trial produced. Losses are token means in nats.
+
+    `train_loss` is over the last 10% of updates, `validation_loss` over all validation target
+    tokens at the final weights; both are None where they do not exist. `num_updates` counts the
+    updates made, `num_tokens` the tokens trained on (padding excluded), `seconds` wall time.
+    `stopped_at_update` and `reason` say when and why a trial diverged, stopped or failed;
+    `error` holds the traceback of a failed one.
+    """
+
+    trial_id: str
+    status: FinishedStatus
+    num_updates: int
+    train_loss: float | None
+    validation_loss: float | None
+    seconds: float
+    num_tokens: int
+    peak_memory_bytes: int | None
+    rows_per_microbatch: int | None
+    stopped_at_update: int | None = None
+    reason: str | None = None
+    error: str | None = None
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """How a trial was run: kept beside its identity, never part of it."""
+
+    engine: str
+    device: str
+    versions: tuple[tuple[str, str], ...]
+    commit: str | None
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One task's account for one adapter: total = correct + wrong + truncated + errors.
+
+    `split` is "validation" (rows of the training data) or "test". `truncated` answers ran into the
+    token limit without one that could be graded; `errors` could not be graded at all.
+    """
+
+    task: str
+    task_version: str
+    grader: str
+    decoding: str
+    split: Literal["validation", "test"]
+    correct: int
+    wrong: int
+    truncated: int
+    errors: int
+
+    @property
+    def total(self) -> int:
+        """Questions asked."""
+        return self.correct + self.wrong + self.truncated + self.errors
+
+    @property
+    def accuracy(self) -> float:
+        """correct / total, a fraction."""
+        return self.correct / self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One raw answer, kept so that scoring can be redone without a GPU."""
+
+    question_index: int
+    text: str
+    num_tokens: int
+    verdict: Literal["correct", "wrong", "truncated", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """All that the store knows of one trial of one study; what analysis starts from.
+
+    `outcome` is None for planned and running trials. `scores` are those of the study's choice.
+    """
+
+    study: str
+    select_on: Literal["validation_loss", "validation_accuracy", "test"]
+    trial: Trial
+    status: Status
+    outcome: Outcome | None
+    scores: tuple[Score, ...]
+    engine: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRecord:
+    """A study as it was stored: its name, the text of its file, and what selects."""
+
+    name: str
+    text: str
+    select_on: Literal["validation_loss", "validation_accuracy", "test"]
+    created_at: str
