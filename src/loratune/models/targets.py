@@ -4,7 +4,8 @@ Only the decoder blocks are looked at: the output head and the embeddings are ne
 rules of matching are those of `loratune.plan.targets`, which knows no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import nn
 
@@ -21,14 +22,14 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     Raises:
         ModelError: the model has no list of blocks.
     """
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    modules = dict(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{one}.") for one in lists)]
     if not outermost:
         raise ModelError(
             f"{type(model).__name__} keeps its blocks in no nn.ModuleList; "
             "expected a decoder of the Llama kind"
         )
-    modules = dict(model.named_modules())
     blocks = max(outermost, key=lambda name: len(list(modules[name].children())))
     return {
         name: module
