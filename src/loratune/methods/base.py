@@ -1,0 +1,96 @@
+"""What every LoRA variant offers: attached to a resident base, trained, exported, detached again.
+
+The engine knows this file and no variant; a variant knows nothing of batches, optimizers or files.
+One base model in memory serves all trials one after another: `attach` adds what is trained,
+`detach` leaves the very same base behind, bit for bit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loratune.methods.adapter_files import AdapterFiles
+from loratune.records import Trial
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Trainable parameters that share one learning rate, eps and weight decay.
+
+    `name` is "A", "B" or "other". The optimizer uses lr * lr_factor, eps * eps_factor and
+    weight_decay * weight_decay_factor. All three exist because AdamW is unchanged by rescaling a
+    parameter by p only if lr is multiplied by p and eps and weight decay are divided by it.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr_factor: float = 1.0
+    eps_factor: float = 1.0
+    weight_decay_factor: float = 1.0
+
+
+@runtime_checkable
+class Attached(Protocol):
+    """One adapter on its base, from its first update to its export."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The base with the adapter in it; called as the causal LM that it wraps.
+
+        It starts in the base's own mode; the engine switches between train() and eval().
+        """
+        ...
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Every trainable parameter once, in model order within its group; float32."""
+        ...
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to add to the token-mean loss once an update, whatever the micro-batches."""
+        ...
+
+    def after_backward(self, update: int) -> None:
+        """Called once an update (from 0): the whole batch's gradients are there and the optimizer
+        has stepped; zero_grad has not been called."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of all that must be kept beside optimizer and random state so that a
+        freshly attached adapter with this state goes on bit-equal."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state()` gave; parameters keep their identity.
+
+        Raises:
+            ModelError: the state belongs to another adapter: other names or shapes.
+        """
+        ...
+
+    def export(self) -> AdapterFiles:
+        """The adapter in PEFT's format: plain PEFT on the untouched base gives the same logits."""
+        ...
+
+    def detach(self) -> None:
+        """Leave the base as `attach` found it, all its parameters frozen. Twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A LoRA variant."""
+
+    def attach(self, model: PreTrainedModel, trial: Trial, *, targets: Sequence[str]) -> Attached:
+        """Add the adapter of `trial` to `model`, on the full names `targets` of linear layers.
+
+        What is drawn depends on the trial's seed and each layer's name alone; torch's global random
+        state is neither used nor moved. If it raises, the base is as before.
+
+        Raises:
+            StudyError: the trial's values cannot be carried out by this method.
+            ModelError: a target is not a linear layer, or its weights are not finite.
+        """
+        ...
