@@ -1,0 +1,389 @@
+"""The reference engine: one adapter, PEFT, one loop. Slow, obvious, and the oracle of every other.
+
+What it promises: the loss is the token mean over the whole batch, however it is cut; every update
+but the last has exactly `batch_size` rows; adapter weights, gradients and AdamW's state are float32
+over a frozen base in the study's precision; the seed moves row order, dropout and, where the method
+draws one, the initialisation, and nothing else does.
+
+What it does not: rows are padded to the longest of their micro-batch, so short rows waste work, and
+dropout masks depend on how a batch is cut. Bit-equal repeats hold on one machine with one number of
+threads; on CUDA only as far as PyTorch's deterministic kernels reach.
+"""
+
+import gc
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from loratune.data.order import row_order
+from loratune.data.prepare import PreparedData
+from loratune.engine.base import Event, Finished, Progress, Snapshot
+from loratune.engine.divergence import DivergenceWatch, last_tenth
+from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
+from loratune.methods import load_method
+from loratune.methods.base import Attached
+from loratune.models.load import Base
+from loratune.models.targets import target_modules
+from loratune.plan.horizon import lr_factor
+from loratune.records import Outcome, Trial
+
+
+class ReferenceEngine:
+    """Trains one trial after another on one resident base.
+
+    `data` is keyed by data fingerprint; `tokens_per_microbatch` bounds what goes through the model
+    at once (padding counted) and is halved when the device runs out of memory.
+    """
+
+    name = "reference"
+
+    def __init__(
+        self,
+        base: Base,
+        data: Mapping[str, PreparedData],
+        *,
+        tokens_per_microbatch: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._base = base
+        self._data = data
+        self._tokens_per_microbatch = tokens_per_microbatch
+        self._clock = clock
+
+    def train(
+        self, trial: Trial, *, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
+    ) -> Generator[Event]:
+        """See `engine.base.Engine`. Out of memory, the trial starts again with half the tokens."""
+        rows = self._data[trial.data_fingerprint]
+        longest = int(rows.train.lengths.max())
+        budget = self._tokens_per_microbatch
+        started = self._clock()
+        while True:
+            run = _Run(trial, self._base, rows, tokens_per_microbatch=budget, clock=self._clock)
+            try:
+                yield from run.events(snapshot, wants_snapshot)
+                return
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            _release_memory(self._base.device)
+            if budget <= longest:
+                yield Finished(_out_of_memory(trial, reason, self._clock() - started), None)
+                return
+            # A snapshot holds the cut it was made with, which is the one that did not fit.
+            snapshot = None
+            budget = max(longest, budget // 2)
+
+
+@dataclass
+class _Account:
+    """What has been done so far: all that an outcome is made of, and part of every snapshot."""
+
+    losses: list[float] = field(default_factory=list[float])
+    grad_norms: list[float] = field(default_factory=list[float])
+    targets: list[int] = field(default_factory=list[int])
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    def train_loss(self, num_updates: int) -> float:
+        """The token mean over the last 10% of `num_updates`."""
+        tail = last_tenth(num_updates)
+        losses, targets = self.losses[-tail:], self.targets[-tail:]
+        return math.fsum(loss * count for loss, count in zip(losses, targets, strict=True)) / sum(
+            targets
+        )
+
+
+class _Run:
+    """One trial on one device with one cut into micro-batches."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        base: Base,
+        rows: PreparedData,
+        *,
+        tokens_per_microbatch: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.trial = trial
+        self.base = base
+        self.rows = rows
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.clock = clock
+        self.account = _Account()
+
+    def events(
+        self, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
+    ) -> Generator[Event]:
+        trial, base = self.trial, self.base
+        if base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(base.device)
+        # Dropout is all that draws from torch's global generators; methods draw from their own.
+        torch.manual_seed(_seed("dropout", trial.seed))
+        targets = target_modules(base.model, trial.targets)
+        attached = load_method(trial.method.name).attach(base.model, trial, targets=targets)
+        try:
+            optimizer = _optimizer(attached, trial)
+            watch = DivergenceWatch(trial.num_updates, vocab_size=base.model.config.vocab_size)
+            first = 0
+            if snapshot is not None:
+                first = self._restore(snapshot, attached, optimizer, watch)
+            since, before = self.clock(), self.account.seconds
+            attached.model.train()
+            for update in range(first, trial.num_updates):
+                reason = self._update(update, attached, optimizer, watch)
+                self.account.seconds = before + self.clock() - since
+                num_rows = self._num_rows(update)
+                yield Progress(trial.trial_id, update, num_rows, self.account.losses[-1])
+                if reason is not None:
+                    yield Finished(self._outcome("diverged", update=update, reason=reason), None)
+                    return
+                if update + 1 < trial.num_updates and wants_snapshot():
+                    yield self._snapshot(update + 1, attached, optimizer)
+            validation_loss = self._validation_loss(attached)
+            self.account.seconds = before + self.clock() - since
+            reason = watch.reason_at_end(
+                self.account.train_loss(trial.num_updates), validation_loss
+            )
+            if reason is not None:
+                outcome = self._outcome(
+                    "diverged", update=trial.num_updates - 1, reason=reason, loss=validation_loss
+                )
+                yield Finished(outcome, None)
+                return
+            yield Finished(self._outcome("done", loss=validation_loss), attached.export())
+        finally:
+            attached.detach()
+
+    def _num_rows(self, update: int) -> int:
+        is_last = update == self.trial.num_updates - 1
+        return self.trial.last_batch_size if is_last else self.trial.batch_size
+
+    def _update(
+        self,
+        update: int,
+        attached: Attached,
+        optimizer: torch.optim.AdamW,
+        watch: DivergenceWatch,
+    ) -> str | None:
+        """One optimizer step over one whole batch; the reason if the trial diverged with it."""
+        trial, train = self.trial, self.rows.train
+        indices = row_order(
+            trial.seed,
+            num_rows=trial.num_train_rows,
+            start=update * trial.batch_size,
+            count=self._num_rows(update),
+        )
+        targets = num_targets(train, indices)
+        total = torch.zeros((), dtype=torch.float64, device=self.base.device)
+        for part in microbatches(
+            train,
+            indices,
+            pad_id=self.base.pad_id,
+            device=self.base.device,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+        ):
+            loss = target_loss_sum(attached.model, part)
+            # Divided by the targets of the whole batch: summed over the parts, the gradient is
+            # that of the batch's token mean, whatever the cut.
+            (loss / targets).backward()
+            total += loss.detach()
+        penalty = attached.penalty()
+        if penalty is not None:
+            penalty.backward()
+
+        groups = attached.parameter_groups()
+        gradients = [
+            parameter.grad
+            for group in groups
+            for parameter in group.parameters
+            if parameter.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if trial.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                [parameter for group in groups for parameter in group.parameters],
+                trial.max_grad_norm,
+                norm,
+            )
+        batch_loss, grad_norm = float(total) / targets, float(norm)
+        self.account.losses.append(batch_loss)
+        self.account.grad_norms.append(grad_norm)
+        self.account.targets.append(targets)
+        self.account.num_tokens += int(train.lengths[indices].sum())
+        reason = watch.reason_after(batch_loss, update=update, grad_norm=grad_norm)
+        if reason is not None:
+            return reason
+
+        factor = lr_factor(
+            trial.schedule,
+            update=update,
+            num_updates=trial.num_updates,
+            warmup=trial.warmup_steps,
+        )
+        for group, settings in zip(groups, optimizer.param_groups, strict=True):
+            settings["lr"] = trial.learning_rate * factor * group.lr_factor
+        optimizer.step()
+        attached.after_backward(update)
+        optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def _validation_loss(self, attached: Attached) -> float | None:
+        if self.rows.validation is None:
+            return None
+        return mean_token_loss(
+            attached.model,
+            self.rows.validation,
+            pad_id=self.base.pad_id,
+            device=self.base.device,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+        )
+
+    def _outcome(
+        self,
+        status: str,
+        *,
+        update: int | None = None,
+        reason: str | None = None,
+        loss: float | None = None,
+    ) -> Outcome:
+        account, device = self.account, self.base.device
+        complete = len(account.losses) == self.trial.num_updates
+        on_cuda = device.type == "cuda"
+        return Outcome(
+            trial_id=self.trial.trial_id,
+            status="done" if status == "done" else "diverged",
+            num_updates=len(account.losses),
+            train_loss=account.train_loss(self.trial.num_updates) if complete else None,
+            validation_loss=loss,
+            seconds=account.seconds,
+            num_tokens=account.num_tokens,
+            peak_memory_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
+            rows_per_microbatch=self._rows_per_microbatch(),
+            stopped_at_update=update,
+            reason=reason,
+            losses=tuple(account.losses),
+            grad_norms=tuple(account.grad_norms),
+        )
+
+    def _rows_per_microbatch(self) -> int:
+        """Rows that fit the token budget when all are as long as the longest one."""
+        longest = int(self.rows.train.lengths.max())
+        return min(self.trial.batch_size, max(1, self.tokens_per_microbatch // longest))
+
+    def _snapshot(self, update: int, attached: Attached, optimizer: torch.optim.AdamW) -> Snapshot:
+        tensors = {
+            f"adapter.{name}": tensor.detach().cpu().clone()
+            for name, tensor in attached.state().items()
+        }
+        state = cast("dict[int, dict[str, Tensor]]", optimizer.state_dict()["state"])
+        for index, moments in state.items():
+            for name, tensor in moments.items():
+                tensors[f"optimizer.{index}.{name}"] = tensor.detach().cpu().clone()
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.base.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.base.device)
+        account = self.account
+        return Snapshot(
+            trial_id=self.trial.trial_id,
+            update=update,
+            tensors=tensors,
+            facts={
+                "losses": list(account.losses),
+                "grad_norms": list(account.grad_norms),
+                "targets": list(account.targets),
+                "num_tokens": account.num_tokens,
+                "seconds": account.seconds,
+                "tokens_per_microbatch": self.tokens_per_microbatch,
+            },
+        )
+
+    def _restore(
+        self,
+        snapshot: Snapshot,
+        attached: Attached,
+        optimizer: torch.optim.AdamW,
+        watch: DivergenceWatch,
+    ) -> int:
+        """Everything as it was when the snapshot was made; the update to go on with."""
+        facts, tensors = snapshot.facts, snapshot.tensors
+        self.account = _Account(
+            losses=list(cast("Sequence[float]", facts["losses"])),
+            grad_norms=list(cast("Sequence[float]", facts["grad_norms"])),
+            targets=list(cast("Sequence[int]", facts["targets"])),
+            num_tokens=cast("int", facts["num_tokens"]),
+            seconds=cast("float", facts["seconds"]),
+        )
+        # The cut decides rounding: going on with another one would not be bit-equal.
+        self.tokens_per_microbatch = cast("int", facts["tokens_per_microbatch"])
+        for update, (loss, norm) in enumerate(
+            zip(self.account.losses, self.account.grad_norms, strict=True)
+        ):
+            watch.reason_after(loss, update=update, grad_norm=norm)
+        attached.load_state(
+            {
+                name.removeprefix("adapter."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("adapter.")
+            }
+        )
+        state = dict[int, dict[str, Tensor]]()
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                state.setdefault(int(index), {})[moment] = tensor
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": settings})
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.base.device)
+        return snapshot.update
+
+
+def _optimizer(attached: Attached, trial: Trial) -> torch.optim.AdamW:
+    """AdamW with a group of settings for each of the method's parameter groups."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": group.parameters,
+                "lr": trial.learning_rate * group.lr_factor,
+                "eps": trial.eps * group.eps_factor,
+                "weight_decay": trial.weight_decay * group.weight_decay_factor,
+            }
+            for group in attached.parameter_groups()
+        ],
+        betas=(trial.beta1, trial.beta2),
+    )
+
+
+def _seed(purpose: str, seed: int) -> int:
+    """A seed of 63 bits for one purpose, so that purposes never share a stream."""
+    digest = hashlib.sha256(f"loratune:{purpose}:{seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _out_of_memory(trial: Trial, reason: str, seconds: float) -> Outcome:
+    return Outcome(
+        trial_id=trial.trial_id,
+        status="out_of_memory",
+        num_updates=0,
+        train_loss=None,
+        validation_loss=None,
+        seconds=seconds,
+        num_tokens=0,
+        peak_memory_bytes=None,
+        rows_per_microbatch=1,
+        reason=f"not even one row a micro-batch fits: {reason}",
+    )

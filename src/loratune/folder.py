@@ -1,0 +1,165 @@
+"""A results folder: where its files lie, whose it is, and that one process works in it at a time.
+
+DIR/study.yaml the study as it was last run, DIR/loratune.db the store (or DIR/store.txt, the
+address of one that several folders share), DIR/adapters/<trial>/ in PEFT's format,
+DIR/snapshots/<trial>.safetensors of unfinished trials, DIR/report.html, DIR/figures/.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from loratune.errors import StoreError
+from loratune.records import StudyRecord
+from loratune.store.database import Store, open_store
+from loratune.study.loading import LoadedStudy, load_study
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """The paths of one results folder; nothing here is created by naming it."""
+
+    root: Path
+
+    @property
+    def study(self) -> Path:
+        """The study file as it was last run."""
+        return self.root / "study.yaml"
+
+    @property
+    def database(self) -> Path:
+        """The folder's own store."""
+        return self.root / "loratune.db"
+
+    @property
+    def store_address(self) -> Path:
+        """Holds the address of a store outside the folder, where one is used."""
+        return self.root / "store.txt"
+
+    def adapter(self, trial_id: str) -> Path:
+        """The adapter of one trial, a folder in PEFT's format."""
+        return self.root / "adapters" / trial_id
+
+    def snapshot(self, trial_id: str) -> Path:
+        """The latest snapshot of an unfinished trial."""
+        return self.root / "snapshots" / f"{trial_id}.safetensors"
+
+
+def open_results(path: str | Path) -> tuple[ResultsFolder, Store, StudyRecord]:
+    """An existing results folder for reading: its paths, its store, its study.
+
+    Raises:
+        StoreError: no such folder, or none that `loratune run` has written.
+    """
+    folder = ResultsFolder(Path(path))
+    if not folder.study.is_file():
+        what = "is no results folder" if folder.root.is_dir() else "does not exist"
+        raise StoreError(
+            f"{path} {what}; expected a folder that `loratune run STUDY.yaml --out DIR` has written"
+        )
+    name = load_study(folder.study).study.study
+    store = open_store(_address(folder), create=False)
+    for record in store.studies():
+        if record.name == name:
+            return folder, store, record
+    store.close()
+    raise StoreError(f"{path}: study {name!r} is not in its store; run it again to go on")
+
+
+@contextmanager
+def working_folder(
+    path: str | Path, loaded: LoadedStudy, *, store: str | None
+) -> Iterator[tuple[ResultsFolder, Store]]:
+    """The folder for running `loaded`, made if need be, locked against a second process.
+
+    Everything that can be refused is refused before anything is written.
+
+    Raises:
+        StoreError: the folder is another study's, holds something else, is not writable, is in use
+            by another process, or belongs to another store than the one given.
+    """
+    folder = ResultsFolder(Path(path))
+    _refuse_another_study(folder, loaded)
+    address = store if store is not None else _address(folder)
+    if folder.store_address.is_file() and address != _address(folder):
+        raise StoreError(
+            f"{path} keeps its results in {_address(folder)}, not in {address}; "
+            "leave --store out, or choose another --out"
+        )
+    if store is not None and folder.database.is_file():
+        raise StoreError(
+            f"{path} keeps its results in its own {folder.database.name}; "
+            "leave --store out, or choose another --out"
+        )
+    with ExitStack() as stack:
+        try:
+            folder.root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_held(FileLock(folder.root / ".lock", timeout=0), folder))
+            opened = stack.enter_context(open_store(address, create=True))
+            if store is not None:
+                folder.store_address.write_text(address + "\n", encoding="utf-8")
+            write_whole(folder.study, loaded.text)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written: {error.strerror or error}; choose another --out"
+            ) from error
+        yield folder, opened
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with this text, or as it was: never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """`partial` takes the place of `final`, which may exist from an attempt that was killed."""
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+
+
+def _address(folder: ResultsFolder) -> str:
+    if folder.store_address.is_file():
+        return folder.store_address.read_text(encoding="utf-8").strip()
+    return str(folder.database)
+
+
+@contextmanager
+def _held(lock: FileLock, folder: ResultsFolder) -> Iterator[None]:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError(
+            f"{folder.root} is in use by another loratune process; wait for it, or choose another "
+            "--out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_another_study(folder: ResultsFolder, loaded: LoadedStudy) -> None:
+    name = loaded.study.study
+    if folder.root.exists() and not folder.root.is_dir():
+        raise StoreError(f"{folder.root} is a file; give a folder for --out")
+    if folder.study.is_file():
+        there = load_study(folder.study).study.study
+        if there != name:
+            raise StoreError(
+                f"{folder.root} holds study {there!r}, not {name!r}; choose another --out"
+            )
+        return
+    ours = {".lock", folder.database.name, folder.store_address.name}
+    if folder.root.is_dir():
+        others = sorted(entry.name for entry in folder.root.iterdir() if entry.name not in ours)
+        if others:
+            raise StoreError(
+                f"{folder.root} is not empty ({others[0]}) and holds no study; choose another --out"
+            )

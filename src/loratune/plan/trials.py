@@ -1,0 +1,164 @@
+"""A study and its facts to the ordered trials, each with every derived number and its id.
+
+Order: model, N, protocol, schedule, beta2, method, rank, alpha, batch size, seed, LR. A cell's
+trials stand together, so that its best one is known, and the other adapters can go, before the next
+cell begins.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+from loratune.plan.horizon import horizon, warmup_steps
+from loratune.plan.targets import check_rank, matched_linears
+from loratune.records import DataFacts, MethodChoice, ModelFacts, Trial
+from loratune.study.identity import IDENTITY_VERSION, content_id
+from loratune.study.methods import describe
+from loratune.study.schema import Beta2, Optimizer, Study
+
+DataKey = tuple[str, int | None]
+
+
+def plan_trials(
+    study: Study,
+    *,
+    models: Mapping[str, ModelFacts],
+    data: Mapping[DataKey, DataFacts],
+) -> tuple[Trial, ...]:
+    """Every trial of the study, in the order in which they are run, without repeats.
+
+    `models` is keyed by the study's own names of the models, `data` by (model, rows): token counts
+    depend on the tokenizer.
+
+    Raises:
+        StudyError: a batch size above the number of rows, or a warm-up as long as the training.
+        ModelError: a target that matches no layer, or a rank above a layer's width.
+    """
+    trials = dict[str, Trial]()
+    for trial in _crossed(study, models, data):
+        trials.setdefault(trial.trial_id, trial)
+    return tuple(trials.values())
+
+
+def _crossed(
+    study: Study, models: Mapping[str, ModelFacts], data: Mapping[DataKey, DataFacts]
+) -> Iterator[Trial]:
+    rates = study.learning_rates()
+    optimizer = study.optimizer
+    ranked = _ranked(study)
+    for source, rows in product(study.model, study.data.rows):
+        model, facts = models[source], data[source, rows]
+        for rank in study.rank:
+            check_rank(model, study.targets, rank=rank)
+        targets = _canonical_targets(model, study.targets)
+        provisional = model.provisional or facts.provisional
+        prefix = "provisional" if provisional else "trial"
+        for protocol, schedule, rule in product(
+            study.protocol, study.schedule, optimizer.beta2
+        ):
+            horizons = {
+                size: horizon(protocol, num_train_rows=facts.num_train_rows, batch_size=size)
+                for size in study.batch_size
+            }
+            warmups = {
+                size: warmup_steps(schedule, num_updates=length.num_updates)
+                for size, length in horizons.items()
+            }
+            beta2s = {size: _beta2(rule, optimizer, facts, size) for size in study.batch_size}
+            for (method, rank, alpha, scale), size in product(ranked, study.batch_size):
+                length = horizons[size]
+                shared = content_id(
+                    "shared",
+                    {
+                        "version": IDENTITY_VERSION,
+                        "model": model.fingerprint,
+                        "precision": study.precision,
+                        "data": facts.fingerprint,
+                        "method": [method.name, dict(method.options)],
+                        "rank": rank,
+                        "alpha": alpha,
+                        "targets": targets,
+                        "dropout": study.dropout,
+                        "optimizer": [
+                            optimizer.name,
+                            optimizer.betas[0],
+                            beta2s[size],
+                            optimizer.eps,
+                            optimizer.weight_decay,
+                            optimizer.max_grad_norm,
+                        ],
+                        "schedule": [schedule.kind, warmups[size]],
+                        "protocol": [protocol.kind, length.num_samples],
+                        "batch_size": size,
+                    },
+                )
+                for seed, rate in product(study.seeds, rates):
+                    yield Trial(
+                        trial_id=content_id(prefix, [shared, rate, seed]),
+                        provisional=provisional,
+                        model=source,
+                        model_fingerprint=model.fingerprint,
+                        precision=study.precision,
+                        data_fingerprint=facts.fingerprint,
+                        rows=rows,
+                        num_train_rows=facts.num_train_rows,
+                        method=method,
+                        rank=rank,
+                        alpha=alpha,
+                        scale=scale,
+                        targets=study.targets,
+                        dropout=study.dropout,
+                        batch_size=size,
+                        learning_rate=rate,
+                        seed=seed,
+                        protocol=protocol.kind,
+                        epochs=protocol.epochs,
+                        steps=protocol.steps,
+                        num_updates=length.num_updates,
+                        last_batch_size=length.last_batch_size,
+                        num_samples=length.num_samples,
+                        schedule=schedule.kind,
+                        warmup_steps=warmups[size],
+                        optimizer=optimizer.name,
+                        beta1=optimizer.betas[0],
+                        beta2=beta2s[size],
+                        beta2_rule=_rule_text(rule),
+                        eps=optimizer.eps,
+                        weight_decay=optimizer.weight_decay,
+                        max_grad_norm=optimizer.max_grad_norm,
+                    )
+
+
+def _canonical_targets(model: ModelFacts, targets: Sequence[str]) -> list[str]:
+    """One spelling for one set of layers: `all-linear` and a full list of names are the same."""
+    if any("." in target for target in targets):
+        return sorted(targets)
+    return sorted({linear.name for linear in matched_linears(model, targets)})
+
+
+def _ranked(study: Study) -> list[tuple[MethodChoice, int, float, float]]:
+    """(method, rank, alpha, scale) for every combination of the study, alpha as a number."""
+    ranked = list[tuple[MethodChoice, int, float, float]]()
+    for method, rank, rule in product(study.methods_chosen(), study.rank, study.alpha):
+        alpha = {"rank": float(rank), "2*rank": 2.0 * rank}.get(str(rule)) or float(rule)
+        scale = describe(method.name).scale_of(rank=rank, alpha=alpha)
+        ranked.append((method, rank, alpha, scale))
+    return ranked
+
+
+def _beta2(rule: Beta2, optimizer: Optimizer, facts: DataFacts, batch_size: int) -> float:
+    """beta2 as a number: 0.5^(target tokens of an update / half-life) where a half-life is given.
+
+    Marek et al. 2025 (arXiv 2507.07101): the half-life of Adam's second moment, counted in tokens,
+    is what to keep when the batch size changes; beta2' = beta2^(B'/B).
+    """
+    if rule.half_life_tokens is None:
+        return optimizer.betas[1]
+    tokens_per_update = batch_size * facts.num_target_tokens / facts.num_train_rows
+    return math.pow(0.5, tokens_per_update / rule.half_life_tokens)
+
+
+def _rule_text(rule: Beta2) -> str:
+    if rule.half_life_tokens is None:
+        return "fixed"
+    return f"half_life_tokens={rule.half_life_tokens:g}"

@@ -1,0 +1,356 @@
+"""The loop: plan, engine, evaluation and store meet here and nowhere else. Resume lives here.
+
+Crash-only: what is finished is in the store, in one transaction; what is under way is in a snapshot
+of at most `snapshot_seconds` ago; the rest is planned again from the study. Running a study and
+going on with it are the same call. A trial that fails is recorded with its traceback and the others
+go on; one that diverges costs only itself.
+
+No torch is imported here: engines come from a `Workshop`, so that a sweep can be tested, and its
+results read, without one.
+"""
+
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from loratune.analyse.cells import best_trial, cell_key, find_cells
+from loratune.engine.base import Engine, Finished, Progress, Snapshot
+from loratune.folder import ResultsFolder, replace_folder, working_folder
+from loratune.plan.build import Plan
+from loratune.records import (
+    FINAL_STATUSES,
+    DataSummary,
+    Outcome,
+    Prediction,
+    Provenance,
+    Score,
+    Trial,
+    TrialResult,
+)
+from loratune.store.database import Store
+from loratune.study.loading import LoadedStudy
+from loratune.study.schema import Study
+
+if TYPE_CHECKING:
+    from loratune.methods.adapter_files import AdapterFiles
+
+SNAPSHOT_SECONDS = 120.0
+HEARTBEAT_SECONDS = 15.0
+
+
+class Interrupted(Exception):
+    """Not an error: the sweep stopped because it was asked to. The folder can be gone on with."""
+
+
+class Workshop(Protocol):
+    """What a sweep needs of models, data and devices: made for one study."""
+
+    def plan(self) -> Plan:
+        """The study's plan from the real models and data; nothing provisional in it."""
+        ...
+
+    def data_summaries(self) -> Mapping[str, DataSummary]:
+        """What became of the rows, by data fingerprint."""
+        ...
+
+    def provenance(self) -> Provenance:
+        """How trials are run here."""
+        ...
+
+    def engine(self, trial: Trial) -> Engine:
+        """An engine that holds the trial's base model."""
+        ...
+
+    def score(
+        self, trial: Trial, adapter: Path, *, task: str
+    ) -> tuple[Score, tuple[Prediction, ...]]:
+        """One task's score of a saved adapter."""
+        ...
+
+    def load_snapshot(self, path: Path) -> Snapshot | None:
+        """A snapshot from a file; None where it is no whole one."""
+        ...
+
+    def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
+        """A snapshot to a file, whole or not at all."""
+        ...
+
+
+class Watcher(Protocol):
+    """Somebody who watches a sweep: a progress bar, a log, a test."""
+
+    def begins(self, plan: Plan, *, num_finished: int) -> None:
+        """The sweep begins; `num_finished` trials of the plan stand already."""
+        ...
+
+    def trial_begins(self, trial: Trial) -> None:
+        """A trial is about to be trained."""
+        ...
+
+    def update(self, trial: Trial, progress: Progress) -> None:
+        """An update is done."""
+        ...
+
+    def trial_ends(self, trial: Trial, outcome: Outcome) -> None:
+        """A trial's outcome is in the store."""
+        ...
+
+    def scores(self, trial: Trial, score: Score) -> None:
+        """A score is in the store."""
+        ...
+
+    def remarks(self, text: str) -> None:
+        """Something that the user should know."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep left: the folder, and every trial's result in the study's order."""
+
+    folder: ResultsFolder
+    results: tuple[TrialResult, ...]
+
+    @property
+    def num_failed(self) -> int:
+        """Trials that failed or did not fit into memory."""
+        return sum(result.status in ("failed", "out_of_memory") for result in self.results)
+
+
+def run_sweep(
+    loaded: LoadedStudy,
+    *,
+    out: str | Path,
+    workshop: Workshop,
+    watcher: Watcher,
+    store: str | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    snapshot_seconds: float = SNAPSHOT_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Sweep:
+    """Train what is not trained yet, score what is not scored yet, keep what is to be kept.
+
+    Args:
+        loaded: the study.
+        out: the results folder; made where it is missing, gone on with where it is this study's.
+        store: address of a store outside the folder, shared with other studies.
+        should_stop: asked after every update; True ends the sweep with a snapshot.
+
+    Raises:
+        Interrupted: `should_stop` said so. The folder is whole and can be gone on with.
+        LoratuneError: the request is wrong; nothing was written.
+    """
+    plan = workshop.plan()
+    assert not plan.provisional, "a sweep trains on real models and data"
+    with working_folder(out, loaded, store=store) as (folder, opened):
+        study = loaded.study
+        opened.add_study(
+            study.study, text=loaded.text, select_on=study.select_on, trials=plan.trials
+        )
+        for fingerprint, summary in workshop.data_summaries().items():
+            opened.add_data_summary(fingerprint, summary)
+        loop = _Loop(
+            study=study,
+            folder=folder,
+            store=opened,
+            workshop=workshop,
+            watcher=watcher,
+            should_stop=should_stop,
+            snapshot_seconds=snapshot_seconds,
+            clock=clock,
+        )
+        loop.run(plan)
+        return Sweep(folder=folder, results=opened.results(study.study))
+
+
+@dataclass
+class _Loop:
+    study: Study
+    folder: ResultsFolder
+    store: Store
+    workshop: Workshop
+    watcher: Watcher
+    should_stop: Callable[[], bool]
+    snapshot_seconds: float
+    clock: Callable[[], float]
+
+    def run(self, plan: Plan) -> None:
+        """Cell by cell: train its trials, score the chosen ones, drop the other adapters."""
+        finished = {
+            result.trial.trial_id for result in self._results() if result.status in FINAL_STATUSES
+        }
+        self.watcher.begins(plan, num_finished=len(finished))
+        # The plan keeps a cell's trials together.
+        for _, cell in groupby(plan.trials, key=cell_key):
+            trials = tuple(cell)
+            for trial in trials:
+                if trial.trial_id not in finished:
+                    self._train(trial)
+            self._settle(trials)
+
+    # Training -----------------------------------------------------------------------------------
+
+    def _train(self, trial: Trial) -> None:
+        self._stop_if_asked()
+        attempt = self.store.claim(trial.trial_id, provenance=self.workshop.provenance())
+        if attempt is None:
+            self.watcher.remarks(f"{trial.trial_id} is being trained by another process; passed")
+            return
+        self.watcher.trial_begins(trial)
+        try:
+            outcome = self._outcome(trial, attempt)
+        except BaseException:
+            self.store.release(attempt)
+            raise
+        if self.store.finish(attempt, outcome):
+            self.folder.snapshot(trial.trial_id).unlink(missing_ok=True)
+            self.watcher.trial_ends(trial, outcome)
+        else:
+            self.watcher.remarks(f"{trial.trial_id} was taken over by another process; dropped")
+
+    def _outcome(self, trial: Trial, attempt: int) -> Outcome:
+        """The trial's outcome; its adapter, where one is wanted, is on disk before it is known."""
+        began = self.clock()
+        try:
+            return self._trained(trial, attempt)
+        except Interrupted:
+            raise
+        except Exception as error:  # noqa: BLE001 - one failure must not cost the other trials
+            return _failure(trial, error, seconds=self.clock() - began)
+
+    def _trained(self, trial: Trial, attempt: int) -> Outcome:
+        path = self.folder.snapshot(trial.trial_id)
+        snapshot = self.workshop.load_snapshot(path) if path.is_file() else None
+        last_snapshot = last_beat = self.clock()
+
+        def wants_snapshot() -> bool:
+            return self.should_stop() or self.clock() - last_snapshot >= self.snapshot_seconds
+
+        engine = self.workshop.engine(trial)
+        events = engine.train(trial, snapshot=snapshot, wants_snapshot=wants_snapshot)
+        with closing(events):
+            for event in events:
+                match event:
+                    case Progress():
+                        self.watcher.update(trial, event)
+                        if self.clock() - last_beat >= HEARTBEAT_SECONDS:
+                            self.store.heartbeat(attempt)
+                            last_beat = self.clock()
+                    case Snapshot():
+                        self.workshop.save_snapshot(path, event)
+                        last_snapshot = self.clock()
+                        self._stop_if_asked()
+                    case Finished():
+                        if event.adapter is not None and self._wants_adapters():
+                            self._keep(trial, event.adapter)
+                        return event.outcome
+        raise AssertionError(f"the engine ended {trial.trial_id} without an outcome")
+
+    def _keep(self, trial: Trial, adapter: "AdapterFiles") -> None:
+        final = self.folder.adapter(trial.trial_id)
+        partial = final.with_name(final.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        adapter.save(partial)
+        replace_folder(partial, final)
+        self.store.add_artifact(trial.trial_id, kind="adapter", path=str(final.resolve()))
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise Interrupted(f"stopped; `loratune run` with --out {self.folder.root} goes on")
+
+    # Scoring ------------------------------------------------------------------------------------
+
+    def _wants_adapters(self) -> bool:
+        return bool(self._tasks()) or self.study.keep_adapters != "none"
+
+    def _tasks(self) -> tuple[str, ...]:
+        """Names of what is scored; "validation" stands for accuracy on the held-out rows."""
+        named = tuple(task.name for task in self.study.evaluate.tasks)
+        return ("validation", *named) if self.study.select_on == "validation_accuracy" else named
+
+    def _scored_before_selection(self) -> tuple[str, ...]:
+        """Tasks of which every trial's score is wanted, whether it is chosen or not."""
+        if self.study.evaluate.when == "all":
+            return self._tasks()
+        return ("validation",) if self.study.select_on == "validation_accuracy" else ()
+
+    def _score(self, results: Iterable[TrialResult], tasks: tuple[str, ...]) -> None:
+        for result in results:
+            trial, done = result.trial, {score.task for score in result.scores}
+            for task in tasks:
+                if result.status != "done" or task in done:
+                    continue
+                self._stop_if_asked()
+                adapter = self._adapter(trial)
+                if adapter is None:
+                    self.watcher.remarks(
+                        f"{trial.trial_id} can't be scored on {task}: its adapter was not kept"
+                    )
+                    continue
+                score, predictions = self.workshop.score(trial, adapter, task=task)
+                self.store.add_score(trial.trial_id, score, predictions)
+                self.watcher.scores(trial, score)
+
+    def _adapter(self, trial: Trial) -> Path | None:
+        """Where the trial's adapter lies: here, or in the folder that trained it."""
+        here = self.folder.adapter(trial.trial_id)
+        if here.is_dir():
+            return here
+        elsewhere = self.store.artifact(trial.trial_id, kind="adapter")
+        return Path(elsewhere) if elsewhere is not None and Path(elsewhere).is_dir() else None
+
+    # The end of a cell --------------------------------------------------------------------------
+
+    def _settle(self, trials: tuple[Trial, ...]) -> None:
+        """Score a cell's trials, choose its LR, and drop the adapters that are not kept."""
+        self._score(self._results_of(trials), self._scored_before_selection())
+        results = self._results_of(trials)
+        (cell,) = find_cells(results)
+        chosen = [
+            result
+            for result in results
+            if result.status == "done" and result.trial.learning_rate == cell.best_learning_rate
+        ]
+        self._score(chosen, self._tasks())
+        if any(result.status not in FINAL_STATUSES for result in results):
+            return  # A failed trial is tried again: what is best is not known yet.
+        kept = {
+            "none": set[str](),
+            "best": {best_trial(chosen).trial_id} if chosen else set[str](),
+            "all": {result.trial.trial_id for result in results},
+        }[self.study.keep_adapters]
+        for trial in trials:
+            if trial.trial_id not in kept and self.folder.adapter(trial.trial_id).is_dir():
+                # The row first: a row without a folder would be a lie, a folder without one is not.
+                self.store.remove_artifact(trial.trial_id, kind="adapter")
+                shutil.rmtree(self.folder.adapter(trial.trial_id))
+
+    def _results_of(self, trials: tuple[Trial, ...]) -> tuple[TrialResult, ...]:
+        wanted = {trial.trial_id for trial in trials}
+        return tuple(result for result in self._results() if result.trial.trial_id in wanted)
+
+    def _results(self) -> tuple[TrialResult, ...]:
+        return self.store.results(self.study.study, with_losses=False)
+
+
+def _failure(trial: Trial, error: Exception, *, seconds: float) -> Outcome:
+    return Outcome(
+        trial_id=trial.trial_id,
+        status="failed",
+        num_updates=0,
+        train_loss=None,
+        validation_loss=None,
+        seconds=seconds,
+        num_tokens=0,
+        peak_memory_bytes=None,
+        rows_per_microbatch=None,
+        reason=" ".join(str(error).split()) or type(error).__name__,
+        error="".join(traceback.format_exception(error)),
+    )
