@@ -6,6 +6,7 @@ width, a batch larger than the data) is judged by `plan`, not here.
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -179,12 +180,35 @@ def _method(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+AlphaRule = Literal["rank", "2*rank"]
+
+
 class MethodSpec(BaseModel):
-    """A LoRA variant by name, with options of its own: `lora` or `{name: loraplus, ratio: 16}`."""
+    """A LoRA variant by name, with options of its own: `lora` or `{name: loraplus, ratio: 16}`.
+
+    `rank` and `alpha` here replace the study's for this method alone. Published comparisons need
+    that: MiLoRA's gives LoRA alpha 128 but MiLoRA and PiSSA 64.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    name: str
+    name: str = Field(description="the LoRA variant")
+    rank: int | None = Field(default=None, ge=1, description="this method's r; left out: rank")
+    alpha: AlphaRule | float | None = Field(
+        default=None, description="this method's alpha; left out: the study's"
+    )
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _alpha(cls, value: Any) -> Any:
+        return _as_float(value)
+
+    @field_validator("alpha")
+    @classmethod
+    def _positive(cls, value: str | float | None) -> str | float | None:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError(f"alpha {value:g}; give rank, 2*rank or a positive number")
+        return value
 
     @model_validator(mode="after")
     def _known(self) -> "MethodSpec":
@@ -401,9 +425,6 @@ def _seeds(value: Any) -> Any:
     return _listed(value)
 
 
-AlphaRule = Literal["rank", "2*rank"]
-
-
 class Study(Section):
     """One study: the whole truth of what is run."""
 
@@ -513,6 +534,21 @@ class Study(Section):
     def methods_chosen(self) -> tuple[MethodChoice, ...]:
         """The methods with every option filled in."""
         return tuple(method.choice() for method in self.methods)
+
+    def adapters(self) -> tuple[tuple[MethodChoice, int, float], ...]:
+        """(method, rank, alpha as a number) of every adapter shape, methods x ranks x alphas.
+
+        A method's own rank or alpha stands in the place of the study's list.
+        """
+        shapes = list[tuple[MethodChoice, int, float]]()
+        for method in self.methods:
+            ranks = self.rank if method.rank is None else (method.rank,)
+            alphas = self.alpha if method.alpha is None else (method.alpha,)
+            for rank, rule in product(ranks, alphas):
+                factor = 2 if rule == "2*rank" else 1
+                alpha = rule if isinstance(rule, float) else float(factor * rank)
+                shapes.append((method.choice(), rank, alpha))
+        return tuple(shapes)
 
     def learning_rates(self) -> tuple[float, ...]:
         """The learning rates of the grid, ascending.
