@@ -6,6 +6,7 @@ Counts start with `num_`, units stand in the name, `None` means absent, never ze
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 Status = Literal["planned", "running", "done", "diverged", "stopped", "out_of_memory", "failed"]
@@ -75,10 +76,14 @@ class DataSummary:
     """What happened to the rows on their way from the file to the trainer; every row is accounted.
 
     num_source_rows = num_dropped_too_long + num_validation_rows + num_left_over + num_train_rows
-    where a validation file is not given. `num_truncated` rows are kept, cut to `max_tokens`.
+    where a validation file is not given; where one is, the validation rows are not in that sum.
+    Dropped rows were longer than `max_tokens`, or had no token with loss within it.
+    `num_truncated` rows, of training and validation source, are kept, cut to `max_tokens`.
+    `num_validation_dropped` counts rows of a validation file that were too long.
     `num_in_test` maps a task's name to how many training rows have the same normalised question as
     one of its test questions. `num_duplicate_rows` counts training rows whose normalised question
-    already stood in an earlier training row.
+    already stood in an earlier training row; `num_in_validation` those whose normalised question is
+    also that of a validation row, which a `group_by` or a validation file allows.
     """
 
     source: str
@@ -91,6 +96,8 @@ class DataSummary:
     num_train_rows: int
     num_duplicate_rows: int
     num_in_test: tuple[tuple[str, int], ...] = ()
+    num_in_validation: int = 0
+    num_validation_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,3 +255,31 @@ class StudyRecord:
     text: str
     select_on: Literal["validation_loss", "validation_accuracy", "test"]
     created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRecord:
+    """A score as it was stored. A trial may have many; `score_id` grows with time."""
+
+    score_id: int
+    trial_id: str
+    score: Score
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One try at a trial. `ended_at` and `end_kind` are None while it is open.
+
+    "finished" has an outcome, "interrupted" was given back by its worker, "lost" was taken from a
+    worker that was gone or had not been heard of.
+    """
+
+    attempt_id: int
+    trial_id: str
+    number: int
+    provenance: Provenance
+    started_at: datetime
+    heartbeat_at: datetime
+    ended_at: datetime | None
+    end_kind: Literal["finished", "interrupted", "lost"] | None

@@ -48,7 +48,7 @@ class EncodedRows:
         lengths = self.lengths[chosen]
         offsets = _offsets(lengths)
         # Token k of the result lies (k - offsets[i]) tokens into its source row.
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        within = np.arange(int(offsets[-1]), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
         source = np.repeat(self.offsets[:-1][chosen], lengths) + within
         return EncodedRows(self.input_ids[source], offsets, self.is_target[source])
 
