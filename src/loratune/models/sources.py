@@ -62,11 +62,12 @@ class Location:
         return (single,) if single.is_file() else _shards(self.source, self.path / INDEX)
 
 
-def locate(source: str) -> Location:
+def locate(source: str, *, download: bool = True) -> Location:
     """Find and check the files of a base model; a hub snapshot is downloaded if it is not cached.
 
     Args:
         source: hub id, local folder, file.gguf, or demo:1m | demo:4m | demo:12m | demo:28m.
+        download: whether a hub model that is not in the cache is fetched, or refused.
 
     Raises:
         ModelError: nothing is there, or what is there lacks weights, config or tokenizer, or holds
@@ -86,7 +87,7 @@ def locate(source: str) -> Location:
         raise ModelError(
             f"model {source} does not exist; expected a folder, a .gguf file, a hub id or demo:4m"
         )
-    return _checked(Location(source, "folder", _hub_snapshot(source)))
+    return _checked(Location(source, "folder", _hub_snapshot(source, download=download)))
 
 
 def has_custom_code(config: dict[str, Any]) -> bool:
@@ -192,7 +193,7 @@ def _gguf(source: str, path: Path) -> Location:
     return Location(source, "gguf", path)
 
 
-def _hub_snapshot(source: str) -> Path:
+def _hub_snapshot(source: str, *, download: bool) -> Path:
     """The folder of a hub model's newest cached snapshot, else a fresh download of it."""
     patterns = [*_HUB_PATTERNS, *TOKENIZER_FILES, "*.py"]
     try:
@@ -203,8 +204,13 @@ def _hub_snapshot(source: str) -> Path:
         )
         # An interrupted download, or one of the tokenizer alone, leaves an incomplete snapshot.
         return _checked(Location(source, "folder", cached)).path
-    except (huggingface_hub.errors.LocalEntryNotFoundError, ModelError):
-        pass
+    except huggingface_hub.errors.HFValidationError as error:
+        raise ModelError(f"model {source} is neither a folder here nor a hub id") from error
+    except (huggingface_hub.errors.LocalEntryNotFoundError, ModelError) as error:
+        if not download:
+            raise ModelError(
+                f"model {source} is no folder here and not complete in the hub's cache"
+            ) from error
     try:
         folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
         if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():

@@ -1,0 +1,88 @@
+"""GGUF files through transformers, with what its reader leaves out put right or refused.
+
+transformers rebuilds the tokenizer from the file's vocabulary and merges. The rule that cuts text
+before the merges stands in the file as a name only (`tokenizer.ggml.pre`), and for some names
+transformers cuts like GPT-2 although the model was trained otherwise: digits would then be merged.
+The names and their rules are those of llama.cpp (src/llama-vocab.cpp, llm_tokenizer_bpe).
+
+RoPE scaling is refused where the file asks for it, since transformers drops it without a word.
+"""
+
+# gguf and tokenizers are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from pathlib import Path
+from typing import cast
+
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from loratune.errors import ModelError
+
+# Every digit is cut off alone, then GPT-2's rule.
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+# GPT-2's rule, which is what transformers takes for a byte-level name it does not know.
+_LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2", "trillion")
+_SCALING_TENSORS = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
+
+
+def check_gguf(path: Path, *, source: str) -> str | None:
+    """The name of the file's pre-tokenizer, None where its vocabulary is not byte-level.
+
+    Reads the header only.
+
+    Raises:
+        ModelError: the file cannot be parsed, scales its RoPE, has no tokenizer, or cuts text by a
+            rule that is not known here.
+    """
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise ModelError(f"model {source} cannot be read as GGUF: {error}") from error
+    architecture = _text(reader, "general.architecture")
+    scaling = _text(reader, f"{architecture}.rope.scaling.type")
+    tensors = {str(tensor.name) for tensor in reader.tensors}
+    if scaling not in (None, "none") or not tensors.isdisjoint(_SCALING_TENSORS):
+        raise ModelError(
+            f"model {source} scales its RoPE, which transformers does not read from GGUF; "
+            "its numbers would be wrong: use the Hugging Face folder of this model"
+        )
+    kind = _text(reader, "tokenizer.ggml.model")
+    if kind is None:
+        raise ModelError(
+            f"model {source} has no tokenizer in its metadata; "
+            "convert it again with its vocabulary, or use the Hugging Face folder"
+        )
+    if kind != "gpt2":
+        return None
+    name = _text(reader, "tokenizer.ggml.pre")
+    if name not in (*GGUF_PRE_TOKENIZER_SPLITS, *_SINGLE_DIGITS, *_LIKE_GPT2):
+        raise ModelError(
+            f"model {source} names the pre-tokenizer {name!r}, which is not known here; "
+            "its text would be cut wrongly: use the Hugging Face folder of this model"
+        )
+    return name
+
+
+def repair_tokenizer(tokenizer: PreTrainedTokenizerBase, *, pre_tokenizer: str | None) -> None:
+    """Cut text as the file's pre-tokenizer does where transformers does not, in place."""
+    if pre_tokenizer in _SINGLE_DIGITS:
+        backend = cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+
+
+def _text(reader: GGUFReader, key: str) -> str | None:
+    field = reader.get_field(key)
+    return None if field is None else str(field.contents())

@@ -1,0 +1,252 @@
+"""Load a base model and its tokenizer, frozen, ready for an adapter.
+
+The model comes from transformers, in the precision asked for, on SDPA attention, with every
+parameter frozen and without a key-value cache. Of a multimodal checkpoint the text model is loaded
+as a causal LM. Not covered: quantised bases, several devices, encoder-decoders.
+
+A tokenizer.json is taken as it stands. transformers 5 would rebuild the tokenizer from the class
+that tokenizer_config.json or the model type names, and that class brings its own rule for cutting
+text: SmolLM2's folder on the hub names GPT2Tokenizer and would lose its digit splitting.
+"""
+
+# transformers' Auto classes are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from loratune.errors import ModelError
+from loratune.models.fingerprint import fingerprint
+from loratune.models.gguf import check_gguf, repair_tokenizer
+from loratune.models.sources import Location, has_custom_code, locate, read_json
+
+Precision = Literal["bfloat16", "float16", "float32"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Where a multimodal checkpoint keeps its text model, in the layouts that transformers has had.
+_TEXT_PREFIX = {r"^(model\.)?language_model\.(model\.)?": "model."}
+
+# What transformers raises about a folder's contents: its own checks, missing files and keys,
+# malformed safetensors, sizes that do not fit, an architecture or a library that is not there.
+_LOADING_ERRORS = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model, its tokenizer, and what identifies them.
+
+    `model` is a causal LM in eval mode on `device`, no parameter requires a gradient. `tokenizer`
+    has an EOS token, and a padding token (EOS where it has none of its own: padding is always
+    masked, so that it only fills).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    fingerprint: str
+    device: torch.device
+
+
+def load_base(
+    source: str,
+    *,
+    precision: Precision,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Base:
+    """Load a base model and its tokenizer.
+
+    Args:
+        source: hub id, local folder, file.gguf (dequantised to `precision`), or demo:4m.
+        precision: of the frozen weights.
+        trust_remote_code: run the repository's own Python code; only for sources that you trust.
+        gradient_checkpointing: keep only each block's input for the backward pass and compute the
+            rest again; the same gradients for less memory and about a third more time.
+
+    Raises:
+        ModelError: the source is missing, incomplete or unsafe, or transformers cannot load it.
+    """
+    if precision not in _DTYPES:
+        raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    location = locate(source)
+    tokenizer = _load_tokenizer(location, trust_remote_code=trust_remote_code)
+    model = _load_model(location, dtype=_DTYPES[precision], trust_remote_code=trust_remote_code)
+    # Added tokens do not count: Gemma 3 1B's tokenizer has one for images that the model lacks.
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ModelError(
+            f"model {source}: its tokenizer has {tokenizer.vocab_size} tokens, but the model "
+            f"embeds only {model.config.vocab_size}; put the model's own tokenizer into the folder"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    where = torch.device(device)
+    model.to(where)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to untyped
+    if gradient_checkpointing:
+        set_gradient_checkpointing(model, enabled=True)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        source=source,
+        fingerprint=fingerprint(location),
+        device=where,
+    )
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model alone.
+
+    Raises:
+        ModelError: the source is missing or incomplete, or its tokenizer has no EOS token.
+    """
+    return _load_tokenizer(locate(source), trust_remote_code=trust_remote_code)
+
+
+def set_gradient_checkpointing(model: PreTrainedModel, *, enabled: bool) -> None:
+    """Switch gradient checkpointing of a base model on or off, in place.
+
+    The non-reentrant kind, whose backward reaches the adapters although the embeddings that feed
+    the first block require no gradient. Blocks only checkpoint in training mode.
+    """
+    if enabled:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def read_config(location: Location, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of the causal LM: of a multimodal model, that of its text model.
+
+    Raises:
+        ModelError: the config cannot be read, needs code that is not trusted, or names a model that
+            transformers has no causal LM for.
+    """
+    source = location.source
+    if location.kind == "folder":
+        written = read_json(location.path / "config.json", source=source)
+        if has_custom_code(written) and not trust_remote_code:
+            raise ModelError(
+                f"model {source} brings its own Python code (auto_map in config.json), which is "
+                "not run; choose a model that transformers has, or ask for trust_remote_code"
+            )
+    with _translated(source), _without_progress_bars():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            **_where(location), trust_remote_code=trust_remote_code
+        )
+    text = config.get_text_config(decoder=True)
+    known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder or not (known or has_custom_code(config.to_dict())):
+        raise ModelError(
+            f"model {source} is of type {config.model_type!r}, "
+            "which transformers offers no causal language model for; choose a decoder"
+        )
+    return text
+
+
+def _load_model(
+    location: Location, *, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    config = read_config(location, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {}
+    if location.kind == "gguf":
+        check_gguf(location.path, source=location.source)
+        # Without it transformers may keep blocks packed in layers that PEFT cannot adapt.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+        options["key_mapping"] = _TEXT_PREFIX
+    with _translated(location.source), _without_progress_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **_where(location),
+            **options,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    absent = sorted(report["missing_keys"])
+    if absent:
+        # transformers would fill them with random numbers and a warning
+        raise ModelError(
+            f"model {location.source}: {len(absent)} weights of {type(model).__name__} are not in "
+            f"its files, {absent[0]} among them; the files are damaged or of another model"
+        )
+    return model
+
+
+def _load_tokenizer(location: Location, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    source = location.source
+    is_gguf = location.kind == "gguf"
+    as_it_stands = not is_gguf and (location.path / "tokenizer.json").is_file()
+    reader = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
+    pre_tokenizer = check_gguf(location.path, source=source) if is_gguf else None
+    with _translated(source):
+        tokenizer: PreTrainedTokenizerBase = reader.from_pretrained(
+            **_where(location), trust_remote_code=trust_remote_code
+        )
+    repair_tokenizer(tokenizer, pre_tokenizer=pre_tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model {source}: its tokenizer has no EOS token, which ends every training row; "
+            "set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _where(location: Location) -> dict[str, Any]:
+    """transformers' arguments for these files, which are here: nothing is to be downloaded."""
+    if location.kind == "gguf":
+        folder, name = location.path.parent, location.path.name
+        return {
+            "pretrained_model_name_or_path": str(folder),
+            "gguf_file": name,
+            "local_files_only": True,
+        }
+    return {"pretrained_model_name_or_path": str(location.path), "local_files_only": True}
+
+
+@contextmanager
+def _translated(source: str) -> Generator[None]:
+    """transformers' errors about a source as one ModelError with its first line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except _LOADING_ERRORS as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"model {source} cannot be loaded by transformers: {first}") from error
+
+
+@contextmanager
+def _without_progress_bars() -> Generator[None]:
+    """Loading takes seconds; the caller draws its own progress on stderr."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
