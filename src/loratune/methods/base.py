@@ -12,8 +12,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loratune.errors import StudyError
 from loratune.methods.adapter_files import AdapterFiles
-from loratune.records import Trial
+from loratune.records import MethodChoice, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,21 @@ class ParameterGroup:
     lr_factor: float = 1.0
     eps_factor: float = 1.0
     weight_decay_factor: float = 1.0
+
+
+def number_option(method: MethodChoice, key: str, *, above: float) -> float:
+    """An option of a method as a number.
+
+    Raises:
+        StudyError: it is absent, no number, or not above `above`.
+    """
+    value = dict(method.options).get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= above:
+        raise StudyError(
+            f"method {method.name!r}, option {key!r}: got {value!r}; "
+            f"expected a number above {above:g}"
+        )
+    return float(value)
 
 
 @runtime_checkable

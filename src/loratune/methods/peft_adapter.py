@@ -1,0 +1,297 @@
+"""A PEFT LoRA adapter on a resident base: what all variants but AdaLoRA share.
+
+PEFT gives the layers and the file format; every number that an adapter starts from is put in by
+us, in float32, because PEFT draws from torch's global random state and rounds what it draws to the
+base's precision. How PEFT mixes precisions: the layer's input is cast to the adapter's float32,
+base output and adapter output are added in float32, and the sum is rounded once to the base's.
+"""
+
+# PEFT's classes carry no complete types; the values that leave this file do.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast, final
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loratune.errors import ModelError, StudyError
+from loratune.methods.adapter_files import AdapterFiles
+from loratune.methods.base import ParameterGroup
+from loratune.methods.resident import Resident
+from loratune.records import Trial
+
+ADAPTER = "default"
+
+
+@final
+class PeftAttached:
+    """`methods.base.Attached` for an adapter whose only state is its tensors.
+
+    `kept` are tensors that are not trained and yet part of the state; `export` makes the files.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        resident: Resident,
+        groups: list[ParameterGroup],
+        export: Callable[[], AdapterFiles],
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self._resident = resident
+        self._groups = groups
+        self._export = export
+        self._tensors = {**trained_tensors(model), **(kept or {})}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """See `methods.base.Attached`."""
+        return self._groups
+
+    def penalty(self) -> Tensor | None:
+        """None: the loss is all that is minimised."""
+        return None
+
+    def after_backward(self, update: int) -> None:
+        """Nothing."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors, and those that were computed at the start."""
+        return copied(self._tensors)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `methods.base.Attached`."""
+        copy_into(self._tensors, state)
+
+    def export(self) -> AdapterFiles:
+        """See `methods.base.Attached`."""
+        return self._export()
+
+    def detach(self) -> None:
+        """See `methods.base.Attached`."""
+        self._resident.restore()
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    trial: Trial,
+    targets: Sequence[str],
+    *,
+    lr_factor_B: float = 1.0,
+    **settings: Any,
+) -> PeftAttached:
+    """Plain LoRA, with PEFT's `settings`: what lora, rslora and loraplus come down to."""
+    resident = Resident(model)
+    try:
+        config = lora_config(model, trial, targets, **settings)
+        attached = attach_peft(model, config, targets)
+        layers = adapter_layers(attached, targets)
+        check_scale(layers, trial)
+        start_lora(layers, seed=trial.seed)
+    except BaseException:
+        resident.restore()
+        raise
+    return PeftAttached(
+        attached,
+        resident=resident,
+        groups=group_AB(layers, lr_factor_B=lr_factor_B),
+        export=lambda: export_lora(layers, config),
+    )
+
+
+def lora_config(
+    model: PreTrainedModel, trial: Trial, targets: Sequence[str], **settings: Any
+) -> LoraConfig:
+    """PEFT's config of a trial's adapter; `settings` replace or add fields."""
+    fields: dict[str, Any] = {
+        "r": trial.rank,
+        "lora_alpha": whole(trial.alpha),
+        "lora_dropout": trial.dropout,
+        "target_modules": short_names(model, targets),
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": trial.model,
+        "init_lora_weights": False,  # the numbers are put in by us
+    }
+    return LoraConfig(**{**fields, **settings})
+
+
+def attach_peft(
+    model: PreTrainedModel, config: PeftConfig, targets: Sequence[str]
+) -> PeftModelForCausalLM:
+    """The base with PEFT's layers in it; their numbers are still to be put in.
+
+    Raises:
+        ModelError: a target is not a linear layer of the model.
+    """
+    for name in targets:
+        layer = _module(model, name)
+        if not isinstance(layer, nn.Linear):
+            raise ModelError(f"target {name} is {type(layer).__name__}; expected a linear layer")
+    # PEFT draws every new layer before we fill it; torch's global random state is not ours to move.
+    with torch.random.fork_rng(devices=[]), quiet_peft():
+        attached = PeftModelForCausalLM(model, config, adapter_name=ADAPTER)
+    matched = cast("list[str]", cast("Any", attached.base_model).targeted_module_names)
+    if set(matched) != set(targets):
+        # Names are ours and exact: only a model that holds one path inside another gets here.
+        extra = ", ".join(sorted(set(matched) ^ set(targets)))
+        raise ModelError(f"PEFT matches other layers than were asked for: {extra}")
+    attached.train(model.training)
+    return attached
+
+
+@contextmanager
+def quiet_peft() -> Generator[None]:
+    """Silence the one warning that PEFT 0.21 causes on transformers 5 by its own code."""
+    with warnings.catch_warnings():
+        # PeftModel asks for a property that transformers renamed; it still answers rightly.
+        warnings.filterwarnings(
+            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        )
+        yield
+
+
+def adapter_layers(attached: PeftModel, targets: Sequence[str]) -> dict[str, Any]:
+    """PEFT's layer at each target, in the order of the targets."""
+    base = cast("Any", attached.base_model).model
+    return {name: base.get_submodule(name) for name in targets}
+
+
+def check_scale(layers: Mapping[str, Any], trial: Trial) -> None:
+    """The trial's scale is what counts; PEFT's formula must come to the same.
+
+    Raises:
+        StudyError: it does not, so that the method would train at another scale than its record.
+    """
+    for name, layer in layers.items():
+        scaling = float(layer.scaling[ADAPTER])
+        if not math.isclose(scaling, trial.scale, rel_tol=1e-12):
+            raise StudyError(
+                f"trial {trial.trial_id} ({trial.method.name}) says scale={trial.scale:g}, but "
+                f"alpha={trial.alpha:g} at rank {trial.rank} gives {scaling:g} on {name}; "
+                "take the scale from the method's description"
+            )
+
+
+def group_AB(layers: Mapping[str, Any], *, lr_factor_B: float = 1.0) -> list[ParameterGroup]:
+    """Groups "A" and "B" of LoRA layers."""
+    return [
+        ParameterGroup("A", [layer.lora_A[ADAPTER].weight for layer in layers.values()]),
+        ParameterGroup(
+            "B",
+            [layer.lora_B[ADAPTER].weight for layer in layers.values()],
+            lr_factor=lr_factor_B,
+        ),
+    ]
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the trial's seed and the tensor's name, on nothing else."""
+    digest = hashlib.sha256(f"loratune:initialisation:{seed}:{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@torch.no_grad()
+def start_lora(layers: Mapping[str, Any], *, seed: int) -> None:
+    """A Kaiming-uniform (a = sqrt(5), as PEFT: bound 1/sqrt(in_features)), B zero."""
+    for name, layer in layers.items():
+        a_RD = layer.lora_A[ADAPTER].weight
+        drawn_RD = torch.empty(a_RD.shape, dtype=torch.float32, device="cpu")
+        nn.init.kaiming_uniform_(drawn_RD, a=math.sqrt(5), generator=generator(seed, name))
+        a_RD.copy_(drawn_RD)
+        layer.lora_B[ADAPTER].weight.zero_()
+
+
+def export_lora(
+    layers: Mapping[str, Any], config: LoraConfig, *, magnitudes: bool = False
+) -> AdapterFiles:
+    """The adapter as PEFT would save it; `magnitudes` adds DoRA's."""
+    tensors = dict[str, Tensor]()
+    for name, layer in layers.items():
+        tensors[key_of(name, "lora_A.weight")] = layer.lora_A[ADAPTER].weight
+        tensors[key_of(name, "lora_B.weight")] = layer.lora_B[ADAPTER].weight
+        if magnitudes:
+            vector = layer.lora_magnitude_vector[ADAPTER].weight
+            tensors[key_of(name, "lora_magnitude_vector")] = vector
+    return files_of(config, tensors)
+
+
+def key_of(layer: str, tensor: str) -> str:
+    """The name of a tensor in PEFT's files."""
+    return f"base_model.model.{layer}.{tensor}"
+
+
+def files_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> AdapterFiles:
+    """The files of a finished adapter: its config marked for inference, its tensors copied."""
+    fields = {**config.to_dict(), "inference_mode": True, "init_lora_weights": True}
+    # Through JSON text and back: sets become sorted lists and enums their values.
+    plain = json.loads(json.dumps(fields, default=sorted))
+    return AdapterFiles(config=plain, tensors=copied(tensors))
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that nothing else writes into."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Write a state into live tensors of the same names and shapes.
+
+    Raises:
+        ModelError: names or shapes differ.
+    """
+    if tensors.keys() != state.keys():
+        names = ", ".join(sorted(tensors.keys() ^ state.keys())[:3])
+        raise ModelError(f"the state is another adapter's: it differs in {names}")
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise ModelError(
+                f"the state is another adapter's: {name} has shape {tuple(state[name].shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+        tensor.copy_(state[name])
+
+
+def trained_tensors(attached: PeftModel) -> dict[str, Tensor]:
+    """Every trained parameter by its name in the model."""
+    return {
+        name: parameter
+        for name, parameter in attached.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Leaf names (q_proj, ...) where they mean exactly the targets, else the full names.
+
+    Other programs that read PEFT's files expect leaf names.
+    """
+    leaves = {name.rpartition(".")[2] for name in targets}
+    names: list[str] = [name for name, _ in cast("Any", model).named_modules()]
+    meant = {name for name in names if name.rpartition(".")[2] in leaves}
+    return sorted(leaves) if meant == set(targets) else list(targets)
+
+
+def whole(number: float) -> float | int:
+    """16 for 16.0, because other readers of PEFT's files take alpha for a whole number."""
+    return int(number) if number == int(number) else number
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(
+            f"target {name} is no layer of {type(model).__name__}; give full names, "
+            "as models.targets.target_modules does"
+        ) from error
