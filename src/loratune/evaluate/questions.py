@@ -1,0 +1,81 @@
+"""What a task is, what a question is, and what is asked in the end. Values only.
+
+A question as its task knows it is a `Question`: no template, no decoding. With the study's template
+around it and every setting of the decoding filled in it becomes a part of `TaskQuestions`, which
+scoring takes as it is. Nothing here knows where questions come from or who answers them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loratune.evaluate.graders import GraderName
+from loratune.study.schema import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`text` is what stands in the prompt's field. `reference` is the right number as a text.
+
+    `reference` is None where no number could be read: answers then count as errors.
+    """
+
+    text: str
+    reference: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDefinition:
+    """A task that can be scored, and what holds where a study says nothing else.
+
+    `version` changes with everything that can change a score and is not in `Score.decoding`: the
+    graders, the reading of references, the order of the questions. `load(source, folder)` gives the
+    questions, of the task's own data where source is None; it is None itself where the questions
+    are the study's own held-out rows. `max_new_tokens` is None where they depend on those.
+    """
+
+    name: str
+    version: str
+    split: Literal["validation", "test"]
+    grader: GraderName
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
+    load: Callable[[Source | None, Path], tuple[Question, ...]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskQuestions:
+    """One task as one study asks it: complete prompts, references, and every decoding setting.
+
+    `prompt_ids[i]`, the tokens of `prompts[i]` as a training row begins with them, and
+    `references[i]` belong together. `end_ids` are tokens that end an answer beside those that
+    tokenizer and model name: what the study's chat template ends a turn with.
+    """
+
+    task: str
+    version: str
+    split: Literal["validation", "test"]
+    grader: GraderName
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[tuple[int, ...], ...]
+    references: tuple[str | None, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    end_ids: tuple[int, ...] = ()
+
+    @property
+    def decoding(self) -> str:
+        """`Score.decoding`: a short text, the same for the same prompts decoded the same way.
+
+        The hash is over all prompts and references, so that another template, other data or fewer
+        questions are another decoding, and their scores other rows.
+        """
+        asked = json.dumps(list(zip(self.prompts, self.references, strict=True)))
+        digest = hashlib.sha256(asked.encode("ascii")).hexdigest()[:16]
+        return (
+            f"greedy;max_new_tokens={self.max_new_tokens};stop={json.dumps(self.stop)};"
+            f"questions={len(self.prompts)};prompt=sha256:{digest}"
+        )

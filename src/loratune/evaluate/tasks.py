@@ -1,0 +1,215 @@
+"""The tasks by name, and a study's task made ready to ask.
+
+A new task is a new file with a `TASK` and a line in `_TASKS`. Which adapter answers, and how, is
+not known here; nor is torch.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from loratune.data.encode import encode_prompts
+from loratune.data.templates import fields_of, fill, prompt_for
+from loratune.errors import DataError, EvaluationError
+from loratune.evaluate import demo, gsm8k, validation
+from loratune.evaluate.questions import Question, TaskDefinition, TaskQuestions
+from loratune.study import schema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.prepare import Example
+
+_TASKS = {one.name: one for one in (gsm8k.TASK, demo.TASK, validation.TASK)}
+
+# Presets name these, so that a paper's study stands in its file as it was run. Scoring them means
+# running generated code, which needs a sandbox.
+_NOT_YET_SCORED = ("humaneval", "mbpp")
+
+
+def can_score(name: str) -> bool:
+    """Whether this version can score the task `name`."""
+    return name in _TASKS
+
+
+def task(name: str) -> TaskDefinition:
+    """The task `name`.
+
+    Raises:
+        EvaluationError: there is no such task, or it cannot be scored by this version.
+    """
+    if name in _TASKS:
+        return _TASKS[name]
+    if name in _NOT_YET_SCORED:
+        raise EvaluationError(
+            f"task {name!r} cannot be scored by this version; "
+            "remove it from evaluate.tasks to train without it"
+        )
+    near = difflib.get_close_matches(name, [*_TASKS, *_NOT_YET_SCORED], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise EvaluationError(f"task {name!r} is unknown; choose one of {', '.join(_TASKS)}{hint}")
+
+
+def check_tasks(tasks: Sequence[schema.Task]) -> None:
+    """Refuse, before anything is trained or read, what could not be scored afterwards.
+
+    Raises:
+        EvaluationError: a task is unknown, cannot be scored by this version, was given data that it
+            has no use for, or has a prompt without {prompt}.
+    """
+    for given in tasks:
+        definition = task(given.name)
+        if given.data is not None and definition is not gsm8k.TASK:
+            raise EvaluationError(f"task {given.name} has questions of its own; remove its `data:`")
+        if given.prompt is not None:
+            _check_prompt(given.prompt, task=given.name)
+
+
+def load_questions(given: schema.Task, *, folder: Path) -> tuple[Question, ...]:
+    """The questions of a test task, the first `questions` of them where the study says so.
+
+    Args:
+        given: the study's choice.
+        folder: what relative paths start at, the study file's folder.
+
+    Raises:
+        EvaluationError: as `task` says, the questions cannot be had, or there are fewer of them.
+    """
+    definition = task(given.name)
+    if definition.load is None:
+        raise EvaluationError(f"task {given.name} has no questions but the study's held-out rows")
+    return _first(definition.load(given.data, folder), given=given)
+
+
+def ask(
+    given: schema.Task,
+    questions: Sequence[Question],
+    *,
+    data: schema.Data,
+    tokenizer: "PreTrainedTokenizerBase",
+    end_ids: Sequence[int] = (),
+) -> TaskQuestions:
+    """A test task with the study's template around every question, or the task's own prompt.
+
+    Args:
+        given: the study's choice.
+        questions: what `load_questions` gave.
+        data: the study's section, for its prompt and template.
+        tokenizer: the base model's.
+        end_ids: `PreparedData.end_ids`, where there is one.
+
+    Raises:
+        EvaluationError: as `task` says, or the task's own prompt has no {prompt}.
+        DataError: the study's prompt is made of several fields; the task needs its own.
+    """
+    definition = task(given.name)
+    assert definition.max_new_tokens is not None, definition.name  # no test task leaves it open
+    prompts, prompt_ids = _prompts(
+        [question.text for question in questions], given=given, data=data, tokenizer=tokenizer
+    )
+    return TaskQuestions(
+        task=definition.name,
+        version=definition.version,
+        split=definition.split,
+        grader=given.grader or definition.grader,
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        references=tuple(question.reference for question in questions),
+        max_new_tokens=given.max_new_tokens or definition.max_new_tokens,
+        stop=given.stop or definition.stop,
+        end_ids=tuple(end_ids),
+    )
+
+
+def ask_validation(
+    examples: Sequence["Example"],
+    *,
+    given: schema.Task | None = None,
+    data: schema.Data,
+    tokenizer: "PreTrainedTokenizerBase",
+    end_ids: Sequence[int] = (),
+) -> TaskQuestions:
+    """The study's held-out rows as a task, their prompts as in training.
+
+    Args:
+        examples: the held-out rows, in their order.
+        given: the study's settings where evaluate.tasks names `validation`.
+        data: the study's section; only a prompt of the task's own needs it.
+        tokenizer: the base model's; the default token limit counts references with it.
+        end_ids: `PreparedData.end_ids`.
+
+    Raises:
+        EvaluationError: there are no rows, fewer than asked for, the grader can read none of their
+            responses, or the task's own prompt has no {prompt}.
+    """
+    given = schema.Task(name=validation.TASK.name) if given is None else given
+    definition = task(given.name)
+    examples = _first(tuple(examples), given=given)
+    grader = given.grader or definition.grader
+    responses = [example.response_text for example in examples]
+    references = validation.references(responses, grader=grader)
+    prompts = tuple(example.prompt_text for example in examples)
+    prompt_ids = tuple(example.prompt_ids for example in examples)
+    if given.prompt is not None:
+        prompts, prompt_ids = _prompts(
+            [example.question for example in examples], given=given, data=data, tokenizer=tokenizer
+        )
+    response_ids = encode_prompts(responses, tokenizer=tokenizer, template="plain")
+    return TaskQuestions(
+        task=definition.name,
+        version=definition.version,
+        split=definition.split,
+        grader=grader,
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        references=references,
+        max_new_tokens=given.max_new_tokens or validation.room_for([len(i) for i in response_ids]),
+        stop=given.stop or definition.stop,
+        end_ids=tuple(end_ids),
+    )
+
+
+def _prompts(
+    questions: Sequence[str],
+    *,
+    given: schema.Task,
+    data: schema.Data,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """Complete prompts and their tokens."""
+    if given.prompt is None:
+        template = data.template
+        prompts = [prompt_for(question, data, tokenizer=tokenizer) for question in questions]
+    else:
+        template = given.prompt
+        _check_prompt(template, task=given.name)
+        where = f"task {given.name}"
+        prompts = [fill(template, {"prompt": question}, where=where) for question in questions]
+    ids = encode_prompts(prompts, tokenizer=tokenizer, template=template)
+    return tuple(prompts), tuple(tuple(row) for row in ids)
+
+
+def _check_prompt(prompt: str, *, task: str) -> None:
+    """Raise EvaluationError unless {prompt} is the only field of the text."""
+    try:
+        fields = set(fields_of(prompt)) if "{" in prompt else set[str]()
+    except DataError as error:
+        raise EvaluationError(f"task {task}: prompt: {error}") from error
+    if fields != {"prompt"}:
+        raise EvaluationError(
+            f"task {task}: prompt {prompt!r} should hold {{prompt}}, where the question goes, "
+            "and no other field"
+        )
+
+
+_Item = TypeVar("_Item", Question, "Example")
+
+
+def _first(items: tuple[_Item, ...], *, given: schema.Task) -> tuple[_Item, ...]:
+    if given.questions is not None and given.questions > len(items):
+        raise EvaluationError(
+            f"task {given.name}: questions={given.questions}, but there are {len(items)}; "
+            f"choose at most {len(items)}, or leave it out for all"
+        )
+    return items[: given.questions]
