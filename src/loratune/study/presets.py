@@ -248,7 +248,11 @@ _SCHEDULES = Line(
   - {{kind: constant}}""",
     "Appendix C: cosine without and with a warm-up, and no schedule. The ratio is PiSSA's.",
 )
-_HUMANEVAL = Line("[humaneval]", "Appendix G: HumanEval, with the task's own decoding.")
+_HUMANEVAL = Line(
+    "[humaneval]",
+    "Appendix G: HumanEval. This version does not run generated code, so it cannot score it: plan "
+    "reads this file, run asks for tasks: [] instead.",
+)
 _RANKS = Line("[32, 64, 128, 256]", "Figure 2a: ranks from 32 to 256, here by doubling.", True)
 _SIZES = Line(
     "[25000, 50000, 100000, 200000]", "Figure 2b: from 25K to 200K rows, here by doubling.", True
@@ -335,11 +339,7 @@ _FIGURES: dict[str, dict[str, Preset]] = {
             _FIG7C,
             _SMOL,
             _CODEFEEDBACK,
-            {
-                "evaluate.tasks": Line(
-                    "[]", "The curve is drawn in validation loss. [humaneval] scores the test too."
-                )
-            },
+            {"evaluate.tasks": Line("[]", "The curve is drawn in validation loss.")},
         ),
     },
 }
