@@ -178,9 +178,10 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     # Imported here: only this format needs it.
-    from pyarrow import lib, parquet
+    import pyarrow
+    from pyarrow import parquet
 
-    failure = cast("type[Exception]", lib.ArrowException)
+    failure = cast("type[Exception]", cast("Any", pyarrow).ArrowException)
     try:
         return cast("list[dict[str, Any]]", cast("Any", parquet).read_table(path).to_pylist())
     except failure as error:

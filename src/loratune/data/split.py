@@ -62,7 +62,7 @@ class Split:
 def hold_out(groups: Sequence[str], *, num_rows: int) -> Split:
     """Hold out whole groups of exactly `num_rows` rows together.
 
-    Groups are taken in the order of a hash of their keys; one that no longer fits is passed over.
+    Groups are taken in the order of a hash of their keys; one that does not fit is passed over.
 
     Args:
         groups: each row's group key.
@@ -80,24 +80,50 @@ def hold_out(groups: Sequence[str], *, num_rows: int) -> Split:
     members: dict[str, list[int]] = {}
     for row, key in enumerate(groups):
         members.setdefault(key, []).append(row)
-    held: list[int] = []
-    num_groups = 0
-    for key in sorted(members, key=_group_hash):
-        if len(held) + len(members[key]) <= num_rows:
-            held += members[key]
-            num_groups += 1
-            if len(held) == num_rows:
-                break
-    if len(held) != num_rows:
-        largest = max(map(len, members.values()))
+    keys = sorted(members, key=_group_hash)
+    sizes = [len(members[key]) for key in keys]
+    taken = _take(sizes, num_rows)
+    if taken is None:
+        possible = [size for size in range(1, num_rows) if _take(sizes, size) is not None]
+        remedy = f"choose {possible[-1]}" if possible else "choose more"
         raise DataError(
-            f"validation.rows={num_rows} cannot be made of whole groups: {len(members)} groups of "
-            f"up to {largest} rows come to {len(held)}; choose {len(held) or largest}, or another "
-            "group_by"
+            f"validation.rows={num_rows} cannot be made of whole groups ({len(keys)} groups of "
+            f"{min(sizes)} to {max(sizes)} rows); {remedy}, or another validation.group_by"
         )
     is_held = np.zeros(len(groups), dtype=np.bool_)
-    is_held[held] = True
-    return Split(np.flatnonzero(~is_held), np.flatnonzero(is_held), num_groups)
+    for group in taken:
+        is_held[members[keys[group]]] = True
+    return Split(np.flatnonzero(~is_held), np.flatnonzero(is_held), len(taken))
+
+
+def _take(sizes: Sequence[int], total: int) -> list[int] | None:
+    """Positions of sizes that come to exactly `total`, the earliest first; None: there are none.
+
+    Taking what fits is enough wherever there are small groups. Where it is not, a group is taken if
+    the groups behind it can still make up the rest: bit k of `behind[i]` says that some of the
+    groups from i on come to k.
+    """
+    taken: list[int] = []
+    left = total
+    for position, size in enumerate(sizes):
+        if size <= left:
+            taken.append(position)
+            left -= size
+    if left == 0:
+        return taken
+    mask = (1 << (total + 1)) - 1
+    behind = [1]
+    for size in reversed(sizes):
+        behind.append((behind[-1] | behind[-1] << min(size, total + 1)) & mask)
+    behind.reverse()
+    if not behind[0] >> total & 1:
+        return None
+    taken, left = [], total
+    for position, size in enumerate(sizes):
+        if size <= left and behind[position + 1] >> (left - size) & 1:
+            taken.append(position)
+            left -= size
+    return taken
 
 
 def _group_hash(key: str) -> bytes:

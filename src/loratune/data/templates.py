@@ -220,15 +220,31 @@ def _render(row: Row, data: Data, *, chats: "_Chats", where: str) -> Rendered:
     return Rendered(segments, question, templated, response)
 
 
-def prompt_for(question: str, data: Data, *, tokenizer: "PreTrainedTokenizerBase") -> str:
+def prompt_for(
+    question: str,
+    data: Data,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None = None,
+) -> str:
     """The templated prompt for a question of a test set, as the rows of `data` have theirs.
 
     A prompt that is a field, or a template with one field, takes the question in that field's
-    place, whatever the field is called. Its tokens are those of `encode.encode_prompts`.
+    place, whatever the field is called. Its tokens are those of `encode.encode_prompts` for the
+    same template.
+
+    Args:
+        question: the raw question.
+        data: the study's section.
+        tokenizer: the model's.
+        template: a task's own decoding prompt, a text with {prompt}: it takes the raw question and
+            stands in the place of the study's prompt and template.
 
     Raises:
         DataError: the prompt is made of several fields, so that one question does not fill it.
     """
+    if template is not None:
+        return _around(question, template)
     prompt = question
     if data.prompt is not None and ("{" in data.prompt or "}" in data.prompt):
         names = set(fields_of(data.prompt))
