@@ -198,7 +198,8 @@ def _load_model(
 def _load_tokenizer(location: Location, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     source = location.source
     is_gguf = location.kind == "gguf"
-    as_it_stands = not is_gguf and (location.path / "tokenizer.json").is_file()
+    # AutoTokenizer would go by the class that the folder or the architecture names
+    as_it_stands = is_gguf or (location.path / "tokenizer.json").is_file()
     reader = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
     pre_tokenizer = check_gguf(location.path, source=source) if is_gguf else None
     with _translated(source):
