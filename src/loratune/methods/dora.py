@@ -10,7 +10,7 @@ the base's part too, which is PEFT's reading; without dropout there is no differ
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -69,7 +69,8 @@ def _start_magnitudes(layers: Mapping[str, Any]) -> None:
         magnitude_E: Tensor = layer.lora_magnitude_vector[ADAPTER].weight
         # B is zero: these are the norms of W alone, in the adapter's precision, not the base's.
         weight_ED: Tensor = layer.get_base_layer().weight
-        norm_E = weight_ED.to(magnitude_E.dtype).square().sum(dim=1).sqrt()
+        # PEFT's own call, so that the quotient m / ||W|| starts at exactly one.
+        norm_E = cast("Tensor", torch.linalg.norm(weight_ED.to(magnitude_E.dtype), dim=1))
         if not bool(torch.isfinite(norm_E).all()):
             raise ModelError(f"the weight of {name} is not finite; load the base model anew")
         if not bool((norm_E > 0).all()):
