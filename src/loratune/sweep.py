@@ -12,6 +12,7 @@ results read, without one.
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loratune.analyse.cells import best_trial, cell_key, find_cells
+from loratune.analyse.cells import Cell, make_cells
 from loratune.engine.base import Engine, Finished, Progress, Snapshot
 from loratune.folder import ResultsFolder, replace_folder, working_folder
 from loratune.plan.build import Plan
@@ -34,6 +35,7 @@ from loratune.records import (
     TrialResult,
 )
 from loratune.store.database import Store
+from loratune.study.identity import cell_key
 from loratune.study.loading import LoadedStudy
 from loratune.study.schema import Study
 
@@ -85,8 +87,8 @@ class Workshop(Protocol):
 class Watcher(Protocol):
     """Somebody who watches a sweep: a progress bar, a log, a test."""
 
-    def begins(self, plan: Plan, *, num_finished: int) -> None:
-        """The sweep begins; `num_finished` trials of the plan stand already."""
+    def begins(self, plan: Plan, *, finished: frozenset[str]) -> None:
+        """The sweep begins; the trials of these ids stand already."""
         ...
 
     def trial_begins(self, trial: Trial) -> None:
@@ -101,7 +103,7 @@ class Watcher(Protocol):
         """A trial's outcome is in the store."""
         ...
 
-    def scores(self, trial: Trial, score: Score) -> None:
+    def scored(self, trial: Trial, score: Score) -> None:
         """A score is in the store."""
         ...
 
@@ -116,6 +118,10 @@ class Sweep:
 
     folder: ResultsFolder
     results: tuple[TrialResult, ...]
+
+    def statuses(self) -> dict[str, int]:
+        """How many trials have each status that occurs."""
+        return dict(Counter(result.status for result in self.results))
 
     @property
     def num_failed(self) -> int:
@@ -296,7 +302,7 @@ class _Loop:
                     continue
                 score, predictions = self.workshop.score(trial, adapter, task=task)
                 self.store.add_score(trial.trial_id, score, predictions)
-                self.watcher.scores(trial, score)
+                self.watcher.scored(trial, score)
 
     def _adapter(self, trial: Trial) -> Path | None:
         """Where the trial's adapter lies: here, or in the folder that trained it."""
@@ -311,20 +317,15 @@ class _Loop:
     def _settle(self, trials: tuple[Trial, ...]) -> None:
         """Score a cell's trials, choose its LR, and drop the adapters that are not kept."""
         self._score(self._results_of(trials), self._scored_before_selection())
-        results = self._results_of(trials)
-        (cell,) = find_cells(results)
-        chosen = [
-            result
-            for result in results
-            if result.status == "done" and result.trial.learning_rate == cell.best_learning_rate
-        ]
-        self._score(chosen, self._tasks())
-        if any(result.status not in FINAL_STATUSES for result in results):
-            return  # A failed trial is tried again: what is best is not known yet.
+        (cell,) = make_cells(self._results_of(trials))
+        if cell.best is not None:
+            self._score(cell.best.trials, self._tasks())
+        if any(result.status not in FINAL_STATUSES for result in cell.results):
+            return  # What failed is tried again: which trial is best is not known yet.
         kept = {
             "none": set[str](),
-            "best": {best_trial(chosen).trial_id} if chosen else set[str](),
-            "all": {result.trial.trial_id for result in results},
+            "best": _best_trial(cell),
+            "all": {trial.trial_id for trial in trials},
         }[self.study.keep_adapters]
         for trial in trials:
             if trial.trial_id not in kept and self.folder.adapter(trial.trial_id).is_dir():
@@ -338,6 +339,19 @@ class _Loop:
 
     def _results(self) -> tuple[TrialResult, ...]:
         return self.store.results(self.study.study, with_losses=False)
+
+
+def _best_trial(cell: Cell) -> set[str]:
+    """The id of the best seed's trial at the cell's best LR; none where no LR is eligible."""
+    if cell.best is None:
+        return set()
+    scored = [
+        (score, result.trial.trial_id)
+        for score, result in zip(cell.best.seed_scores, cell.best.trials, strict=True)
+        if score is not None
+    ]
+    best = max(scored) if cell.metric.higher_is_better else min(scored)
+    return {best[1]}
 
 
 def _failure(trial: Trial, error: Exception, *, seconds: float) -> Outcome:

@@ -2,8 +2,9 @@
 
 Divergence is an outcome with a step and a reason. The rule for "leaves for good" is ours: the loss
 of a batch lies above a line half-way from the untrained model's loss to that of a uniform guess
-(ln V), for as many updates on end as a fifth of the training (20 at least), or over the last 10% of
-updates. A learning rate that is merely bad ends below that line; a run that is broken sits on it
+(ln V), but at least one nat above the former (batches differ, and a model may start out worse than
+a guess), for as many updates on end as a fifth of the training (20 at least), or over the last 10%
+of updates. A learning rate that is merely bad ends below that line; a run that is broken sits on it
 however long one waits. Only the first rule saves time; both say the same of a finished run.
 """
 
@@ -36,7 +37,7 @@ class DivergenceWatch:
             return f"gradient norm is {grad_norm}"
         if update == 0:
             uniform = math.log(self.vocab_size)
-            self._line = max(loss, (loss + uniform) / 2) + 0.1
+            self._line = max(loss + 1.0, (loss + uniform) / 2)
         self._above = self._above + 1 if loss > self._line else 0
         patience = max(FEWEST_UPDATES, math.ceil(SHARE_OF_UPDATES * self.num_updates))
         if self._above >= patience:

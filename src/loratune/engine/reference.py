@@ -27,7 +27,7 @@ from loratune.engine.base import Event, Finished, Progress, Snapshot
 from loratune.engine.divergence import DivergenceWatch, last_tenth
 from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
 from loratune.methods import load_method
-from loratune.methods.base import Attached
+from loratune.methods.base import Attached, Method
 from loratune.models.load import Base
 from loratune.models.targets import target_modules
 from loratune.plan.horizon import lr_factor
@@ -49,11 +49,13 @@ class ReferenceEngine:
         data: Mapping[str, PreparedData],
         *,
         tokens_per_microbatch: int,
+        find_method: Callable[[str], Method] = load_method,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base = base
         self._data = data
         self._tokens_per_microbatch = tokens_per_microbatch
+        self._find_method = find_method
         self._clock = clock
 
     def train(
@@ -65,7 +67,14 @@ class ReferenceEngine:
         budget = self._tokens_per_microbatch
         started = self._clock()
         while True:
-            run = _Run(trial, self._base, rows, tokens_per_microbatch=budget, clock=self._clock)
+            run = _Run(
+                trial,
+                self._base,
+                rows,
+                method=self._find_method(trial.method.name),
+                tokens_per_microbatch=budget,
+                clock=self._clock,
+            )
             try:
                 yield from run.events(snapshot, wants_snapshot)
                 return
@@ -108,15 +117,18 @@ class _Run:
         base: Base,
         rows: PreparedData,
         *,
+        method: Method,
         tokens_per_microbatch: int,
         clock: Callable[[], float],
     ) -> None:
         self.trial = trial
+        self.method = method
         self.base = base
         self.rows = rows
         self.tokens_per_microbatch = tokens_per_microbatch
         self.clock = clock
         self.account = _Account()
+        self._pad_id = cast("int", base.tokenizer.pad_token_id)
 
     def events(
         self, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
@@ -127,7 +139,7 @@ class _Run:
         # Dropout is all that draws from torch's global generators; methods draw from their own.
         torch.manual_seed(_seed("dropout", trial.seed))
         targets = target_modules(base.model, trial.targets)
-        attached = load_method(trial.method.name).attach(base.model, trial, targets=targets)
+        attached = self.method.attach(base.model, trial, targets=targets)
         try:
             optimizer = _optimizer(attached, trial)
             watch = DivergenceWatch(trial.num_updates, vocab_size=base.model.config.vocab_size)
@@ -185,7 +197,7 @@ class _Run:
         for part in microbatches(
             train,
             indices,
-            pad_id=self.base.pad_id,
+            pad_id=self._pad_id,
             device=self.base.device,
             tokens_per_microbatch=self.tokens_per_microbatch,
         ):
@@ -240,7 +252,7 @@ class _Run:
         return mean_token_loss(
             attached.model,
             self.rows.validation,
-            pad_id=self.base.pad_id,
+            pad_id=self._pad_id,
             device=self.base.device,
             tokens_per_microbatch=self.tokens_per_microbatch,
         )

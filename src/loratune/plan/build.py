@@ -8,6 +8,7 @@ from loratune.errors import StudyError
 from loratune.plan.cost import Rate, TrialCost, trial_cost
 from loratune.plan.trials import DataKey, plan_trials
 from loratune.records import DataFacts, ModelFacts, Trial
+from loratune.study.identity import cell_key
 from loratune.study.schema import Study
 
 DEFAULT_TOKENS_PER_MICROBATCH = 16_384
@@ -76,7 +77,7 @@ def make_plan(
         raise StudyError(f"study {study.study!r} plans no trial")
     cost_of = _cached_cost(models, data, rate, tokens_per_microbatch)
     costs = tuple(cost_of(trial) for trial in trials)
-    cells = {_cell_key(trial) for trial in trials}
+    cells = {cell_key(trial) for trial in trials}
     return Plan(
         study=study,
         trials=trials,
@@ -140,24 +141,11 @@ def _cached_cost(
     return cost_of
 
 
-def _cell_key(trial: Trial) -> tuple[object, ...]:
-    """All that a cell's trials share: everything but id, LR and seed."""
-    return (
-        trial.model,
-        trial.rows,
-        trial.method,
-        trial.rank,
-        trial.alpha,
-        trial.batch_size,
-        trial.protocol,
-        trial.num_samples,
-        trial.schedule,
-        trial.warmup_steps,
-        trial.beta2_rule,
-    )
-
-
 def _disk_bytes(study: Study, costs: tuple[TrialCost, ...], *, num_cells: int) -> int:
-    """Adapters kept at the end, by the largest one, and about 4 KiB a trial in the database."""
-    kept = {"none": 0, "best": num_cells, "all": len(costs)}[study.keep_adapters]
+    """Adapters kept, by the largest one, and about 4 KiB a trial in the database.
+
+    While a cell is being trained all of its adapters are there.
+    """
+    in_a_cell = math.ceil(len(costs) / num_cells)
+    kept = {"none": 0, "best": num_cells + in_a_cell, "all": len(costs)}[study.keep_adapters]
     return kept * max(cost.adapter_bytes for cost in costs) + 4096 * len(costs)

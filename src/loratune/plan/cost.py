@@ -12,6 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from loratune.errors import AnalysisError
 from loratune.plan.targets import matched_linears
 from loratune.records import DataFacts, LinearShape, ModelFacts, Trial
 
@@ -65,6 +70,42 @@ def stated_rate(tflops: float) -> Rate:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A trial that was timed: FLOPs and seconds of its mean micro-batch, layers of its model."""
+
+    num_layers: int
+    flops: float
+    seconds: float
+
+
+def measured_rate(timings: Sequence[Timing], *, device: str) -> Rate:
+    """The rate that fits timed trials best: least squares in log seconds, floor and rate free.
+
+    Raises:
+        AnalysisError: no timed trial.
+    """
+    if not timings:
+        raise AnalysisError("no finished trial of these models to take a rate from; state --tflops")
+    layers = np.array([one.num_layers for one in timings], dtype=float)
+    flops = np.array([one.flops for one in timings])
+    seconds = np.array([one.seconds for one in timings])
+
+    def error(log_parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        floor, rate = np.exp(log_parameters)
+        return np.log(np.maximum(floor * layers, flops / rate) / seconds)
+
+    # Both bounds are reached by some trial: the fastest micro-batch, the best arithmetic.
+    start = np.log([np.min(seconds / layers), np.max(flops / seconds)])
+    floor, rate = np.exp(least_squares(error, start).x)
+    return Rate(
+        device=f"{device} (measured on {len(timings)} trials)",
+        seconds_per_layer=float(floor),
+        flops_per_second_per_width=math.inf,
+        max_flops_per_second=float(rate),
+    )
+
+
 def flops_per_token(
     model: ModelFacts,
     *,
@@ -95,10 +136,11 @@ def flops_per_token(
 
 @dataclass(frozen=True, slots=True)
 class TrialCost:
-    """What one trial trains on and needs."""
+    """What one trial trains on and needs; a full batch is cut into `num_microbatches`."""
 
     num_tokens: float
     flops: float
+    num_microbatches: int
     seconds: float
     peak_memory_bytes: int
     adapter_bytes: int
@@ -140,6 +182,7 @@ def trial_cost(
     return TrialCost(
         num_tokens=num_tokens,
         flops=flops,
+        num_microbatches=microbatches,
         seconds=trial.num_updates * seconds,
         peak_memory_bytes=(
             model.num_parameters * BYTES[trial.precision]

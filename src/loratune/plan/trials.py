@@ -11,7 +11,7 @@ from itertools import product
 
 from loratune.plan.horizon import horizon, warmup_steps
 from loratune.plan.targets import check_rank, matched_linears
-from loratune.records import DataFacts, MethodChoice, ModelFacts, Trial
+from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import IDENTITY_VERSION, content_id
 from loratune.study.methods import describe
 from loratune.study.schema import Beta2, Optimizer, Study
@@ -45,17 +45,18 @@ def _crossed(
 ) -> Iterator[Trial]:
     rates = study.learning_rates()
     optimizer = study.optimizer
-    ranked = _ranked(study)
+    adapters = [
+        (method, rank, alpha, describe(method.name).scale_of(rank=rank, alpha=alpha))
+        for method, rank, alpha in study.adapters()
+    ]
     for source, rows in product(study.model, study.data.rows):
         model, facts = models[source], data[source, rows]
-        for rank in study.rank:
+        for rank in {rank for _, rank, _, _ in adapters}:
             check_rank(model, study.targets, rank=rank)
         targets = _canonical_targets(model, study.targets)
         provisional = model.provisional or facts.provisional
         prefix = "provisional" if provisional else "trial"
-        for protocol, schedule, rule in product(
-            study.protocol, study.schedule, optimizer.beta2
-        ):
+        for protocol, schedule, rule in product(study.protocol, study.schedule, optimizer.beta2):
             horizons = {
                 size: horizon(protocol, num_train_rows=facts.num_train_rows, batch_size=size)
                 for size in study.batch_size
@@ -65,7 +66,7 @@ def _crossed(
                 for size, length in horizons.items()
             }
             beta2s = {size: _beta2(rule, optimizer, facts, size) for size in study.batch_size}
-            for (method, rank, alpha, scale), size in product(ranked, study.batch_size):
+            for (method, rank, alpha, scale), size in product(adapters, study.batch_size):
                 length = horizons[size]
                 shared = content_id(
                     "shared",
@@ -134,16 +135,6 @@ def _canonical_targets(model: ModelFacts, targets: Sequence[str]) -> list[str]:
     if any("." in target for target in targets):
         return sorted(targets)
     return sorted({linear.name for linear in matched_linears(model, targets)})
-
-
-def _ranked(study: Study) -> list[tuple[MethodChoice, int, float, float]]:
-    """(method, rank, alpha, scale) for every combination of the study, alpha as a number."""
-    ranked = list[tuple[MethodChoice, int, float, float]]()
-    for method, rank, rule in product(study.methods_chosen(), study.rank, study.alpha):
-        alpha = {"rank": float(rank), "2*rank": 2.0 * rank}.get(str(rule)) or float(rule)
-        scale = describe(method.name).scale_of(rank=rank, alpha=alpha)
-        ranked.append((method, rank, alpha, scale))
-    return ranked
 
 
 def _beta2(rule: Beta2, optimizer: Optimizer, facts: DataFacts, batch_size: int) -> float:

@@ -1,9 +1,15 @@
-"""Canonical JSON and the prefixed hashes made of it: what makes two trials the same trial."""
+"""What makes two trials the same trial, and what makes them trials of the same cell.
+
+Ids are prefixed hashes of canonical JSON.
+"""
 
 import hashlib
 import json
+from dataclasses import fields
+from operator import attrgetter
 
 from loratune.errors import StudyError
+from loratune.records import Trial
 
 # Changes when the meaning of a trial's fields changes, so that old and new numbers never mix.
 IDENTITY_VERSION = 1
@@ -24,3 +30,13 @@ def canonical_json(value: object) -> str:
 def content_id(prefix: str, value: object) -> str:
     """`prefix-` and the first 20 hex digits (80 bits) of SHA-256 over the canonical JSON."""
     return f"{prefix}-{hashlib.sha256(canonical_json(value).encode()).hexdigest()[:20]}"
+
+
+# `rows` is left out as well: N asked for and all rows can be the same rows (same fingerprint).
+_WITHIN_CELL = frozenset({"trial_id", "provisional", "learning_rate", "seed", "rows"})
+_OF_CELL = attrgetter(*(one.name for one in fields(Trial) if one.name not in _WITHIN_CELL))
+
+
+def cell_key(trial: Trial) -> tuple[object, ...]:
+    """All that the trials of a cell share: everything but LR and seed."""
+    return _OF_CELL(trial)

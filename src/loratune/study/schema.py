@@ -40,7 +40,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _source(value: Any) -> Any:
+def source_of(value: Any) -> Any:
+    """The short form of a source, a text, as the fields of a `Source`."""
     if not isinstance(value, str):
         return value
     if value.startswith("demo:"):
@@ -78,7 +79,7 @@ class Validation(Section):
         default=None,
         description="field whose equal values stay on one side; left out: the normalised prompt",
     )
-    file: Annotated[Source, BeforeValidator(_source)] | None = Field(
+    file: Annotated[Source, BeforeValidator(source_of)] | None = Field(
         default=None,
         description="a file of validation rows; all rows of train are then training rows",
     )
@@ -95,7 +96,7 @@ class Validation(Section):
 class Data(Section):
     """The rows, how they become text, and which of them train and validate."""
 
-    train: Annotated[Source, BeforeValidator(_source)] = Field(
+    train: Annotated[Source, BeforeValidator(source_of)] = Field(
         description="hub id, a .jsonl, .json, .csv or .parquet file, or demo:task"
     )
     prompt: str | None = Field(
@@ -346,7 +347,7 @@ class Task(Section):
     """A test to score adapters on; what is left out is the task's own default."""
 
     name: str
-    data: Annotated[Source, BeforeValidator(_source)] | None = Field(
+    data: Annotated[Source, BeforeValidator(source_of)] | None = Field(
         default=None, description="the questions, where they are not the task's own hub data set"
     )
     prompt: str | None = Field(default=None, description="decoding prompt, a text with {prompt}")

@@ -1,0 +1,302 @@
+"""The Python API: what the command line calls, each a plain function over files and records.
+
+Functions that train import torch when they are called; the others never do.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratune.analyse.cells import cells_table
+from loratune.analyse.compare import Comparison, compare_methods
+from loratune.analyse.tables import results_table
+from loratune.errors import StudyError
+from loratune.folder import open_results
+from loratune.plan.build import Plan, make_plan
+from loratune.plan.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
+from loratune.progress import ProgressLine
+from loratune.recommend.recommendation import Recommendation, recommend_all
+from loratune.report.page import ReportPaths, write_report
+from loratune.study.loading import LoadedStudy, load_study, parse_study
+from loratune.study.methods import describe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from loratune.sweep import Sweep
+    from loratune.workshop import Survey
+
+__all__ = [
+    "cells",
+    "compare",
+    "demo_study",
+    "load_study",
+    "new_study",
+    "plan",
+    "recommend",
+    "report",
+    "results",
+    "run",
+    "tune",
+]
+
+# What `tune` and `compare` sweep: wide enough for an interior optimum on most data, two seeds so
+# that an interval exists. Batch sizes stop where an epoch would have fewer than 8 updates.
+GRID_BATCH_SIZES = (2, 8, 32, 128)
+GRID_LEARNING_RATES = "[5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]"
+FEWEST_UPDATES_IN_GRID = 8
+HELD_OUT_SHARE, MOST_HELD_OUT = 10, 512
+
+
+def plan_with_remarks(
+    loaded: LoadedStudy, *, tflops: float | None = None, like: str | Path | None = None
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan of a study, and what had to be taken from its declarations, in plain words.
+
+    Args:
+        loaded: the study.
+        tflops: a rate of your own in TFLOP/s; left out: a stated H100 rate.
+        like: a results folder whose finished trials give the rate of the device they ran on.
+
+    Raises:
+        LoratuneError: the study can't be planned.
+    """
+    from loratune.workshop import survey
+
+    found = survey(loaded, download=False)
+    rate = H100
+    if tflops is not None:
+        if not 0 < tflops < float("inf"):
+            raise StudyError(f"tflops={tflops:g}; give a positive number")
+        rate = stated_rate(tflops)
+    elif like is not None:
+        rate = _measured_rate(like, found)
+    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate)
+    return made, found.remarks
+
+
+def plan(
+    loaded: LoadedStudy, *, tflops: float | None = None, like: str | Path | None = None
+) -> Plan:
+    """What a study would train and cost; trains, downloads and writes nothing.
+
+    See `plan_with_remarks`, which also says what was declared rather than read.
+    """
+    return plan_with_remarks(loaded, tflops=tflops, like=like)[0]
+
+
+def _measured_rate(folder: str | Path, found: "Survey") -> Rate:
+    """The rate of the trials in a results folder whose models and rows this study has, too."""
+    _, store, record = open_results(folder)
+    with store:
+        measured = [result for result in store.results(record.name) if result.status == "done"]
+    by_data = {facts.fingerprint: facts for facts in found.data.values()}
+    timings = list[Timing]()
+    for result in measured:
+        trial, outcome = result.trial, result.outcome
+        model, data = found.models.get(trial.model), by_data.get(trial.data_fingerprint)
+        if model is None or data is None or outcome is None:
+            continue
+        assert outcome.rows_per_microbatch is not None
+        cost = trial_cost(
+            trial,
+            model=model,
+            data=data,
+            rate=H100,
+            tokens_per_microbatch=outcome.rows_per_microbatch * data.max_row_tokens,
+        )
+        count = trial.num_updates * cost.num_microbatches
+        timings.append(Timing(model.num_layers, cost.flops / count, outcome.seconds / count))
+    return measured_rate(timings, device=f"the device of {folder}")
+
+
+def run(
+    loaded: LoadedStudy,
+    *,
+    out: str | Path,
+    store: str | None = None,
+    device: str | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> "Sweep":
+    """Train a study's trials, or go on where it stopped; then write the report.
+
+    Args:
+        loaded: the study, from `load_study`.
+        out: the results folder.
+        store: address of a database outside the folder, shared with other studies.
+        device: cpu, cuda or cuda:N; left out: a GPU if there is one.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        trust_remote_code: let a model's own Python code run.
+        quiet: no progress on stderr.
+        should_stop: asked after every update; True ends the sweep with a snapshot.
+
+    Raises:
+        LoratuneError: the request is wrong; nothing was written.
+        sweep.Interrupted: `should_stop` said so; the same call goes on.
+    """
+    from loratune.sweep import run_sweep
+    from loratune.workshop import ReferenceWorkshop, choose_device
+
+    workshop = ReferenceWorkshop(
+        loaded,
+        choose_device(device),
+        gradient_checkpointing=gradient_checkpointing,
+        trust_remote_code=trust_remote_code,
+    )
+    with ProgressLine(quiet=quiet) as line:
+        sweep = run_sweep(
+            loaded, out=out, workshop=workshop, watcher=line, store=store, should_stop=should_stop
+        )
+    report(out)
+    return sweep
+
+
+def results(folder: str | Path, *, all_scores: bool = False) -> "pd.DataFrame":
+    """One row a trial, the columns that others rely on.
+
+    Raises:
+        StoreError: not a results folder.
+    """
+    _, store, record = open_results(folder)
+    with store:
+        found = store.results(record.name, with_losses=False)
+        return results_table(found)
+
+
+def cells(folder: str | Path) -> "pd.DataFrame":
+    """One row a cell: its best LR and its score there."""
+    _, store, record = open_results(folder)
+    with store:
+        return cells_table(store.results(record.name, with_losses=False))
+
+
+def recommend(
+    folder: str | Path, *, method: str | None = None, margin: float = 0.005
+) -> tuple[Recommendation, ...]:
+    """One recommendation for every curve of the study that is a choice of its own.
+
+    Args:
+        folder: a results folder.
+        method: only this one.
+        margin: how much worse than the best loss counts as good, as a fraction.
+    """
+    _, store, record = open_results(folder)
+    with store:
+        found = store.results(record.name, with_losses=False)
+    return recommend_all(found, method=method, margin=margin)
+
+
+def compare(folder: str | Path) -> Comparison:
+    """Every method against lora, each at its own best batch size and LR."""
+    _, store, record = open_results(folder)
+    with store:
+        return compare_methods(store.results(record.name, with_losses=False))
+
+
+def report(folder: str | Path) -> ReportPaths:
+    """Write DIR/report.html and DIR/figures/ from what is in the store."""
+    place, store, record = open_results(folder)
+    with store:
+        return write_report(
+            place.root,
+            study=record,
+            results=store.results(record.name),
+            summaries=store.data_summaries(record.name),
+        )
+
+
+def demo_study() -> LoadedStudy:
+    """The study of `loratune demo`: shipped model and data, minutes on two cores."""
+    text = resources.files("loratune").joinpath("demo.yaml").read_text(encoding="utf-8")
+    return parse_study(text, name="demo.yaml", folder=Path.cwd())
+
+
+def tune(
+    *,
+    model: str,
+    data: str,
+    out: str | Path,
+    method: str = "lora",
+    rank: int = 16,
+    device: str | None = None,
+    quiet: bool = False,
+) -> tuple[Recommendation, ...]:
+    """The batch size and LR for a model and data: a sweep of both, then the recommendation.
+
+    Raises:
+        LoratuneError: model or data can't be used, or the fields of the data can't be told.
+    """
+    loaded = new_study(model=model, data=data, methods=[method], rank=rank, device=device)
+    run(loaded, out=out, device=device, quiet=quiet)
+    return recommend(out)
+
+
+def new_study(
+    *, model: str, data: str, methods: Sequence[str], rank: int = 16, device: str | None = None
+) -> LoadedStudy:
+    """A complete study for a model and data: fields found by their names, a grid that fits.
+
+    Paths are relative to the working directory. Raises:
+        LoratuneError: no such data or method, or fields that can't be told; it lists the columns.
+    """
+    from loratune.data.fields import detect_fields
+    from loratune.data.sources import read_rows
+    from loratune.study.schema import Source, source_of
+    from loratune.workshop import choose_device
+
+    for name in methods:
+        describe(name)
+    here = Path.cwd()
+    rows = read_rows(Source.model_validate(source_of(data)), folder=here)
+    fields = detect_fields(rows)
+    held_out = max(1, min(MOST_HELD_OUT, len(rows) // HELD_OUT_SHARE))
+    most = max(1, (len(rows) - held_out) // FEWEST_UPDATES_IN_GRID)
+    sizes = [size for size in GRID_BATCH_SIZES if size <= most] or [1]
+    on_gpu = choose_device(device).type == "cuda"
+    chosen = {key: value for key, value in dataclasses.asdict(fields).items() if value is not None}
+    template = "chat" if fields.messages is not None else "alpaca"
+    text = _NEW_STUDY.format(
+        model=json.dumps(model),
+        precision="bfloat16" if on_gpu else "float32",
+        train=json.dumps(data),
+        fields="\n".join(f"  {key}: {json.dumps(value)}" for key, value in chosen.items()),
+        template=template,
+        held_out=held_out,
+        methods=json.dumps(list(methods)),
+        rank=rank,
+        batch_sizes=json.dumps(sizes),
+        learning_rates=GRID_LEARNING_RATES,
+    )
+    return parse_study(text, name="the study made for you", folder=here)
+
+
+_NEW_STUDY = """\
+# Written for you; every key can be changed, and `loratune run` takes the file as it is.
+study: tuned
+model: {model}
+precision: {precision}          # of the frozen base; the adapter is float32
+data:
+  train: {train}
+{fields}
+  template: {template}
+  max_tokens: 1024
+  too_long: drop
+  validation: {{rows: {held_out}}}   # held out by equal prompts; they choose the LR and batch size
+protocol: {{kind: fixed_samples, epochs: 1}}
+methods: {methods}
+rank: {rank}
+alpha: rank
+targets: all-linear
+batch_size: {batch_sizes}
+learning_rate: {learning_rates}
+seeds: 2                     # two are the fewest that give an interval
+schedule: {{kind: cosine, warmup_ratio: 0.0}}
+select_on: validation_loss
+keep_adapters: best
+"""

@@ -1,0 +1,408 @@
+"""The command line: parse, call one function, print, set the exit code.
+
+Results go to stdout, progress and remarks to stderr. Exit codes: 0 done (diverged trials and
+undecided answers are answers), 1 something failed, 2 the request was wrong, 130 interrupted.
+Everything heavy is imported by the command that needs it: `loratune init` must not wait for torch.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loratune.errors import LoratuneError
+
+if TYPE_CHECKING:
+    from loratune.sweep import Sweep
+
+app = typer.Typer(
+    help="Finds the batch size and learning rate that train a LoRA adapter best.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Scale(StrEnum):
+    """The scale of a preset."""
+
+    paper = "paper"
+    small = "small"
+
+
+class Format(StrEnum):
+    """How a table is written."""
+
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `loratune run` wrote.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The results folder.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="A database outside the folder, shared with other studies."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda or cuda:N; left out: a GPU if there is one."),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Compute activations twice instead of keeping them."
+    ),
+]
+RemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let a model's own Python code run. Off by default."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="How the table is written.")]
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write there, not to stdout.")
+]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="Only this method, where the study has several.")
+]
+Margin = Annotated[
+    float,
+    typer.Option("--margin", help="How much worse than the best loss is as good, as a fraction."),
+]
+
+
+def main() -> None:
+    """The entry point `loratune`."""
+    try:
+        app()
+    except LoratuneError as error:
+        _say(f"loratune: {error}")
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output has gone, as `loratune results DIR | head` does.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo-results"),
+    *,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sweep batch size and LR of three methods on a shipped model: no GPU, no network, minutes."""
+    from loratune import api
+
+    with _stoppable() as should_stop:
+        sweep = api.run(
+            api.demo_study(), out=out, device="cpu", quiet=quiet, should_stop=should_stop
+        )
+    _print_answer(sweep, as_json=as_json)
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="A preset, such as fig1.")],
+    *,
+    scale: Annotated[
+        Scale, typer.Option(help="paper: as published; small: what one GPU does in minutes.")
+    ] = Scale.small,
+    as_json: Json = False,
+) -> None:
+    """Print a commented study file: `loratune init fig1 --scale small > fig1.yaml`."""
+    from loratune.study.presets import preset_text
+
+    text = preset_text(name, scale=scale.value)
+    _print(json.dumps({"name": name, "scale": scale.value, "text": text}) if as_json else text)
+
+
+@app.command()
+def plan(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or - for stdin.")],
+    *,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="State your device's rate in TFLOP/s instead of the built-in H100's."),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Take the rate measured in this results folder."),
+    ] = None,
+    trials: Annotated[bool, typer.Option("--trials", help="List every trial as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a study would train and cost. Trains, downloads and writes nothing."""
+    from loratune import api
+    from loratune.report.text import plan_text
+
+    planned, remarks = api.plan_with_remarks(_study(study), tflops=tflops, like=like)
+    for remark in remarks:
+        _say(remark)
+    if as_json:
+        body = planned.to_json()
+        if trials:
+            body["trials"] = api.trials_json(planned)
+        _print(json.dumps(body, indent=2))
+    else:
+        _print(plan_text(planned, list_trials=trials))
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or - for stdin.")],
+    out: Out,
+    *,
+    store: StoreOption = None,
+    device: Device = None,
+    gradient_checkpointing: Checkpointing = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a study's trials, or go on where it stopped; then report and recommend."""
+    from loratune import api
+
+    with _stoppable() as should_stop:
+        sweep = api.run(
+            _study(study),
+            out=out,
+            store=store,
+            device=device,
+            gradient_checkpointing=gradient_checkpointing,
+            trust_remote_code=trust_remote_code,
+            quiet=quiet,
+            should_stop=should_stop,
+        )
+    _print_answer(sweep, as_json=as_json)
+
+
+@app.command()
+def results(
+    folder: Folder,
+    *,
+    format: FormatOption = Format.csv,
+    all_scores: Annotated[
+        bool, typer.Option("--all-scores", help="Also scores that the study does not ask for.")
+    ] = False,
+    output: OutputFile = None,
+    as_json: Json = False,
+) -> None:
+    """One row a trial."""
+    from loratune import api
+    from loratune.analyse.tables import write_table
+
+    table = api.results(folder, all_scores=all_scores)
+    write_table(table, format="json" if as_json else format.value, output=output)
+
+
+@app.command()
+def cells(
+    folder: Folder,
+    *,
+    format: FormatOption = Format.csv,
+    output: OutputFile = None,
+    as_json: Json = False,
+) -> None:
+    """One row a cell: its best LR and its score there."""
+    from loratune import api
+    from loratune.analyse.tables import write_table
+
+    write_table(api.cells(folder), format="json" if as_json else format.value, output=output)
+
+
+@app.command()
+def recommend(
+    folder: Folder,
+    *,
+    method: MethodOption = None,
+    margin: Margin = 0.005,
+    as_json: Json = False,
+) -> None:
+    """The batch size and LR to use, how sure, and why; or why it can't be said."""
+    from loratune import api
+    from loratune.report.text import recommendation_text
+
+    answers = api.recommend(folder, method=method, margin=margin)
+    if as_json:
+        _print(_json_of([answer.to_json() for answer in answers]))
+    else:
+        _print("\n\n".join(recommendation_text(answer) for answer in answers))
+
+
+@app.command()
+def report(folder: Folder, *, as_json: Json = False) -> None:
+    """Write DIR/report.html and DIR/figures/ again from what is in the store."""
+    from loratune import api
+
+    paths = api.report(folder)
+    if as_json:
+        _print(json.dumps({"page": str(paths.page), "figures": [str(f) for f in paths.figures]}))
+    else:
+        _print(str(paths.page))
+
+
+@app.command()
+def compare(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A folder that `loratune run` wrote.")
+    ] = None,
+    *,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to train and compare, as lora,pissa.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, file.gguf or demo:1m.")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub id, file or demo:task.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The results folder.")] = None,
+    rank: Annotated[int, typer.Option(help="r of every adapter.")] = 16,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare methods, each at its own best batch size and LR, against LoRA."""
+    from loratune import api
+    from loratune.report.text import comparison_text
+
+    if folder is None:
+        sweep = _new_study(
+            model=model,
+            data=data,
+            out=out,
+            methods=(methods or "").split(",") if methods else None,
+            rank=rank,
+            device=device,
+            quiet=quiet,
+        )
+        folder = sweep.folder.root
+    elif methods or model or data or out:
+        raise typer.BadParameter("give DIR to analyse it, or --methods, --model, --data and --out")
+    compared = api.compare(folder)
+    _print(_json_of(compared.to_json()) if as_json else comparison_text(compared))
+
+
+@app.command()
+def tune(
+    *,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, file.gguf or demo:1m.")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub id, file or demo:task.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The results folder.")] = None,
+    method: Annotated[str, typer.Option(help="The LoRA variant to tune.")] = "lora",
+    rank: Annotated[int, typer.Option(help="r of the adapter.")] = 16,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the batch size and LR for your model and data: writes a study, runs it, answers."""
+    sweep = _new_study(
+        model=model, data=data, out=out, methods=[method], rank=rank, device=device, quiet=quiet
+    )
+    _print_answer(sweep, as_json=as_json)
+
+
+def _new_study(
+    *,
+    model: str | None,
+    data: str | None,
+    out: Path | None,
+    methods: list[str] | None,
+    rank: int,
+    device: str | None,
+    quiet: bool,
+) -> "Sweep":
+    """A complete study file, written and printed, then run."""
+    from loratune import api
+
+    if model is None or data is None or out is None or methods is None:
+        missing = {"--model": model, "--data": data, "--out": out, "--methods": methods}
+        raise typer.BadParameter(
+            f"missing {', '.join(name for name, given in missing.items() if given is None)}"
+        )
+    loaded = api.new_study(model=model, data=data, methods=methods, rank=rank, device=device)
+    _say(loaded.text)
+    with _stoppable() as should_stop:
+        return api.run(loaded, out=out, device=device, quiet=quiet, should_stop=should_stop)
+
+
+def _study(path: str) -> Any:
+    from loratune.study.loading import load_study, parse_study
+
+    if path == "-":
+        return parse_study(sys.stdin.read(), name="<stdin>", folder=Path.cwd())
+    return load_study(path)
+
+
+def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
+    """The curve, the recommendation, where the report is; exit code 1 if a trial failed."""
+    from loratune import api
+    from loratune.report.text import curve_text, recommendation_text
+
+    answers = api.recommend(sweep.folder.root)
+    if as_json:
+        body = {
+            "folder": str(sweep.folder.root),
+            "report": str(sweep.folder.root / "report.html"),
+            "statuses": sweep.statuses(),
+            "recommendations": [answer.to_json() for answer in answers],
+        }
+        _print(_json_of(body))
+    else:
+        parts = [curve_text(sweep.results)]
+        parts += [recommendation_text(answer) for answer in answers]
+        parts.append(f"report: {sweep.folder.root / 'report.html'}")
+        _print("\n\n".join(parts))
+    if sweep.num_failed:
+        _say(
+            f"loratune: {sweep.num_failed} of {len(sweep.results)} trials failed; "
+            f"`loratune results {sweep.folder.root}` says why, running again tries them again"
+        )
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C once: stop at the next update, with a snapshot. Twice: stop at once."""
+    from loratune.sweep import Interrupted
+
+    asked = False
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        _say("stopping after this update; Ctrl-C again stops at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    except Interrupted as error:
+        _say(f"loratune: {error}")
+        raise typer.Exit(130) from error
+    except KeyboardInterrupt as error:
+        _say("loratune: stopped at once; the same command goes on from the last snapshot")
+        raise typer.Exit(130) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _json_of(value: object) -> str:
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def _print(text: str) -> None:
+    typer.echo(text)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

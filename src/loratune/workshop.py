@@ -1,0 +1,325 @@
+"""The training wing of one study on one device: real models, real rows, the reference engine.
+
+`survey` finds out what planning needs; `ReferenceWorkshop` also trains and scores. Bases are loaded
+when a trial first needs one and stay until a trial of another model does.
+"""
+
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from loratune.data.prepare import PreparedData, prepare
+from loratune.engine.base import Engine, Snapshot
+from loratune.engine.reference import ReferenceEngine
+from loratune.engine.snapshot import load_snapshot, save_snapshot
+from loratune.errors import CapacityError, DataError, LoratuneError, ModelError
+from loratune.evaluate.questions import Question, TaskQuestions
+from loratune.evaluate.score import score_task
+from loratune.evaluate.tasks import ask, ask_validation, check_tasks, load_questions
+from loratune.models.describe import describe_model
+from loratune.models.load import Base, load_base, load_tokenizer
+from loratune.plan.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
+from loratune.plan.cost import H100, Rate, tokens_that_fit
+from loratune.plan.shapes import declared_data_facts, declared_model_facts
+from loratune.plan.trials import DataKey
+from loratune.records import (
+    DataFacts,
+    DataSummary,
+    ModelFacts,
+    Prediction,
+    Provenance,
+    Score,
+    Trial,
+)
+from loratune.study.loading import LoadedStudy
+from loratune.study.schema import Study
+
+# Narrow models on a CPU gain nothing from larger micro-batches, and lose cache.
+TOKENS_PER_MICROBATCH_ON_CPU = 4096
+VERSIONED = ("loratune", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found of a study's models and data.
+
+    `prepared` holds the rows where they could be read, keyed by data fingerprint; `remarks` says in
+    plain words what had to be taken from the study's declarations.
+    """
+
+    models: Mapping[str, ModelFacts]
+    data: Mapping[DataKey, DataFacts]
+    prepared: Mapping[str, PreparedData]
+    remarks: tuple[str, ...] = ()
+
+    def summaries(self) -> dict[str, DataSummary]:
+        """What became of the rows, by data fingerprint."""
+        return {fingerprint: rows.summary for fingerprint, rows in self.prepared.items()}
+
+
+def survey(
+    loaded: LoadedStudy,
+    *,
+    download: bool,
+    trust_remote_code: bool = False,
+    test_questions: Mapping[str, tuple[str, ...]] | None = None,
+) -> Survey:
+    """Find out what planning needs of the study's models and data.
+
+    Args:
+        loaded: the study.
+        download: True fetches from the hub what is not there, and fails where it can't; False
+            fetches nothing and falls back on what the study declares.
+        trust_remote_code: whether a model's own Python code may run.
+        test_questions: each task's raw questions, to find training rows that stand in a test.
+
+    Raises:
+        ModelError, DataError: model or data can't be had, and nothing is declared in their place.
+    """
+    study = loaded.study
+    models = dict[str, ModelFacts]()
+    data = dict[DataKey, DataFacts]()
+    prepared = dict[str, PreparedData]()
+    remarks = list[str]()
+    for name in study.model:
+        source = model_source(name, folder=loaded.folder)
+        try:
+            facts = describe_model(source, download=download, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(
+                source, download=download, trust_remote_code=trust_remote_code
+            )
+        except ModelError as error:
+            declared = study.declared.models.get(name)
+            if download or declared is None:
+                raise
+            models[name] = declared_model_facts(name, declared)
+            remarks.append(f"model {name}: planned from its declared shape ({error})")
+            for rows in study.data.rows:
+                data[name, rows] = _declared_rows(study, rows, error)
+            continue
+        models[name] = replace(facts, source=name)
+        try:
+            source_rows = prepare(
+                study.data,
+                tokenizer=tokenizer,
+                folder=loaded.folder,
+                test_questions=test_questions,
+                download=download,
+            )
+        except DataError as error:
+            if download or study.declared.data is None:
+                raise
+            remarks.append(f"data: planned from the declared counts ({error})")
+            for rows in study.data.rows:
+                data[name, rows] = _declared_rows(study, rows, error)
+            continue
+        for rows in study.data.rows:
+            chosen = source_rows.choose(rows)
+            data[name, rows] = chosen.facts
+            prepared[chosen.facts.fingerprint] = chosen
+    return Survey(models, data, prepared, tuple(remarks))
+
+
+def model_source(name: str, *, folder: Path) -> str:
+    """A study's model name as something to load: a path is relative to the study file."""
+    beside = folder / Path(name).expanduser()
+    return str(beside) if not name.startswith("demo:") and beside.exists() else name
+
+
+def _declared_rows(study: Study, rows: int | None, error: LoratuneError) -> DataFacts:
+    if study.declared.data is None:
+        raise DataError(
+            "the rows can't be tokenised without the model, and the study declares no counts; "
+            "add declared: {data: {rows: , mean_tokens: , mean_target_tokens: }}"
+        ) from error
+    return declared_data_facts(study.data, study.declared.data, rows=rows)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the first CUDA device, or the CPU.
+
+    Raises:
+        CapacityError: no such device on this machine.
+    """
+    if name is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CapacityError(f"device {name!r} is unknown; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise CapacityError(f"device {name!r} is not here: {count} CUDA devices; give cpu")
+        return torch.device("cuda", device.index or 0)
+    if device.type != "cpu":
+        raise CapacityError(f"device {name!r} is not supported; give cpu, cuda or cuda:N")
+    return device
+
+
+@dataclass
+class ReferenceWorkshop:
+    """Models, rows and the reference engine for one study on one device."""
+
+    loaded: LoadedStudy
+    device: torch.device
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    rate: Rate = H100
+    _base: Base | None = field(default=None, init=False)
+
+    def plan(self) -> Plan:
+        """See `sweep.Workshop`.
+
+        Raises:
+            LoratuneError: what the study asks for can't be had or can't be done.
+        """
+        return make_plan(
+            self.loaded.study,
+            models=self._survey.models,
+            data=self._survey.data,
+            rate=self.rate,
+        )
+
+    def data_summaries(self) -> Mapping[str, DataSummary]:
+        """See `sweep.Workshop`."""
+        return self._survey.summaries()
+
+    def provenance(self) -> Provenance:
+        """See `sweep.Workshop`."""
+        return Provenance(
+            engine=ReferenceEngine.name,
+            device=_device_name(self.device),
+            versions=(("python", platform.python_version()), *_versions()),
+            commit=_commit(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+
+    def engine(self, trial: Trial) -> Engine:
+        """See `sweep.Workshop`."""
+        base = self._base_of(trial)
+        rows = self._survey.prepared
+        return ReferenceEngine(base, rows, tokens_per_microbatch=self._tokens_per_microbatch(trial))
+
+    def score(
+        self, trial: Trial, adapter: Path, *, task: str
+    ) -> tuple[Score, tuple[Prediction, ...]]:
+        """See `sweep.Workshop`."""
+        base = self._base_of(trial)
+        return score_task(base, adapter, self._asked(trial, base, task=task))
+
+    def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
+        """See `sweep.Workshop`."""
+        save_snapshot(path, snapshot)
+
+    def load_snapshot(self, path: Path) -> Snapshot | None:
+        """See `sweep.Workshop`."""
+        return load_snapshot(path)
+
+    @cached_property
+    def _survey(self) -> Survey:
+        study = self.loaded.study
+        check_tasks(study.evaluate.tasks)
+        asked = {
+            name: tuple(question.text for question in questions)
+            for name, questions in self._questions.items()
+        }
+        return survey(
+            self.loaded,
+            download=True,
+            trust_remote_code=self.trust_remote_code,
+            test_questions=asked,
+        )
+
+    @cached_property
+    def _questions(self) -> dict[str, tuple[Question, ...]]:
+        """The test tasks' questions; loading them early refuses a study that can't be scored."""
+        return {
+            task.name: load_questions(task, folder=self.loaded.folder)
+            for task in self.loaded.study.evaluate.tasks
+            if task.name != "validation"
+        }
+
+    def _asked(self, trial: Trial, base: Base, *, task: str) -> TaskQuestions:
+        study = self.loaded.study
+        given = next((one for one in study.evaluate.tasks if one.name == task), None)
+        rows = self._survey.prepared[trial.data_fingerprint]
+        if task == "validation":
+            return ask_validation(
+                rows.validation_examples,
+                given=given,
+                data=study.data,
+                tokenizer=base.tokenizer,
+                end_ids=rows.end_ids,
+            )
+        assert given is not None
+        return ask(
+            given,
+            self._questions[task],
+            data=study.data,
+            tokenizer=base.tokenizer,
+            end_ids=rows.end_ids,
+        )
+
+    def _base_of(self, trial: Trial) -> Base:
+        source = model_source(trial.model, folder=self.loaded.folder)
+        if self._base is None or self._base.source != source:
+            self._base = None  # The old base goes before the new one comes.
+            self._base = load_base(
+                source,
+                precision=self.loaded.study.precision,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )
+            if self._base.fingerprint != trial.model_fingerprint:
+                raise ModelError(
+                    f"model {trial.model} changed on disk since the study was planned; run it again"
+                )
+        return self._base
+
+    def _tokens_per_microbatch(self, trial: Trial) -> int:
+        """From the device's whole memory, not what is free now: the cut decides rounding."""
+        if self.device.type != "cuda":
+            return TOKENS_PER_MICROBATCH_ON_CPU
+        facts = self._survey.models[trial.model]
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        assert self._base is not None
+        weights = sum(p.numel() * p.element_size() for p in self._base.model.parameters())
+        return tokens_that_fit(
+            total - weights,
+            model=facts,
+            trial=trial,
+            max_row_tokens=self._survey.data[trial.model, trial.rows].max_row_tokens,
+            most=DEFAULT_TOKENS_PER_MICROBATCH,
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in VERSIONED)
+
+
+def _commit() -> str | None:
+    """The commit of a checkout that loratune runs from; None for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    asked = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None
