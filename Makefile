@@ -23,7 +23,7 @@ check: $(DEV) ## format, lint, types, import layers, docs
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: check ## check, and the default tests
 	$(TESTS) -n 2
@@ -39,7 +39,7 @@ fix: $(DEV) ## format, and repair what lint can repair
 	$(BIN)/ruff check --fix .
 
 docs: $(DEV) ## the documentation as a site, in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock: $(DEV) ## write requirements/*.txt anew from what is installed
 	$(BIN)/python requirements/lock.py
