@@ -1,5 +1,6 @@
 """The documentation against the code: what it lists is what there is."""
 
+import dataclasses
 import re
 import typing
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 from typer.main import get_command
 
+from loratune.analyse.cells import cells_table
+from loratune.analyse.tables import IDENTITY_COLUMNS, RUN_COLUMNS, TASK_COLUMNS
 from loratune.cli import app
 from loratune.plan.build import Plan, make_plan
 from loratune.plan.cost import H100
 from loratune.plan.shapes import declared_data_facts, declared_model_facts
+from loratune.recommend.recommendation import Recommendation
 from loratune.study.loading import parse_study
 from loratune.study.methods import descriptions
 from loratune.study.presets import preset_names, preset_scales, preset_text
@@ -89,6 +93,15 @@ def test_every_command_and_option_has_help_and_stands_in_its_page():
             assert parameter.help, f"{name} {option}"
             general = option in ("--json", "--quiet", "--device", "--format", "--output")
             assert option in (text if general else own), f"{name} {option}"
+
+
+def test_every_column_and_key_of_the_output_is_documented():
+    text = page("output-formats.md")
+    columns = [*IDENTITY_COLUMNS, *RUN_COLUMNS, *(f"<task>_{part}" for part in TASK_COLUMNS)]
+    columns += list(cells_table([]).columns)
+    columns += [field.name for field in dataclasses.fields(Recommendation)]
+    columns += list(planned("fig3", "small").to_json())
+    assert [name for name in columns if f"`{name}`" not in text] == []
 
 
 def test_every_preset_stands_in_its_page_with_the_size_and_cost_that_plan_gives():
