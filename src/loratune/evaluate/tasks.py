@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from loratune.data.encode import encode_prompts
-from loratune.data.templates import fields_of, fill, prompt_for
+from loratune.data.templates import fields_of, prompt_for
 from loratune.errors import DataError, EvaluationError
 from loratune.evaluate import demo, gsm8k, validation
 from loratune.evaluate.questions import Question, TaskDefinition, TaskQuestions
@@ -178,14 +178,13 @@ def _prompts(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
     """Complete prompts and their tokens."""
-    if given.prompt is None:
-        template = data.template
-        prompts = [prompt_for(question, data, tokenizer=tokenizer) for question in questions]
-    else:
-        template = given.prompt
-        _check_prompt(template, task=given.name)
-        where = f"task {given.name}"
-        prompts = [fill(template, {"prompt": question}, where=where) for question in questions]
+    if given.prompt is not None:
+        _check_prompt(given.prompt, task=given.name)
+    prompts = [
+        prompt_for(question, data, tokenizer=tokenizer, template=given.prompt)
+        for question in questions
+    ]
+    template = data.template if given.prompt is None else given.prompt
     ids = encode_prompts(prompts, tokenizer=tokenizer, template=template)
     return tuple(prompts), tuple(tuple(row) for row in ids)
 
