@@ -188,10 +188,10 @@ class _Loop:
 
     def run(self, plan: Plan) -> None:
         """Cell by cell: train its trials, score the chosen ones, drop the other adapters."""
-        finished = {
+        finished = frozenset(
             result.trial.trial_id for result in self._results() if result.status in FINAL_STATUSES
-        }
-        self.watcher.begins(plan, num_finished=len(finished))
+        )
+        self.watcher.begins(plan, finished=finished)
         # The plan keeps a cell's trials together.
         for _, cell in groupby(plan.trials, key=cell_key):
             trials = tuple(cell)

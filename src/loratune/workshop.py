@@ -8,12 +8,14 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import torch
 
 from loratune.data.prepare import PreparedData, prepare
@@ -93,9 +95,7 @@ def survey(
         source = model_source(name, folder=loaded.folder)
         try:
             facts = describe_model(source, download=download, trust_remote_code=trust_remote_code)
-            tokenizer = load_tokenizer(
-                source, download=download, trust_remote_code=trust_remote_code
-            )
+            tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         except ModelError as error:
             declared = study.declared.models.get(name)
             if download or declared is None:
@@ -107,13 +107,13 @@ def survey(
             continue
         models[name] = replace(facts, source=name)
         try:
-            source_rows = prepare(
-                study.data,
-                tokenizer=tokenizer,
-                folder=loaded.folder,
-                test_questions=test_questions,
-                download=download,
-            )
+            with nullcontext() if download else _cached_data_alone():
+                source_rows = prepare(
+                    study.data,
+                    tokenizer=tokenizer,
+                    folder=loaded.folder,
+                    test_questions=test_questions,
+                )
         except DataError as error:
             if download or study.declared.data is None:
                 raise
@@ -126,6 +126,17 @@ def survey(
             data[name, rows] = chosen.facts
             prepared[chosen.facts.fingerprint] = chosen
     return Survey(models, data, prepared, tuple(remarks))
+
+
+@contextmanager
+def _cached_data_alone() -> Generator[None]:
+    """Meanwhile `datasets` fetches nothing; it looks at this switch of its own at every call."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def model_source(name: str, *, folder: Path) -> str:

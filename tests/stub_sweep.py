@@ -1,0 +1,218 @@
+"""A sweep without torch: a stub engine whose numbers are a pure function of the trial.
+
+Run as a program it is one `run` of a small study in the folder named, as a process that can be
+killed: `python stub_sweep.py DIR [SECONDS_PER_UPDATE]`.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratune.engine.base import Event, Finished, Progress, Snapshot
+from loratune.plan.build import Plan, make_plan
+from loratune.plan.cost import H100
+from loratune.plan.shapes import declared_model_facts
+from loratune.records import (
+    DataFacts,
+    DataSummary,
+    Outcome,
+    Prediction,
+    Provenance,
+    Score,
+    Trial,
+)
+from loratune.study.loading import LoadedStudy, parse_study
+from loratune.study.schema import DeclaredModel
+from loratune.sweep import Sweep, run_sweep
+
+STUDY = """\
+study: {name}
+model: stub
+precision: float32
+data: {{train: rows.jsonl, prompt: q, response: a, max_tokens: 64, validation: {{rows: 8}}}}
+protocol: {{kind: fixed_samples, epochs: 1}}
+methods: [lora, pissa]
+rank: 4
+alpha: rank
+targets: all-linear
+batch_size: {batch_size}
+learning_rate: [1e-3, 1e-2]
+seeds: 2
+schedule: {{kind: cosine}}
+{more}
+"""
+
+
+def stub_study(name: str = "stub", *, batch_size: str = "[8, 16]", more: str = "") -> LoadedStudy:
+    text = STUDY.format(name=name, batch_size=batch_size, more=more)
+    return parse_study(text, name="stub.yaml", folder=Path.cwd())
+
+
+@dataclass(frozen=True)
+class StubAdapter:
+    text: str
+
+    def save(self, folder: Path) -> None:
+        (folder / "adapter.txt").write_text(self.text)
+
+
+def number(trial: Trial, what: str) -> float:
+    digest = hashlib.sha256(f"{trial.trial_id}:{what}".encode()).digest()
+    return 1.0 + int.from_bytes(digest[:4], "big") / 2**32
+
+
+@dataclass
+class StubEngine:
+    name: str = "stub"
+    seconds_per_update: float = 0.0
+    trained: list[str] = field(default_factory=list)
+    statuses: Mapping[str, str] = field(default_factory=dict)
+    fails: Callable[[Trial], bool] = lambda trial: False
+
+    def train(
+        self, trial: Trial, *, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
+    ) -> Generator[Event]:
+        self.trained.append(trial.trial_id)
+        first = snapshot.update if snapshot is not None else 0
+        for update in range(first, trial.num_updates):
+            time.sleep(self.seconds_per_update)
+            if self.fails(trial):
+                raise RuntimeError("the stub broke")
+            yield Progress(trial.trial_id, update, trial.batch_size, number(trial, str(update)))
+            if wants_snapshot():
+                yield Snapshot(trial.trial_id, update + 1, {}, {})
+        adapter: Any = StubAdapter(trial.trial_id)
+        yield Finished(stub_outcome(trial), adapter)
+
+
+def stub_outcome(trial: Trial) -> Outcome:
+    return Outcome(
+        trial_id=trial.trial_id,
+        status="done",
+        num_updates=trial.num_updates,
+        train_loss=number(trial, "train"),
+        validation_loss=number(trial, "validation"),
+        seconds=1.0,
+        num_tokens=trial.num_samples * 10,
+        peak_memory_bytes=None,
+        rows_per_microbatch=4,
+        losses=tuple(number(trial, str(update)) for update in range(trial.num_updates)),
+    )
+
+
+@dataclass
+class StubWorkshop:
+    """`sweep.Workshop` without a model: shapes are made up, snapshots are small text files."""
+
+    loaded: LoadedStudy
+    stub: StubEngine = field(default_factory=StubEngine)
+    scored: list[tuple[str, str]] = field(default_factory=list)
+
+    def plan(self) -> Plan:
+        shape = DeclaredModel(
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=128,
+        )
+        model = declared_model_facts("stub", shape)
+        data = DataFacts("data-stub", 64, 8, 640, 6400, 320, 16)
+        from dataclasses import replace
+
+        return make_plan(
+            self.loaded.study,
+            models={"stub": replace(model, provisional=False)},
+            data={("stub", None): data},
+            rate=H100,
+        )
+
+    def data_summaries(self) -> Mapping[str, DataSummary]:
+        return {"data-stub": DataSummary("stub", 72, 0, 0, 8, 8, 0, 64, 0)}
+
+    def provenance(self) -> Provenance:
+        import os
+        import socket
+
+        return Provenance("stub", "none", (), None, socket.gethostname(), os.getpid())
+
+    def engine(self, trial: Trial) -> StubEngine:
+        return self.stub
+
+    def score(
+        self, trial: Trial, adapter: Path, *, task: str
+    ) -> tuple[Score, tuple[Prediction, ...]]:
+        assert (adapter / "adapter.txt").read_text() == trial.trial_id
+        self.scored.append((trial.trial_id, task))
+        right = round(number(trial, task) * 50)  # of 100
+        split: Any = "validation" if task == "validation" else "test"
+        score = Score(task, "1", "strict", "greedy", split, right, 100 - right, 0, 0)
+        verdicts: list[Any] = ["correct"] * right + ["wrong"] * (100 - right)
+        answers = (Prediction(index, "an answer", 2, said) for index, said in enumerate(verdicts))
+        return score, tuple(answers)
+
+    def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(f"{snapshot.trial_id} {snapshot.update}")
+        partial.replace(path)
+
+    def load_snapshot(self, path: Path) -> Snapshot | None:
+        trial_id, update = path.read_text().split()
+        return Snapshot(trial_id, int(update), {}, {})
+
+
+class Silent:
+    """A `sweep.Watcher` that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def begins(self, plan: Plan, *, finished: frozenset[str]) -> None:
+        self.told.append(f"{len(finished)} of {len(plan.trials)}")
+
+    def trial_begins(self, trial: Trial) -> None: ...
+
+    def update(self, trial: Trial, progress: Progress) -> None: ...
+
+    def trial_ends(self, trial: Trial, outcome: Outcome) -> None: ...
+
+    def scored(self, trial: Trial, score: Score) -> None: ...
+
+    def remarks(self, text: str) -> None:
+        self.told.append(text)
+
+
+def sweep_stub(
+    out: Path,
+    loaded: LoadedStudy | None = None,
+    *,
+    workshop: StubWorkshop | None = None,
+    watcher: Silent | None = None,
+    **options: Any,
+) -> Sweep:
+    loaded = loaded or stub_study()
+    return run_sweep(
+        loaded,
+        out=out,
+        workshop=workshop or StubWorkshop(loaded),
+        watcher=watcher or Silent(),
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    pause = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+    study = stub_study()
+    sweep_stub(
+        Path(sys.argv[1]),
+        study,
+        workshop=StubWorkshop(study, StubEngine(seconds_per_update=pause)),
+        snapshot_seconds=0.0,
+    )
