@@ -9,6 +9,7 @@ Shapes: M all tokens laid end to end, B rows of a batch, T tokens of the longest
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -68,9 +69,9 @@ def lay_end_to_end(
 ) -> EncodedRows:
     """Rows given one by one as `EncodedRows`."""
     return EncodedRows(
-        np.fromiter((token for row in ids for token in row), dtype=np.int32),
+        np.fromiter(chain.from_iterable(ids), dtype=np.int32),
         _offsets(np.array([len(row) for row in ids], dtype=np.int64)),
-        np.fromiter((flag for row in is_target for flag in row), dtype=np.bool_),
+        np.fromiter(chain.from_iterable(is_target), dtype=np.bool_),
     )
 
 

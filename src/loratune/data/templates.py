@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,9 +36,16 @@ ALPACA = (
     "### Instruction:\n{prompt}\n\n### Response:"
 )
 
-# Some chat templates print today's date. Rows must not change overnight, so every template is told
-# this one; it is the default of Llama 3's own template.
-TEMPLATE_DATE = datetime(2024, 7, 26)  # noqa: DTZ001 - a calendar date, in no time zone
+# Some chat templates print today's date. Rows must not change overnight, so a macro that hides
+# transformers' function of this name gives them the default date of Llama 3's own template. (A
+# function cannot be handed to a template: transformers lets only plain data through.)
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    " | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | replace('%m', '07')"
+    " | replace('%Y', '2024') | replace('%y', '24') | replace('%a', 'Fri')"
+    " | replace('%A', 'Friday') | replace('%H', '12') | replace('%M', '00')"
+    " | replace('%S', '00') }}{% endmacro %}{{ '' }}"
+)
 
 _CHATML_END = "<|im_end|>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -193,7 +199,7 @@ def render_rows(
         DataError: a field is missing or holds no text, the messages are no chat, or the tokenizer's
             chat template cannot render them.
     """
-    chats = _Chats(data.template, tokenizer, _special_pattern(tokenizer))
+    chats = _chats(data.template, tokenizer)
     return [
         _render(row, data, chats=chats, where=f"{source}, row {number}")
         for number, row in enumerate(rows, start=1)
@@ -255,7 +261,7 @@ def prompt_for(
             )
         prompt = fill(data.prompt, {names.pop(): question}, where="the test question")
     if data.template in ("chat", "chatml"):
-        chats = _Chats(data.template, tokenizer, _special_pattern(tokenizer))
+        chats = _chats(data.template, tokenizer)
         turn = (Message("user", prompt),)
         return _chat_text(turn, chats, generation_prompt=True, where="the test question")
     return _around(prompt, data.template)
@@ -283,11 +289,27 @@ def _around(prompt: str, template: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Chats:
-    """What rendering a chat needs: "chat" or "chatml", and a pattern of the special tokens."""
+    """What rendering a chat needs: the tokenizer and its chat template, None for ChatML, and a
+    pattern of the special tokens.
+    """
 
-    template: str
     tokenizer: "PreTrainedTokenizerBase"
+    chat_template: str | None
     special: str
+
+
+def _chats(template: str, tokenizer: "PreTrainedTokenizerBase") -> _Chats:
+    chat_template = None
+    if template == "chat":
+        if tokenizer.chat_template is None:
+            raise DataError(
+                "template: chat needs a tokenizer with a chat template, and this model's has none; "
+                "use template: chatml, alpaca or plain"
+            )
+        chat_template = tokenizer.get_chat_template()
+        if "strftime_now" in chat_template:
+            chat_template = _FIXED_DATE + chat_template
+    return _Chats(tokenizer, chat_template, _special_pattern(tokenizer))
 
 
 def to_messages(value: Any, *, where: str) -> tuple[Message, ...]:
@@ -428,21 +450,15 @@ def _special_pattern(tokenizer: "PreTrainedTokenizerBase") -> str:
 def _chat_text(
     messages: Sequence[Message], chats: _Chats, *, generation_prompt: bool, where: str
 ) -> str:
-    if chats.template == "chatml":
+    if chats.chat_template is None:
         turns = [f"<|im_start|>{m.role}\n{m.content}{_CHATML_END}\n" for m in messages]
         return "".join(turns) + ("<|im_start|>assistant\n" if generation_prompt else "")
-    if chats.tokenizer.chat_template is None:
-        raise DataError(
-            "template: chat needs a tokenizer with a chat template, and this model's has none; "
-            "use template: chatml, alpaca or plain"
-        )
     try:
         text = chats.tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages],
             tokenize=False,
             add_generation_prompt=generation_prompt,
-            # A keyword hides the function of this name that transformers gives to templates.
-            strftime_now=TEMPLATE_DATE.strftime,
+            chat_template=chats.chat_template,
         )
     except (TemplateError, ValueError, TypeError, IndexError, KeyError) as error:
         raise DataError(
