@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -46,7 +47,15 @@ _TEXT_PREFIX = {r"^(model\.)?language_model\.(model\.)?": "model."}
 
 # What transformers raises about a folder's contents: its own checks, missing files and keys,
 # malformed safetensors, sizes that do not fit, an architecture or a library that is not there.
-_LOADING_ERRORS = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError)
+_LOADING_ERRORS = (
+    ValueError,
+    OSError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,9 @@ def set_gradient_checkpointing(model: PreTrainedModel, *, enabled: bool) -> None
     the first block require no gradient. Blocks only checkpoint in training mode.
     """
     if enabled:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 def read_config(location: Location, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -78,14 +78,14 @@ def locate(source: str, *, download: bool = True) -> Location:
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
         return _gguf(source, path)
-    if path.is_dir():
+    if source and path.is_dir():
         return _checked(Location(source, "folder", path))
-    if path.exists():
+    if path.is_file():
         raise ModelError(f"model {source} is a file; expected a folder, a .gguf file or a hub id")
     looks_like_a_path = source.startswith((".", "/", "~")) or "\\" in source
     if looks_like_a_path or not _HUB_ID.fullmatch(source):
         raise ModelError(
-            f"model {source} does not exist; expected a folder, a .gguf file, a hub id or demo:4m"
+            f"model {source!r} does not exist; expected a folder, a .gguf file, a hub id or demo:4m"
         )
     return _checked(Location(source, "folder", _hub_snapshot(source, download=download)))
 

@@ -1,0 +1,284 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
+
+from loratune.errors import ModelError
+from loratune.models.load import load_base, load_tokenizer, set_gradient_checkpointing
+from loratune.models.targets import target_modules
+from tiny_models import (
+    EOS,
+    FAMILIES,
+    VOCAB_SIZE,
+    save_tiny,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+TOKENS = torch.arange(4, 44)[None]
+
+# PEFT 0.21 asks a model for a property that transformers has renamed.
+renamed_in_transformers = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_loads_with_the_logits_that_were_saved(tmp_path: Path, family: str) -> None:
+    base = load_base(str(save_tiny(tmp_path, family)), precision="float32", device="cpu")
+
+    expected = tiny_model(family)(TOKENS).logits
+    assert torch.equal(base.model(TOKENS).logits, expected)
+    assert base.model.config._attn_implementation == "sdpa"
+    assert base.model.config.use_cache is False
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert base.source == str(tmp_path)
+    assert base.device == torch.device("cpu")
+    text = "Tom has 12 apples;\n he eats 5."
+    assert base.tokenizer.decode(base.tokenizer(text).input_ids[1:]) == text
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_loads_in_half_precision(tmp_path: Path, family: str, precision: str) -> None:
+    base = load_base(str(save_tiny(tmp_path, family)), precision=precision, device="cpu")
+
+    dtype = getattr(torch, precision)
+    assert {parameter.dtype for parameter in base.model.parameters()} == {dtype}
+    # Parameters alone: the rotary frequencies, a buffer, stay float32 in transformers.
+    expected = tiny_model(family)
+    for parameter in expected.parameters():
+        parameter.data = parameter.data.to(dtype)
+    assert torch.equal(base.model(TOKENS).logits, expected(TOKENS).logits)
+
+
+def test_sharded_weights_load_like_one_file(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+
+    base = load_base(str(tmp_path), precision="float32", device="cpu")
+    assert torch.equal(base.model(TOKENS).logits, tiny_model("llama")(TOKENS).logits)
+
+
+def _adapter_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Gradients of a LoRA adapter with a B that is not zero, dropout included."""
+    config = LoraConfig(
+        r=4, lora_dropout=0.1, target_modules=list(target_modules(model, ["all-linear"]))
+    )
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, config).train()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    return {
+        name: parameter.grad
+        for name, parameter in adapted.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@renamed_in_transformers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, family: str) -> None:
+    source = str(save_tiny(tmp_path, family))
+    plain = load_base(source, precision="float32", device="cpu")
+    saving = load_base(source, precision="float32", device="cpu", gradient_checkpointing=True)
+    assert saving.model.is_activation_checkpointing
+    assert not plain.model.is_activation_checkpointing
+
+    expected = _adapter_gradients(plain.model)
+    gradients = _adapter_gradients(saving.model)
+    num_linears = 8 if family == "phi3" else 14
+    assert len(expected) == 2 * num_linears
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    assert gradients.keys() == expected.keys()
+    # The same operations run in the same order, so the bits are equal.
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+@renamed_in_transformers
+def test_gradient_checkpointing_runs_every_block_twice(tmp_path: Path) -> None:
+    base = load_base(
+        str(save_tiny(tmp_path, "llama")),
+        precision="float32",
+        device="cpu",
+        gradient_checkpointing=True,
+    )
+    runs = []
+    base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    _adapter_gradients(base.model)
+    assert len(runs) == 2
+
+    set_gradient_checkpointing(base.model, enabled=False)
+    base.model.train()(TOKENS, labels=TOKENS).loss.backward()
+    assert len(runs) == 3
+
+
+def test_a_multimodal_checkpoint_loads_as_its_text_model(tmp_path: Path) -> None:
+    text = tiny_model("gemma3")
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    whole = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text.config,
+            vision_config=vision,
+            mm_tokens_per_image=4,
+            image_token_index=125,
+            boi_token_index=126,
+            eoi_token_index=127,
+        )
+    ).eval()
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.tie_weights()
+    whole.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    base = load_base(str(tmp_path), precision="float32", device="cpu")
+    assert type(base.model).__name__ == "Gemma3ForCausalLM"
+    assert torch.equal(base.model(TOKENS).logits, text(TOKENS).logits)
+
+
+def test_tokenizer_json_is_taken_as_it_stands(tmp_path: Path) -> None:
+    # As SmolLM2 on the hub: single digits in tokenizer.json, GPT2Tokenizer in its config.
+    save_tiny(tmp_path, "smollm")
+    tokenizer = tiny_tokenizer(add_bos=False)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"] |= {"12": 101}
+    backend["model"]["merges"] = [["1", "2"]]
+    backend["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, backend["pre_tokenizer"]],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("x12") == ["x", "12"]  # the trap
+    assert load_tokenizer(str(tmp_path)).tokenize("x12") == ["x", "1", "2"]
+
+
+def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token == EOS
+
+
+def test_a_tokenizer_without_eos_token_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match="its tokenizer has no EOS token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    backend["model"]["vocab"] |= {f"w{n}": n for n in range(101, VOCAB_SIZE + 1)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+
+    with pytest.raises(ModelError, match="its tokenizer has 129 tokens, but the model embeds only"):
+        load_base(str(tmp_path), precision="float32", device="cpu")
+
+
+def test_an_added_token_that_the_model_lacks_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    # Gemma 3 1B's tokenizer has an image token beyond its embeddings.
+    save_tiny(tmp_path, "gemma3")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{n}>" for n in range(40)])
+    tokenizer.save_pretrained(tmp_path)
+    assert max(tokenizer.get_vocab().values()) >= VOCAB_SIZE
+
+    load_base(str(tmp_path), precision="float32", device="cpu")
+
+
+def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama", num_layers=2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(
+        ModelError, match=r"9 weights of LlamaForCausalLM are not in its files, mod"
+    ):
+        load_base(str(tmp_path), precision="float32", device="cpu")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["intermediate_size"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match="cannot be loaded by transformers"):
+        load_base(str(tmp_path), precision="float32", device="cpu")
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+    with pytest.raises(ModelError, match="cannot be loaded by transformers"):
+        load_base(str(tmp_path), precision="float32", device="cpu")
+
+
+def test_code_in_a_folder_is_not_run_unless_asked_for(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('the folder's code was run')\n")
+
+    with pytest.raises(ModelError, match=r"brings its own Python code .* trust_remote_code"):
+        load_base(str(tmp_path), precision="float32", device="cpu")
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    config = {"model_type": "t5", "d_model": 32, "vocab_size": 128, "is_encoder_decoder": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match=r"is of type 't5'.*choose a decoder"):
+        load_base(str(tmp_path), precision="float32", device="cpu")
+
+
+def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+
+    with pytest.raises(ModelError, match="no_such_model") as raised:
+        load_base(str(tmp_path), precision="float32", device="cpu")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="precision 'bf16' is unknown; choose one of bfloat16"):
+        load_base(str(tmp_path), precision="bf16", device="cpu")  # pyright: ignore[reportArgumentType]
