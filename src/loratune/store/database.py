@@ -99,7 +99,7 @@ from loratune.records import (
 from loratune.store import codec, tables
 from loratune.store.connect import WRITES, check_file, locate, make_engine, translated
 from loratune.store.tables import REVISIONS
-from loratune.store.upgrade import check_known, read_revision, upgrade
+from loratune.store.upgrade import check_known, check_writable, read_revision, upgrade
 from loratune.store.workers import Worker, is_gone, this_worker
 
 # Four missed heartbeats of half a minute: a guess at what swapping or a slow disk may delay.
@@ -199,8 +199,8 @@ class Store:
             with translated(self.place):
                 upgrade(self._write_engine)
         elif create:
-            with self._writing():
-                pass  # taking the write lock finds a database that is read-only
+            with self._writing() as connection:
+                check_writable(connection)
 
     # Studies and trials
 

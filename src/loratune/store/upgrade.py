@@ -45,6 +45,11 @@ def check_known(revision: str) -> None:
         )
 
 
+def check_writable(connection: Connection) -> None:
+    """Fail now, not after hours, where the database is read-only: a write that changes no row."""
+    connection.execute(text("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0"))
+
+
 def upgrade(engine: Engine) -> None:
     """Run the migrations that the database lacks; `engine` must begin with the write lock."""
     from alembic import command
