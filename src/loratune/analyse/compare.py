@@ -1,0 +1,253 @@
+"""Methods against a baseline, each at its own best batch size and LR, seed by seed.
+
+Batch size and LR are chosen by the score that selects; where a test was scored, the difference on
+the test is compared as well, at those same choices. Only seeds vary here: the interval says what
+other seeds would do with the same rows and questions. Both methods were chosen as the best of
+their grids on the same seeds, and so a little flattered, alike where their grids are alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast
+
+from loratune.analyse.cells import make_cells
+from loratune.analyse.curves import Crossover, Curve, Point, crossovers, make_curves, tested_tasks
+from loratune.analyse.intervals import equivalence_p, holm, mean_with_interval, two_sided_p
+from loratune.errors import AnalysisError
+from loratune.records import TrialResult
+
+BASELINE = "lora"
+LEVEL = 0.05
+LOSS_MARGIN = 0.005  # relative, as the recommendation's
+ACCURACY_MARGIN = 0.01  # one point; what three seeds and 1,319 questions cannot resolve anyway
+
+Equivalence = Literal["equivalent", "not shown", "undecided"]
+Verdict = Literal["better", "worse", "equivalent", "undecided"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One method against the baseline under one metric, in one setting.
+
+    `difference` is method - baseline, in the metric's unit, over `num_seeds` shared seeds, with its
+    95% interval; `p_value` from the paired t test, `p_holm` adjusted over the methods compared with
+    this baseline in this setting under this metric. `equivalence_p` is TOST's against plus or minus
+    `equivalence_margin` (same unit); `equivalence` is "equivalent" where it is below 5%. `verdict`
+    is "better" or "worse" where `p_holm` is below 5%, else "equivalent" if so, else "undecided",
+    with the reasons in `undecided`. `crossovers` are along the whole curves, not at the best.
+    """
+
+    setting: str
+    method: str
+    baseline: str
+    metric: str
+    higher_is_better: bool
+    method_batch_size: int | None
+    method_learning_rate: float | None
+    method_score: float | None
+    baseline_batch_size: int | None
+    baseline_learning_rate: float | None
+    baseline_score: float | None
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    num_seeds: int
+    what_varied: str
+    p_value: float | None
+    p_holm: float | None
+    equivalence: Equivalence
+    equivalence_margin: float | None
+    equivalence_p: float | None
+    verdict: Verdict
+    crossovers: tuple[Crossover, ...]
+    undecided: tuple[str, ...]
+    select_on: str
+
+
+def compare(
+    results: Sequence[TrialResult], *, baseline: str = BASELINE, margin: float | None = None
+) -> tuple[Comparison, ...]:
+    """Every method against the baseline, in every setting that has both, under every metric.
+
+    `margin` is the equivalence margin in the metric's own unit; left out, 0.5% of the baseline's
+    loss and 0.01 of accuracy.
+
+    Raises:
+        AnalysisError: no results, a margin that is not above 0, or a study without the baseline or
+            without anything to compare with it.
+    """
+    if not results:
+        raise AnalysisError("no trials; run the study first")
+    if margin is not None and not 0 < margin < math.inf:
+        raise AnalysisError(f"margin={margin}; give a positive number in the metric's unit")
+    cells = make_cells(results)
+    selecting = make_curves(cells)
+    methods = list(dict.fromkeys(curve.setting.value("method") for curve in selecting))
+    if baseline not in methods:
+        raise AnalysisError(f"no trials of {baseline!r}; the study has {', '.join(methods)}")
+    if len(methods) == 1:
+        raise AnalysisError(f"the study has {baseline} alone; add a method to compare with it")
+    found = list[Comparison]()
+    for task in (None, *_further_tasks(selecting, tested_tasks(cells))):
+        scored = selecting if task is None else make_curves(cells, task=task)
+        for group in _groups(list(zip(selecting, scored, strict=True))):
+            against = [one for one in group if one[0].setting.value("method") == baseline]
+            others = [one for one in group if one[0].setting.value("method") != baseline]
+            if against:
+                found.extend(_adjusted([_compare(one, against[0], margin) for one in others]))
+    if not found:
+        raise AnalysisError(f"no setting of the study has both {baseline} and another method")
+    return tuple(found)
+
+
+def comparisons_document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """{"comparisons": [...]}: one object per comparison, keys as in `Comparison`."""
+    return {"comparisons": [_listed(asdict(one)) for one in comparisons]}
+
+
+def _further_tasks(curves: Sequence[Curve], tasks: Sequence[str]) -> list[str]:
+    return [task for task in tasks if any(curve.metric.task != task for curve in curves)]
+
+
+Pair = tuple[Curve, Curve]
+
+
+def _groups(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs of curves (that selects, that scores) that differ in the method alone.
+
+    Scale and alpha follow from the method in a study that crosses its lists; they stand in the
+    axes through alpha, which is shared.
+    """
+    groups = dict[tuple[tuple[str, str], ...], list[Pair]]()
+    for pair in pairs:
+        key = tuple(
+            (axis, value) for axis, value in pair[0].setting.axes if axis not in ("method", "other")
+        )
+        groups.setdefault(key, []).append(pair)
+    return list(groups.values())
+
+
+def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
+    """One method's best point against the baseline's."""
+    metric = baseline[1].metric
+    one, two = _chosen(method), _chosen(baseline)
+    names = (method[0].setting.value("method"), baseline[0].setting.value("method"))
+    seeds = _shared(one, two)
+    differences = [dict(one.seed_scores)[s] - dict(two.seed_scores)[s] for s in seeds] if (
+        one and two
+    ) else []  # fmt: skip
+    mean = mean_with_interval(differences) if differences else None
+    tolerated = margin
+    if tolerated is None and two is not None and two.score is not None:
+        tolerated = LOSS_MARGIN * abs(two.score) if metric.task is None else ACCURACY_MARGIN
+    undecided = list[str]()
+    for name, point in zip(names, (one, two), strict=True):
+        if point is None or point.score is None:
+            undecided.append(f"{name} has no batch size with a score")
+    if not undecided and not seeds:
+        undecided.append("the two share no seed at their best batch sizes")
+    elif len(seeds) == 1:
+        undecided.append("one shared seed: the noise between seeds is unknown; run at least 2")
+    enough = len(seeds) > 1
+    equal_p = (
+        equivalence_p(differences, margin=tolerated) if enough and tolerated is not None else None
+    )
+    return Comparison(
+        setting=_setting_text(baseline[0], names[1]),
+        method=names[0],
+        baseline=names[1],
+        metric=metric.name,
+        higher_is_better=metric.higher_is_better,
+        method_batch_size=one.batch_size if one else None,
+        method_learning_rate=one.learning_rate if one else None,
+        method_score=one.score if one else None,
+        baseline_batch_size=two.batch_size if two else None,
+        baseline_learning_rate=two.learning_rate if two else None,
+        baseline_score=two.score if two else None,
+        difference=mean.value if mean else None,
+        difference_low=mean.low if mean else None,
+        difference_high=mean.high if mean else None,
+        num_seeds=len(seeds),
+        what_varied="seeds",
+        p_value=two_sided_p(differences) if enough else None,
+        p_holm=None,
+        equivalence=_equivalence(equal_p),
+        equivalence_margin=tolerated,
+        equivalence_p=equal_p,
+        verdict="undecided",
+        crossovers=_named(crossovers(method[1], baseline[1]), method[1], baseline[1], names),
+        undecided=tuple(undecided),
+        select_on=baseline[0].cells[0].select_on,
+    )
+
+
+def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Holm over the methods with a p, then the verdicts."""
+    tested = [one for one in comparisons if one.p_value is not None]
+    adjusted = dict(zip(map(id, tested), holm([one.p_value or 0.0 for one in tested]), strict=True))
+    finished = list[Comparison]()
+    for one in comparisons:
+        p = adjusted.get(id(one))
+        verdict: Verdict = "undecided"
+        reasons = list(one.undecided)
+        if p is not None and p < LEVEL and one.difference is not None:
+            verdict = "better" if (one.difference > 0) == one.higher_is_better else "worse"
+        elif one.equivalence == "equivalent":
+            verdict = "equivalent"
+        elif p is not None:
+            reasons.append(
+                f"{one.num_seeds} seeds show neither a difference (Holm p = {p:.2g}) nor "
+                f"equivalence within {one.equivalence_margin:.3g} (p = {one.equivalence_p:.2g})"
+            )
+        finished.append(replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons)))
+    return finished
+
+
+def _equivalence(p: float | None) -> Equivalence:
+    if p is None:
+        return "undecided"
+    return "equivalent" if p < LEVEL else "not shown"
+
+
+def _chosen(pair: Pair) -> Point | None:
+    """The scoring curve at the batch size that is best by the score that selects."""
+    best = pair[0].best
+    if best is None:
+        return None
+    return next(point for point in pair[1].points if point.batch_size == best.batch_size)
+
+
+def _shared(one: Point | None, two: Point | None) -> list[int]:
+    if one is None or two is None:
+        return []
+    return sorted(dict(one.seed_scores).keys() & dict(two.seed_scores).keys())
+
+
+def _setting_text(curve: Curve, method: str) -> str:
+    """What else varies in the study, as text: the curve's label without its method."""
+    parts = [part for part in curve.label.split(", ") if part != method]
+    return ", ".join(parts)
+
+
+def _named(
+    found: Sequence[Crossover], one: Curve, two: Curve, names: tuple[str, str]
+) -> tuple[Crossover, ...]:
+    """Crossovers with the methods' names in place of the curves' labels."""
+    spoken = {one.label: names[0], two.label: names[1]}
+    return tuple(
+        replace(
+            crossing,
+            better_below=spoken[crossing.better_below],
+            better_above=spoken[crossing.better_above],
+        )
+        for crossing in found
+    )
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(one) for key, one in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple | list):
+        return [_listed(one) for one in cast("Sequence[Any]", value)]
+    return value

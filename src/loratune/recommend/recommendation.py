@@ -1,0 +1,453 @@
+"""The answer to "which batch size and learning rate?", from the trials of a grid.
+
+Nothing is modelled between or beyond the batch sizes that were tried. What cannot be decided is
+said in `undecided`, and the numbers beside it are null. Seeds are the only noise that is counted:
+the validation rows are the same for all, and another sample of them could order two close batch
+sizes the other way. Each cell's LR was chosen on the same seeds (see `analyse.cells`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from loratune.analyse.cells import Cell, make_cells
+from loratune.analyse.curves import Curve, make_curves
+from loratune.errors import AnalysisError
+from loratune.recommend.best import against_best
+from loratune.records import TrialResult
+
+BASELINE = "lora"
+DEFAULT_MARGIN = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreAtBatchSize:
+    """What was measured at one batch size: the mean over seeds at the best LR, its 95% interval.
+
+    `rows_per_second` is over all finished trials of the cell.
+    """
+
+    batch_size: int
+    learning_rate: float | None
+    lr_at_edge: bool | None
+    score: float | None
+    score_low: float | None
+    score_high: float | None
+    num_seeds: int
+    diverged_learning_rates: tuple[float, ...]
+    rows_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the answer stands on. `notes` are plain sentences that belong beside the numbers.
+
+    `num_shared_seeds`, `sigma` (standard deviation of a trial's score once its seed's and its batch
+    size's means are taken out) and `df` are those of the comparison; None where none was made.
+    """
+
+    score_metric: str
+    higher_is_better: bool
+    select_on: str
+    num_trials: int
+    num_finished: int
+    num_diverged: int
+    num_shared_seeds: int | None
+    sigma: float | None
+    df: int | None
+    what_varied: str
+    scores: tuple[ScoreAtBatchSize, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The batch size and LR for one method in one setting, or why they cannot be told.
+
+    `batch_size_low` and `batch_size_high` bound the batch sizes tried that cannot be excluded as
+    the best; `acceptable_batch_sizes` are those whose expected score is within `margin` (relative)
+    of the best's. Both hold together with 95% confidence. `fastest_acceptable_batch_size` has the
+    most measured rows per second of them. `cost_fraction` is tokens trained over tokens of the
+    full sweep; a grid is the full sweep, so it is below 1 only while trials are unfinished or
+    where they diverged early. None where no trial has run.
+    """
+
+    setting: str
+    method: str
+    model: str
+    rank: int
+    num_train_rows: int
+    margin: float
+    batch_size: int | None
+    batch_size_low: int | None
+    batch_size_high: int | None
+    learning_rate: float | None
+    acceptable_batch_sizes: tuple[int, ...] | None
+    fastest_acceptable_batch_size: int | None
+    rows_per_microbatch: int | None
+    gradient_accumulation_steps: int | None
+    evidence: Evidence
+    extrapolated_over: tuple[str, ...]
+    cost_fraction: float | None
+    undecided: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The answer as plain values under the names that others rely on; tuples are lists."""
+        return {key: _listed(value) for key, value in asdict(self).items()}
+
+
+def recommend(
+    results: Sequence[TrialResult],
+    *,
+    method: str | None = None,
+    model: str | None = None,
+    rank: int | None = None,
+    num_train_rows: int | None = None,
+    margin: float = DEFAULT_MARGIN,
+) -> Recommendation:
+    """The recommendation for one setting; `method` left out is lora where the study has it.
+
+    Raises:
+        AnalysisError: there are no results, nothing matches, or several settings do (several
+            ranks, models, ...): `recommendations` answers for each of them.
+    """
+    first, *others = recommendations(
+        results,
+        method=method,
+        model=model,
+        rank=rank,
+        num_train_rows=num_train_rows,
+        margin=margin,
+    )
+    if others:
+        listed = "; ".join(one.setting for one in (first, *others))
+        raise AnalysisError(
+            f"the study has {1 + len(others)} settings ({listed}); "
+            "choose one by model, rank or num_train_rows, or ask for all recommendations"
+        )
+    return first
+
+
+def recommendations(
+    results: Sequence[TrialResult],
+    *,
+    method: str | None = None,
+    model: str | None = None,
+    rank: int | None = None,
+    num_train_rows: int | None = None,
+    margin: float = DEFAULT_MARGIN,
+) -> tuple[Recommendation, ...]:
+    """One recommendation for every setting of one method, in the study's order.
+
+    `method` left out is lora where the study has it (whether another method is better is
+    `compare`'s question), else the study's first.
+
+    Raises:
+        AnalysisError: no results, a margin below 0, or nothing that matches; the message lists
+            what there is.
+    """
+    if not results:
+        raise AnalysisError("no trials; run the study first")
+    if margin < 0 or not math.isfinite(margin):
+        raise AnalysisError(f"margin={margin}; give a fraction of 0 or more, such as 0.005")
+    curves = list(make_curves(make_cells(results)))
+    methods = list(dict.fromkeys(curve.setting.value("method") for curve in curves))
+    default = BASELINE if BASELINE in methods else methods[0]
+    chosen = default if method is None else method
+    wanted = {"method": chosen, "model": model, "rank": rank, "rows": num_train_rows}
+    for axis, value in wanted.items():
+        known = list(dict.fromkeys(curve.setting.value(axis) for curve in curves))
+        curves = [c for c in curves if value is None or c.setting.value(axis) == str(value)]
+        if not curves:
+            raise AnalysisError(f"no trials with {axis} {value!r}; there are {', '.join(known)}")
+    return tuple(
+        recommend_from_curve(
+            curve, margin=margin, other_methods=[name for name in methods if name != chosen]
+        )
+        for curve in curves
+    )
+
+
+def recommend_from_curve(
+    curve: Curve, *, margin: float = DEFAULT_MARGIN, other_methods: Sequence[str] = ()
+) -> Recommendation:
+    """The recommendation that one curve allows."""
+    cells = {cell.trial.batch_size: cell for cell in curve.cells}
+    scored = [point for point in curve.points if point.score is not None]
+    best = curve.best
+    shared = _shared_seeds(curve)
+    undecided = list[str]()
+    if best is None:
+        undecided.append(_nothing_eligible(curve))
+    elif len(scored) < 2:
+        undecided.append(
+            f"only batch size {best.batch_size} has a score; "
+            "at least two batch sizes are needed to say which is better"
+        )
+    elif len(shared) < 2:
+        undecided.append(
+            f"{_seed_count(len(shared))} common to all batch sizes: how much of the difference "
+            "between them is noise cannot be told; run at least 2 seeds, better 3"
+        )
+    low = high = None
+    acceptable = list[int]()
+    comparison = None
+    if best is not None and best.score is not None and not undecided:
+        sign = 1.0 if curve.metric.higher_is_better else -1.0
+        comparison = against_best(
+            [[sign * dict(point.seed_scores)[seed] for seed in shared] for point in scored]
+        )
+        sizes = [point.batch_size for point in scored]
+        possible = [
+            size
+            for size, upper in zip(sizes, comparison.upper, strict=True)
+            if upper > 0.0 or size == best.batch_size
+        ]
+        tolerated = margin * abs(best.score)
+        acceptable = [
+            size for size, lower in zip(sizes, comparison.lower, strict=True) if -lower <= tolerated
+        ]
+        low, high = min(possible), max(possible)
+        if not acceptable and len(possible) == len(sizes):
+            undecided.append(
+                f"the seeds differ too much (standard deviation {comparison.sigma:.3g}): no batch "
+                f"size can be excluded as the best, and none be shown to be within "
+                f"{margin:.2%} of it; run more seeds"
+            )
+    speeds = {size: _rows_per_second(cell) for size, cell in cells.items()}
+    notes = _notes(curve, acceptable, comparison is not None, margin, other_methods)
+    decided = best is not None and not undecided
+    batch_size = best.batch_size if best is not None and decided else None
+    microbatch = None if batch_size is None else _rows_per_microbatch(curve, batch_size)
+    first = curve.cells[0]
+    return Recommendation(
+        setting=curve.label,
+        method=first.method,
+        model=first.trial.model,
+        rank=first.trial.rank,
+        num_train_rows=first.trial.num_train_rows,
+        margin=margin,
+        batch_size=batch_size,
+        batch_size_low=low if decided else None,
+        batch_size_high=high if decided else None,
+        learning_rate=best.learning_rate if best is not None and decided else None,
+        acceptable_batch_sizes=tuple(acceptable) if decided else None,
+        fastest_acceptable_batch_size=_fastest(acceptable, speeds) if decided else None,
+        rows_per_microbatch=microbatch,
+        gradient_accumulation_steps=(
+            None if batch_size is None or microbatch is None else math.ceil(batch_size / microbatch)
+        ),
+        evidence=_evidence(
+            curve,
+            speeds,
+            notes,
+            num_shared_seeds=len(shared) if comparison else None,
+            sigma=comparison.sigma if comparison else None,
+            df=comparison.df if comparison else None,
+        ),
+        extrapolated_over=(),
+        cost_fraction=_cost_fraction(curve),
+        undecided=tuple(undecided),
+    )
+
+
+def _listed(value: Any) -> Any:
+    """Tuples, at any depth, as the lists that JSON has."""
+    if isinstance(value, dict):
+        return {key: _listed(one) for key, one in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple | list):
+        return [_listed(one) for one in cast("Sequence[Any]", value)]
+    return value
+
+
+def _shared_seeds(curve: Curve) -> list[int]:
+    sets = [{seed for seed, _ in one.seed_scores} for one in curve.points if one.score is not None]
+    return sorted(set[int].intersection(*sets)) if sets else []
+
+
+def _seed_count(num: int) -> str:
+    return "no seed is" if num == 0 else "only one seed is" if num == 1 else f"{num} seeds are"
+
+
+def _nothing_eligible(curve: Curve) -> str:
+    statuses = [result.status for cell in curve.cells for result in cell.results]
+    if all(status in ("planned", "running") for status in statuses):
+        return "no trial has finished yet"
+    if all(rate.verdict == "diverged" for cell in curve.cells for rate in cell.rates):
+        lowest = min(rate.learning_rate for cell in curve.cells for rate in cell.rates)
+        return (
+            "every learning rate diverged at every batch size; "
+            f"try rates below the lowest one, {lowest:g}"
+        )
+    return (
+        "no learning rate has a score with every seed at any batch size "
+        f"({_counted(statuses)}); finish the study with `loratune run`"
+    )
+
+
+def _counted(statuses: Sequence[str]) -> str:
+    return ", ".join(f"{statuses.count(one)} {one}" for one in sorted(set(statuses)))
+
+
+def _notes(
+    curve: Curve,
+    acceptable: Sequence[int],
+    compared: bool,
+    margin: float,
+    other_methods: Sequence[str],
+) -> tuple[str, ...]:
+    notes = list[str]()
+    best = curve.best
+    name = curve.metric.name.replace("_", " ")
+    if best is not None and best.score is not None and best.learning_rate is not None:
+        extreme = "highest" if curve.metric.higher_is_better else "lowest"
+        seeds = "1 seed" if best.num_seeds == 1 else f"{best.num_seeds} seeds"
+        notes.append(
+            f"{extreme} mean {name} at batch size {best.batch_size}, learning rate "
+            f"{best.learning_rate:g}: {best.score:.4g} ({seeds})"
+        )
+        sizes = [point.batch_size for point in curve.points if point.score is not None]
+        if len(sizes) > 1 and best.batch_size in (sizes[0], sizes[-1]):
+            end, beyond = ("smallest", "smaller") if best.batch_size == sizes[0] else (
+                "largest", "larger",
+            )  # fmt: skip
+            notes.append(
+                f"batch size {best.batch_size} is the {end} that has a score; "
+                f"a {beyond} one may be better"
+            )
+        if best.lr_at_edge:
+            tried = [rate.learning_rate for cell in curve.cells for rate in cell.rates]
+            end = "lowest" if best.learning_rate == min(tried) else "highest"
+            notes.append(
+                f"learning rate {best.learning_rate:g} is the {end} tried at batch size "
+                f"{best.batch_size}; one beyond it may be better"
+            )
+        if compared and not acceptable:
+            notes.append(
+                f"no batch size can be shown to be within {margin:.2%} of the best; run more seeds"
+            )
+    at_edge = [p.batch_size for p in curve.points if p.lr_at_edge and p is not best]
+    if at_edge:
+        notes.append(
+            f"at batch size {_enumerated(at_edge)} the best learning rate is at the edge of those "
+            "tried: these scores may be worse than they could be"
+        )
+    without = [point.batch_size for point in curve.points if point.score is None]
+    if without:
+        notes.append(f"batch size {_enumerated(without)} has no score and was left out")
+    incomplete = [point.batch_size for point in curve.points if point.incomplete]
+    if incomplete:
+        notes.append(
+            f"at batch size {_enumerated(incomplete)} some trials have no score yet; "
+            "the answer may change"
+        )
+    diverged = sorted({rate for point in curve.points for rate in point.diverged_rates})
+    if diverged:
+        notes.append(
+            f"learning rate {_enumerated([f'{rate:g}' for rate in diverged])} diverged at some "
+            "batch size and was not eligible there"
+        )
+    if curve.cells[0].select_on == "test":
+        notes.append(
+            "SELECTED ON THE TEST SET (select_on: test): the score is too good, "
+            "and the answer is for reproduction only"
+        )
+    if other_methods:
+        notes.append(
+            f"the study also has {_enumerated(list(other_methods))}; "
+            "this is the answer for " + curve.cells[0].method
+        )
+    return tuple(notes)
+
+
+def _enumerated(values: Sequence[object]) -> str:
+    texts = [str(value) for value in values]
+    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
+
+
+def _rows_per_second(cell: Cell) -> float | None:
+    done = [
+        (result.trial.num_samples, result.outcome.seconds)
+        for result in cell.results
+        if result.status == "done" and result.outcome is not None
+    ]
+    seconds = math.fsum(one for _, one in done)
+    return sum(samples for samples, _ in done) / seconds if seconds > 0 else None
+
+
+def _fastest(sizes: Sequence[int], speeds: dict[int, float | None]) -> int | None:
+    known = [(speed, -size) for size in sizes if (speed := speeds[size]) is not None]
+    return -max(known)[1] if known else None
+
+
+def _rows_per_microbatch(curve: Curve, batch_size: int) -> int | None:
+    """The most rows that a trial of the curve held at once, at most the batch itself."""
+    seen = [
+        (cell.trial.batch_size == batch_size, rows)
+        for cell in curve.cells
+        for result in cell.results
+        if result.outcome is not None and (rows := result.outcome.rows_per_microbatch) is not None
+    ]
+    own = [rows for is_own, rows in seen if is_own]
+    fitting = own or [rows for _, rows in seen]
+    return min(batch_size, max(fitting)) if fitting else None
+
+
+def _cost_fraction(curve: Curve) -> float | None:
+    """Tokens trained over those of the full sweep; a trial not finished is worth its like's."""
+    spent = total = 0.0
+    results = [result for cell in curve.cells for result in cell.results]
+    per_sample = [
+        one.outcome.num_tokens / one.trial.num_samples
+        for one in results
+        if one.status == "done" and one.outcome is not None
+    ]
+    if not per_sample:
+        return None
+    usual = math.fsum(per_sample) / len(per_sample)
+    for one in results:
+        ran = one.outcome.num_tokens if one.outcome is not None else 0
+        done = one.status == "done"
+        spent += ran
+        total += ran if done else max(float(ran), usual * one.trial.num_samples)
+    return spent / total if total > 0 else None
+
+
+def _evidence(
+    curve: Curve,
+    speeds: dict[int, float | None],
+    notes: tuple[str, ...],
+    *,
+    num_shared_seeds: int | None,
+    sigma: float | None,
+    df: int | None,
+) -> Evidence:
+    results = [result for cell in curve.cells for result in cell.results]
+    return Evidence(
+        score_metric=curve.metric.name,
+        higher_is_better=curve.metric.higher_is_better,
+        select_on=curve.cells[0].select_on,
+        num_trials=len(results),
+        num_finished=sum(one.outcome is not None for one in results),
+        num_diverged=sum(one.status == "diverged" for one in results),
+        num_shared_seeds=num_shared_seeds,
+        sigma=sigma,
+        df=df,
+        what_varied="seeds",
+        scores=tuple(
+            ScoreAtBatchSize(
+                batch_size=point.batch_size,
+                learning_rate=point.learning_rate,
+                lr_at_edge=point.lr_at_edge,
+                score=point.score,
+                score_low=point.low,
+                score_high=point.high,
+                num_seeds=point.num_seeds,
+                diverged_learning_rates=point.diverged_rates,
+                rows_per_second=speeds[point.batch_size],
+            )
+            for point in curve.points
+        ),
+        notes=notes,
+    )

@@ -1,0 +1,184 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from loratune.errors import AnalysisError
+from loratune.recommend.recommendation import recommend, recommendations
+from simulated import result, score, sweep
+
+KEYS = {
+    "batch_size", "batch_size_low", "batch_size_high", "learning_rate", "acceptable_batch_sizes",
+    "fastest_acceptable_batch_size", "rows_per_microbatch", "gradient_accumulation_steps",
+    "evidence", "extrapolated_over", "cost_fraction", "undecided",
+}  # fmt: skip
+NUMBERS = (
+    "batch_size", "batch_size_low", "batch_size_high", "learning_rate", "acceptable_batch_sizes",
+    "fastest_acceptable_batch_size", "rows_per_microbatch", "gradient_accumulation_steps",
+)  # fmt: skip
+NOISE = np.random.default_rng(3).normal(size=(2000, 3)) * 1e-4
+
+
+def bowl(best=16, depth=0.1, noise=NOISE):
+    """Lowest at `best` and at LR 1e-3, rising by `depth` for each doubling."""
+
+    def loss(size, rate, seed):
+        wobble = noise[(size * 7 + int(-math.log10(rate))) % 2000, seed]
+        off = abs(math.log2(size / best)) * depth + abs(math.log10(rate / 1e-3))
+        return 1.0 + off + 0.05 * seed + wobble
+
+    return loss
+
+
+def test_a_clear_optimum_is_named_with_its_rate_and_range():
+    found = recommend(sweep(bowl()))
+    assert found.undecided == ()
+    assert (found.batch_size, found.batch_size_low, found.batch_size_high) == (16, 16, 16)
+    assert found.learning_rate == 1e-3
+    assert found.acceptable_batch_sizes == (16,)
+    assert found.cost_fraction == 1.0
+    assert found.extrapolated_over == ()
+
+
+def test_the_json_has_the_promised_keys_and_plain_values():
+    document = recommend(sweep(bowl())).to_json()
+    assert set(document) >= KEYS
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_all_batch_sizes_within_the_margin_are_acceptable_and_the_fastest_is_by_measured_speed():
+    results = sweep(bowl(depth=0.0005), batch_sizes=(4, 16), seconds=20.0)
+    results += sweep(bowl(depth=0.0005), batch_sizes=(64,), seconds=5.0)
+    found = recommend(results)
+    assert found.acceptable_batch_sizes == (4, 16, 64)
+    assert found.fastest_acceptable_batch_size == 64
+    assert found.rows_per_microbatch == 16
+    assert found.gradient_accumulation_steps == 1
+    assert recommend(results, margin=0.0).acceptable_batch_sizes == (16,)
+
+
+def test_gradient_accumulation_covers_the_batch_in_microbatches_that_fit():
+    found = recommend(sweep(bowl(best=64), rows_per_microbatch=24))
+    assert (found.batch_size, found.rows_per_microbatch) == (64, 24)
+    assert found.gradient_accumulation_steps == 3
+    small = recommend(sweep(bowl(best=4), rows_per_microbatch=24))
+    assert (small.rows_per_microbatch, small.gradient_accumulation_steps) == (4, 1)
+
+
+def undecided(results, *words):
+    found = recommend(results)
+    assert found.undecided
+    assert all(found.to_json()[name] is None for name in NUMBERS)
+    text = " ".join(found.undecided)
+    assert all(word in text for word in words), text
+    return found
+
+
+def test_one_seed_is_undecided_and_the_evidence_still_shows_what_was_seen():
+    found = undecided(sweep(bowl(), seeds=1), "one seed")
+    assert "batch size 16" in found.evidence.notes[0]
+
+
+def test_one_batch_size_is_undecided():
+    undecided(sweep(bowl(), batch_sizes=[16]), "only batch size 16")
+
+
+def test_all_diverged_is_undecided_and_says_which_rates_to_try():
+    undecided(sweep(lambda *_: math.nan), "diverged", "0.0001")
+
+
+def test_nothing_finished_is_undecided():
+    undecided([result(status="planned")], "no trial has finished")
+
+
+def test_noise_that_hides_every_difference_is_undecided():
+    noise = np.random.default_rng(5).normal(size=(2000, 3))
+    undecided(sweep(bowl(depth=0.001, noise=noise)), "seeds differ too much")
+
+
+def test_an_optimum_at_the_edge_of_the_grid_stays_and_is_said():
+    found = recommend(sweep(bowl(best=4)))
+    assert found.batch_size == 4
+    assert any("smallest" in note for note in found.evidence.notes)
+    rates = recommend(sweep(bowl(), learning_rates=(1e-5, 1e-4)))
+    assert rates.learning_rate == 1e-4
+    assert any("highest tried" in note for note in rates.evidence.notes)
+
+
+def test_a_batch_size_that_lacks_a_seed_is_left_out_and_said():
+    results = [
+        one
+        if one.trial.batch_size != 64 or one.trial.seed < 2
+        else result(batch_size=64, learning_rate=one.trial.learning_rate, seed=2, status="planned")
+        for one in sweep(bowl())
+    ]
+    found = recommend(results)
+    assert found.batch_size == 16
+    assert any("batch size 64 has no score" in note for note in found.evidence.notes)
+    assert found.cost_fraction == pytest.approx(24 / 27)
+
+
+def test_selection_on_the_test_set_is_said_loudly():
+    results = [
+        result(
+            batch_size=size,
+            seed=seed,
+            select_on="test",
+            scores=[score("gsm8k", 500 + size + seed, 1000)],
+        )
+        for size in (4, 64)
+        for seed in (0, 1)
+    ]
+    found = recommend(results)
+    assert found.batch_size == 64
+    assert any("TEST SET" in note for note in found.evidence.notes)
+
+
+def test_lora_is_the_default_method_and_others_are_chosen_by_name():
+    results = sweep(bowl(best=4), method="pissa") + sweep(bowl(best=64))
+    assert recommend(results).method == "lora"
+    assert recommend(results).batch_size == 64
+    assert recommend(results, method="pissa").batch_size == 4
+    with pytest.raises(AnalysisError, match="'dora'; there are pissa, lora"):
+        recommend(results, method="dora")
+
+
+def test_several_settings_are_answered_one_by_one_or_chosen():
+    results = sweep(bowl(best=4), rank=8) + sweep(bowl(best=64), rank=32)
+    with pytest.raises(AnalysisError, match="2 settings"):
+        recommend(results)
+    assert [one.batch_size for one in recommendations(results)] == [4, 64]
+    assert recommend(results, rank=32).batch_size == 64
+
+
+def test_bad_requests_are_errors():
+    with pytest.raises(AnalysisError, match="no trials"):
+        recommend([])
+    with pytest.raises(AnalysisError, match="margin"):
+        recommend(sweep(bowl()), margin=-1)
+
+
+def test_what_is_called_acceptable_is_within_the_margin_95_times_in_100():
+    draw = np.random.default_rng(11)
+    true = {4: 1.004, 16: 1.0, 64: 1.0055}  # 0.4% and 0.55% from the best; the margin is 0.5%
+    wrong = missed_best = decided = 0
+    for _ in range(600):
+        noise = draw.normal(size=(3, 3)) * 0.001
+        found = recommend(
+            [
+                result(true[size] + float(noise[index, seed]), batch_size=size, seed=seed)
+                for index, size in enumerate(true)
+                for seed in range(3)
+            ]
+        )
+        if found.undecided:
+            continue
+        decided += 1
+        assert found.batch_size_low is not None
+        assert found.batch_size_high is not None
+        wrong += 64 in (found.acceptable_batch_sizes or ())
+        missed_best += not found.batch_size_low <= 16 <= found.batch_size_high
+    assert decided > 500
+    assert wrong <= 0.05 * 600
+    assert missed_best <= 0.05 * 600
