@@ -4,6 +4,7 @@ The tokenizer has one token a character, so that decoded text shows to the lette
 """
 
 import re
+from typing import Any
 
 import pytest
 from tokenizers import processors
@@ -274,11 +275,11 @@ def test_loss_agrees_with_the_generation_marks_of_a_template_that_has_them():
     )
     rows = encode(rendered, tokenizer=made, template="chat", max_tokens=1000).rows
 
-    marks = made.apply_chat_template(
+    encoding: Any = made.apply_chat_template(
         TWO_TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )["assistant_masks"]
+    )
 
-    assert rows.row(0)[1].astype(int).tolist() == marks[:-1]
+    assert rows.row(0)[1].astype(int).tolist() == encoding["assistant_masks"][:-1]
 
 
 def test_what_follows_the_last_answer_is_left_out():

@@ -30,7 +30,7 @@ def prepared(folder: Path, rows, *, test_questions=None, **named) -> PreparedSou
 
 
 def texts(rows) -> list[str]:
-    return [TOKENIZER.decode(rows.row(i)[0]) for i in range(len(rows))]
+    return [str(TOKENIZER.decode(rows.row(i)[0])) for i in range(len(rows))]
 
 
 rows_strategy = st.lists(
@@ -227,7 +227,7 @@ def test_examples_hold_the_prompt_as_the_row_begins_with_it(tmp_path):
     for index, example in enumerate(choice.validation_examples):
         ids, is_target = choice.validation.row(index)
         assert list(example.prompt_ids) == ids[~is_target].tolist()
-        assert TOKENIZER.decode(example.prompt_ids[1:]) == example.prompt_text
+        assert TOKENIZER.decode(list(example.prompt_ids[1:])) == example.prompt_text
         assert example.prompt_text.endswith("### Response:")
         assert example.question in example.prompt_text
         assert example.question.startswith("Question ")
@@ -254,7 +254,7 @@ def test_a_chats_example_asks_for_its_last_answer(tmp_path):
     ).choose(None)
     example = choice.validation_examples[0]
 
-    assert TOKENIZER.decode(example.prompt_ids[1:]) == example.prompt_text
+    assert TOKENIZER.decode(list(example.prompt_ids[1:])) == example.prompt_text
     assert example.prompt_text.endswith("U2<|im_end|>\n<|im_start|>assistant\n")
     assert (example.response_text, example.question) == ("A2", "U1")
 

@@ -5,6 +5,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 
 from loratune.data.demo_task import generate_rows
 from loratune.data.sources import read_rows, source_name
@@ -125,7 +126,7 @@ def test_a_hub_id_is_loaded_with_its_subset_and_split(tmp_path, monkeypatch):
     [
         ConnectionError("Couldn't reach\nthe hub"),
         ValueError("Unknown split"),
-        datasets.exceptions.DatasetNotFoundError("does not exist"),
+        DatasetNotFoundError("does not exist"),
         RuntimeError("Dataset scripts are no longer supported"),
     ],
 )
