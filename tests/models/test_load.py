@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from loratune.errors import ModelError
-from loratune.models.load import load_base, load_tokenizer, set_gradient_checkpointing
+from loratune.models.load import Precision, load_base, load_tokenizer, set_gradient_checkpointing
 from loratune.models.targets import target_modules
 from tiny_models import (
     EOS,
@@ -50,7 +50,9 @@ def test_each_family_loads_with_the_logits_that_were_saved(tmp_path: Path, famil
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_loads_in_half_precision(tmp_path: Path, family: str, precision: str) -> None:
+def test_each_family_loads_in_half_precision(
+    tmp_path: Path, family: str, precision: Precision
+) -> None:
     base = load_base(str(save_tiny(tmp_path, family)), precision=precision, device="cpu")
 
     dtype = getattr(torch, precision)

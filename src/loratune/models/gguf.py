@@ -5,6 +5,9 @@ before the merges stands in the file as a name only (`tokenizer.ggml.pre`), and 
 transformers cuts like GPT-2 although the model was trained otherwise: digits would then be merged.
 The names and their rules are those of llama.cpp (src/llama-vocab.cpp, llm_tokenizer_bpe).
 
+Opening a file is slow where its vocabulary is large (tens of seconds for Gemma's 262,144 tokens):
+transformers parses all of it twice. A folder saved once with save_pretrained opens in seconds.
+
 RoPE scaling is refused where the file asks for it, since transformers drops it without a word.
 """
 
