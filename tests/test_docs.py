@@ -13,6 +13,8 @@ from ruamel.yaml import YAML
 from typer.main import get_command
 
 from loratune.analyse.cells import cells_table
+from loratune.analyse.compare import Comparison
+from loratune.analyse.curves import Crossover
 from loratune.analyse.tables import IDENTITY_COLUMNS, RUN_COLUMNS, TASK_COLUMNS
 from loratune.cli import app
 from loratune.plan.build import Plan, make_plan
@@ -99,7 +101,8 @@ def test_every_column_and_key_of_the_output_is_documented():
     text = page("output-formats.md")
     columns = [*IDENTITY_COLUMNS, *RUN_COLUMNS, *(f"<task>_{part}" for part in TASK_COLUMNS)]
     columns += list(cells_table([]).columns)
-    columns += [field.name for field in dataclasses.fields(Recommendation)]
+    for record in (Recommendation, Comparison, Crossover):
+        columns += [field.name for field in dataclasses.fields(record)]
     columns += list(planned("fig3", "small").to_json())
     assert [name for name in columns if f"`{name}`" not in text] == []
 
