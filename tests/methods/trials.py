@@ -1,9 +1,14 @@
-"""A trial to hand to methods in tests; everything but the method's own fields is a filler."""
+"""A trial to hand to methods, and the plainest training loop. For the tests of this folder."""
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from loratune.methods.base import Attached
 from loratune.records import Trial
 from loratune.study.methods import choose, describe
+from tiny_models import VOCAB_SIZE
 
 
 def make_trial(method: str, **changes: Any) -> Trial:
@@ -48,3 +53,58 @@ def make_trial(method: str, **changes: Any) -> Trial:
         "max_grad_norm": None,
     }
     return Trial(**{**filler, **values})
+
+
+METHODS = ("lora", "rslora", "pissa", "milora", "dora", "loraplus", "olora", "adalora")
+
+
+def token_ids(seed: int, *, rows: int = 4, length: int = 10) -> Tensor:
+    """int64[rows, length], drawn apart from torch's global random state."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCAB_SIZE, (rows, length), generator=generator)
+
+
+def make_optimizer(attached: Attached, trial: Trial) -> torch.optim.AdamW:
+    """AdamW with the trial's numbers, each group's factors applied."""
+    groups = [
+        {
+            "params": group.parameters,
+            "lr": trial.learning_rate * group.lr_factor,
+            "eps": trial.eps * group.eps_factor,
+            "weight_decay": trial.weight_decay * group.weight_decay_factor,
+        }
+        for group in attached.parameter_groups()
+    ]
+    return torch.optim.AdamW(groups, betas=(trial.beta1, trial.beta2))
+
+
+def run_updates(
+    attached: Attached,
+    optimizer: torch.optim.Optimizer,
+    updates: range,
+    *,
+    tell_method: bool = True,
+) -> list[float]:
+    """The plainest loop: one batch an update, dropout seeded by the update; returns the losses."""
+    losses = list[float]()
+    attached.model.train()
+    for update in updates:
+        torch.manual_seed(1000 + update)
+        ids = token_ids(update)
+        logits = attached.model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        penalty = attached.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        if tell_method:
+            attached.after_backward(update)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    attached.model.eval()
+    return losses
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> Tensor:
+    """Logits of one fixed batch."""
+    return model(input_ids=token_ids(777)).logits

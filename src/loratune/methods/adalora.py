@@ -244,6 +244,9 @@ def _start(layers: Mapping[str, Any], *, schedule: _Schedule, seed: int) -> None
             drawn = torch.empty(live.shape, dtype=torch.float32, device="cpu")
             live.copy_(drawn.normal_(0.0, 0.02, generator=generator(seed, f"{name}.{half}")))
         layer.lora_E[ADAPTER].zero_()
+        # Over a 16-bit base PEFT rounds the rank to that precision and marks it as trainable.
+        rank: nn.Parameter = layer.ranknum[ADAPTER]
+        rank.requires_grad_(False).fill_(schedule.initial_rank)
 
 
 def _schedule_of(trial: Trial) -> _Schedule:

@@ -35,6 +35,7 @@ from loratune.methods.peft_adapter import (
     files_of,
     group_AB,
     key_of,
+    linear_layers,
     lora_config,
     quiet_peft,
     whole,
@@ -153,10 +154,7 @@ def _factors_of(
     model: PreTrainedModel, trial: Trial, targets: Sequence[str], *, factorise: Factorise
 ) -> dict[str, Factors]:
     weights = dict[str, Tensor]()
-    for name in targets:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
-            raise ModelError(f"target {name} is {type(layer).__name__}; expected a linear layer")
+    for name, layer in linear_layers(model, targets).items():
         smaller = min(layer.weight.shape)
         if trial.rank > smaller:
             raise StudyError(

@@ -133,10 +133,7 @@ def attach_peft(
     Raises:
         ModelError: a target is not a linear layer of the model.
     """
-    for name in targets:
-        layer = _module(model, name)
-        if not isinstance(layer, nn.Linear):
-            raise ModelError(f"target {name} is {type(layer).__name__}; expected a linear layer")
+    linear_layers(model, targets)
     # PEFT draws every new layer before we fill it; torch's global random state is not ours to move.
     with torch.random.fork_rng(devices=[]), quiet_peft():
         attached = PeftModelForCausalLM(model, config, adapter_name=ADAPTER)
@@ -287,11 +284,22 @@ def whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise ModelError(
-            f"target {name} is no layer of {type(model).__name__}; give full names, "
-            "as models.targets.target_modules does"
-        ) from error
+def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The layer of each target, by full name.
+
+    Raises:
+        ModelError: there is none of that name, or it is not linear.
+    """
+    layers = dict[str, nn.Linear]()
+    for name in targets:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(
+                f"target {name} is no layer of {type(model).__name__}; give full names, "
+                "as models.targets.target_modules does"
+            ) from error
+        if not isinstance(layer, nn.Linear):
+            raise ModelError(f"target {name} is {type(layer).__name__}; expected a linear layer")
+        layers[name] = layer
+    return layers
