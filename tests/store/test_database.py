@@ -1,6 +1,7 @@
 """The contract of store/database.py, over a database in memory, in a file, and opened each time."""
 
 import math
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -50,8 +51,26 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["memory", "file", "reopened"])
+def empty_server(url: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    engine.dispose()
+
+
+# The suite runs over a PostgreSQL server too where this names one; its tables are dropped.
+SERVER = os.environ.get("LORATUNE_TEST_POSTGRESQL")
+
+
+@pytest.fixture(params=["memory", "file", "reopened", *(["server"] if SERVER else [])])
 def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    if request.param == "server":
+        assert SERVER is not None
+        empty_server(SERVER)
+        with open_store(SERVER, create=True, clock=clock) as opened:
+            yield opened
+        return
     if request.param == "memory":
         with open_store("sqlite://", create=True, clock=clock) as opened:
             yield opened
