@@ -56,8 +56,8 @@ def test_holm_is_the_textbook_example():
 
 def test_tost_agrees_with_two_scipy_tests():
     values = [0.001, -0.002, 0.0015]
-    left = stats.ttest_1samp(values, 0.01, alternative="less")[1]
-    right = stats.ttest_1samp(values, -0.01, alternative="greater")[1]
+    left: float = stats.ttest_1samp(values, 0.01, alternative="less")[1]  # type: ignore[assignment]
+    right: float = stats.ttest_1samp(values, -0.01, alternative="greater")[1]  # type: ignore[assignment]
     assert equivalence_p(values, margin=0.01) == pytest.approx(max(left, right))
 
 

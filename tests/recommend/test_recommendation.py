@@ -115,7 +115,9 @@ def test_a_batch_size_that_lacks_a_seed_is_left_out_and_said():
     ]
     found = recommend(results)
     assert found.batch_size == 16
-    assert any("batch size 64 has no score" in note for note in found.evidence.notes)
+    assert any(
+        "left out for want of a score: batch size 64" in note for note in found.evidence.notes
+    )
     assert found.cost_fraction == pytest.approx(24 / 27)
 
 

@@ -330,17 +330,16 @@ def _notes(
     at_edge = [p.batch_size for p in curve.points if p.lr_at_edge and p is not best]
     if at_edge:
         notes.append(
-            f"at batch size {_enumerated(at_edge)} the best learning rate is at the edge of those "
+            f"at {_sizes(at_edge)} the best learning rate is at the edge of those "
             "tried: these scores may be worse than they could be"
         )
     without = [point.batch_size for point in curve.points if point.score is None]
     if without:
-        notes.append(f"batch size {_enumerated(without)} has no score and was left out")
+        notes.append(f"left out for want of a score: {_sizes(without)}")
     incomplete = [point.batch_size for point in curve.points if point.incomplete]
     if incomplete:
         notes.append(
-            f"at batch size {_enumerated(incomplete)} some trials have no score yet; "
-            "the answer may change"
+            f"at {_sizes(incomplete)} some trials have no score yet; the answer may change"
         )
     diverged = sorted({rate for point in curve.points for rate in point.diverged_rates})
     if diverged:
@@ -359,6 +358,10 @@ def _notes(
             "this is the answer for " + curve.cells[0].method
         )
     return tuple(notes)
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return f"batch size{'s' if len(sizes) > 1 else ''} {_enumerated(sizes)}"
 
 
 def _enumerated(values: Sequence[object]) -> str:

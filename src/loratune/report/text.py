@@ -1,0 +1,152 @@
+"""What the terminal shows: the curves as a small table, and the answer in a few sentences.
+
+Plain ASCII strings, so that they can be piped and tested; the same sentences stand on the page.
+"""
+
+from collections.abc import Sequence
+
+from loratune.analyse.compare import Comparison
+from loratune.analyse.curves import Curve, Point
+from loratune.analyse.scores import Metric
+from loratune.recommend.recommendation import Recommendation
+
+
+def curves_text(curves: Sequence[Curve]) -> str:
+    """Three rows for each curve, a column for each batch size: score, half its interval, best LR.
+
+    There is no row of intervals with one seed. The best score of each curve is in brackets. "!" after an LR: at the edge of those tried; "-":
+    no learning rate has a score with every seed; accuracies are in percent.
+    """
+    if not curves:
+        return "no trials"
+    sizes = sorted({point.batch_size for curve in curves for point in curve.points})
+    rows = [["batch size", *map(str, sizes)]]
+    for curve in curves:
+        points = {point.batch_size: point for point in curve.points}
+        found = [points.get(size) for size in sizes]
+        rows.append(
+            [curve.label]
+            + ["" if p is None else _score(p, curve.metric, best=p is curve.best) for p in found]
+        )
+        if any(point.high is not None for point in curve.points):
+            rows.append(
+                ["  +-"] + ["" if p is None else _half_width(p, curve.metric) for p in found]
+            )
+        rows.append(["  best LR"] + ["" if point is None else _rate(point) for point in found])
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([_heading(curves), "", *lines])
+
+
+def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
+    """The answer, or why there is none, then what belongs beside it. Plain words, no markup."""
+    if found.undecided:
+        reasons = "; ".join(found.undecided)
+        return (f"Undecided: {reasons}.", *(_sentence(note) for note in found.evidence.notes))
+    sentences = [
+        f"Use batch size {found.batch_size} and learning rate {found.learning_rate:g} "
+        f"for {found.method} (rank {found.rank}, {found.num_train_rows:,} rows)."
+    ]
+    if found.batch_size_low == found.batch_size_high:
+        sentences.append("Every other batch size tried is excluded as the best (95% confidence).")
+    else:
+        sentences.append(
+            f"The best may lie anywhere from {found.batch_size_low} to {found.batch_size_high} "
+            "(95% confidence)."
+        )
+    if found.acceptable_batch_sizes:
+        listed = ", ".join(map(str, found.acceptable_batch_sizes))
+        sentences.append(f"Within {found.margin:.2%} of the best with 95% confidence: {listed}.")
+        if found.fastest_acceptable_batch_size is not None:
+            sentences.append(
+                f"The fastest of these, as measured here, is {found.fastest_acceptable_batch_size}."
+            )
+    if found.rows_per_microbatch is not None:
+        sentences.append(
+            f"On this device: {found.rows_per_microbatch} rows per microbatch, "
+            f"{found.gradient_accumulation_steps} gradient accumulation steps."
+        )
+    return (*sentences, *(_sentence(note) for note in found.evidence.notes))
+
+
+def recommendation_text(found: Recommendation) -> str:
+    """`recommendation_sentences`, one a line."""
+    return "\n".join(recommendation_sentences(found))
+
+
+def comparison_sentence(one: Comparison) -> str:
+    """One comparison in words: verdict, difference with its interval, n, crossovers."""
+    where = f" at {one.setting}" if one.setting else ""
+    name = one.metric.replace("_", " ")
+    if one.difference is None:
+        return f"{one.method} against {one.baseline}{where}: undecided: {'; '.join(one.undecided)}."
+    interval = (
+        "no interval with one seed"
+        if one.difference_low is None
+        else f"95% interval {one.difference_low:+.4g} to {one.difference_high:+.4g}"
+    )
+    p = "" if one.p_holm is None else f", Holm p = {one.p_holm:.2g}"
+    seeds = "1 shared seed" if one.num_seeds == 1 else f"{one.num_seeds} shared seeds"
+    crossing = "".join(
+        f" The curves cross near batch size {crossing.batch_size:.3g}"
+        f"{_range(crossing.low, crossing.high)}: "
+        f"{crossing.better_below} is better below, {crossing.better_above} above."
+        for crossing in one.crossovers
+    )
+    why = f" ({'; '.join(one.undecided)})" if one.undecided else ""
+    return (
+        f"{one.method} against {one.baseline}{where}, {name}, each at its own best batch size "
+        f"({one.method_batch_size} and {one.baseline_batch_size}): {one.verdict}{why}. "
+        f"Difference {one.difference:+.4g}, {interval}{p}, {seeds}.{crossing}"
+    )
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return " (no interval within the batch sizes tried)"
+    lower = "the smallest tried" if low is None else f"{low:.3g}"
+    upper = "the largest tried" if high is None else f"{high:.3g}"
+    return f" (95% interval: {lower} to {upper})"
+
+
+def _heading(curves: Sequence[Curve]) -> str:
+    metric = curves[0].metric
+    better = "higher" if metric.higher_is_better else "lower"
+    seeds = {seed for curve in curves for cell in curve.cells for seed in cell.seeds}
+    varied = (
+        "one seed, no interval" if len(seeds) == 1 else f"+- 95% t interval over {len(seeds)} seeds"
+    )
+    unit = " in percent" if metric.higher_is_better else ""
+    loud = " SELECTED ON THE TEST SET." if curves[0].cells[0].select_on == "test" else ""
+    return f"{metric.name.replace('_', ' ')}{unit} ({better} is better; {varied}).{loud}"
+
+
+def _score(point: Point, metric: Metric, *, best: bool) -> str:
+    if point.score is None:
+        return "-"
+    scale, digits = (100.0, 1) if metric.higher_is_better else (1.0, 4)
+    text = f"{scale * point.score:.{digits}f}"
+    return f"[{text}]" if best else text
+
+
+def _half_width(point: Point, metric: Metric) -> str:
+    if point.score is None or point.high is None:
+        return ""
+    scale, digits = (100.0, 1) if metric.higher_is_better else (1.0, 4)
+    return f"{scale * (point.high - point.score):.{digits}f}"
+
+
+def _rate(point: Point) -> str:
+    if point.learning_rate is None:
+        return "-"
+    return f"{point.learning_rate:g}{'!' if point.lr_at_edge else ''}"
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}."
