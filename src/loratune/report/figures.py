@@ -326,7 +326,7 @@ def _seed_text(curves: Sequence[Curve]) -> str:
 def _note(curves: Sequence[Curve], *, bands: bool = True) -> str:
     """What must stand on the picture itself, wherever it goes."""
     num = len({seed for curve in curves for cell in curve.cells for seed in cell.seeds})
-    seeds = "one seed, no interval" if num == 1 else f"means over {num} seeds"
+    seeds = "One seed, no interval" if num == 1 else f"Means over {num} seeds"
     if bands and num > 1:
         seeds += ", bands: 95% t interval over seeds"
     return f"{seeds}. {_selection_text(curves)}"

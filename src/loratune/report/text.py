@@ -14,8 +14,9 @@ from loratune.recommend.recommendation import Recommendation
 def curves_text(curves: Sequence[Curve]) -> str:
     """Three rows for each curve, a column for each batch size: score, half its interval, best LR.
 
-    There is no row of intervals with one seed. The best score of each curve is in brackets. "!" after an LR: at the edge of those tried; "-":
-    no learning rate has a score with every seed; accuracies are in percent.
+    There is no row of intervals with one seed. The best score of each curve is in brackets. "!"
+    after an LR: at the edge of those tried; "-": no learning rate has a score with every seed.
+    Accuracies are in percent.
     """
     if not curves:
         return "no trials"
@@ -96,7 +97,7 @@ def comparison_sentence(one: Comparison) -> str:
     crossing = "".join(
         f" The curves cross near batch size {crossing.batch_size:.3g}"
         f"{_range(crossing.low, crossing.high)}: "
-        f"{crossing.better_below} is better below, {crossing.better_above} above."
+        f"{crossing.better_below} is better below, {crossing.better_above} is better above."
         for crossing in one.crossovers
     )
     why = f" ({'; '.join(one.undecided)})" if one.undecided else ""
