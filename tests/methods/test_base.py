@@ -35,7 +35,7 @@ def attach(model: Any, method: str, **changes: Any):
     return load_method(method).attach(model, trial, targets=targets), trial
 
 
-def looks(model: torch.nn.Module) -> dict[str, Any]:
+def looks(model: Any) -> dict[str, Any]:
     """All that one can see of a model from outside, weights as hashes of their bits."""
     return {
         "modules": [(name, id(module)) for name, module in model.named_modules()],

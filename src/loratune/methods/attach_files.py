@@ -74,7 +74,7 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
     except ModelError:
         resident.restore()
         raise
-    except ValueError as error:  # PEFT's, where no target matches
+    except (TypeError, ValueError) as error:  # PEFT's: no target matches, a field is malformed
         resident.restore()
         raise ModelError(f"{where} does not fit this base: {error}") from error
     except BaseException:

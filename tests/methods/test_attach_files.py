@@ -1,0 +1,191 @@
+"""Adapters from files: the same answers as in training, one base left alone, clear refusals."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loratune.errors import ModelError
+from loratune.methods import attach_files, load_method
+from loratune.methods.adapter_files import AdapterFiles, read_adapter
+from loratune.models.targets import target_modules
+from methods.trials import METHODS, logits_of, make_optimizer, make_trial, run_updates
+from tiny_models import tiny_model
+
+# PEFT asks transformers for a property that was renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+def trained(model: Any, method: str) -> tuple[AdapterFiles, Tensor]:
+    trial = make_trial(method, learning_rate=2e-2, num_updates=8, dropout=0.1)
+    targets = target_modules(model, trial.targets)
+    attached = load_method(method).attach(model, trial, targets=targets)
+    run_updates(attached, make_optimizer(attached, trial), range(8))
+    files, logits = attached.export(), logits_of(attached.model)
+    attached.detach()
+    return files, logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_and_folder_give_the_logits_of_training_on_the_resident_base(method, tmp_path):
+    model = tiny_model("llama")
+    base = logits_of(model)
+    files, logits = trained(model, method)
+    files.save(tmp_path)
+    for adapter in (files, tmp_path):
+        loaded = attach_files(model, adapter)
+        # In place: whoever holds the base answers with the adapter. float32, another order of sums.
+        for callee in (loaded.model, model):
+            torch.testing.assert_close(logits_of(callee), logits, atol=2e-5, rtol=1e-5)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not any(module.training for module in loaded.model.modules())
+        loaded.detach()
+        assert torch.equal(logits_of(model), base)
+
+
+def test_loading_leaves_the_global_random_state_alone():
+    model = tiny_model("llama")
+    files, _ = trained(model, "lora")
+    before = torch.get_rng_state()
+    attach_files(model, files)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_stay_float32_over_a_bfloat16_base():
+    model: Any = cast("Any", tiny_model("llama")).to(torch.bfloat16)
+    files, logits = trained(model, "dora")
+    loaded = attach_files(model, files)
+    held = [one for name, one in loaded.model.named_parameters() if ".lora_" in name]
+    assert len(held) == len(files.tensors)
+    assert all(one.dtype == torch.float32 for one in held)
+    torch.testing.assert_close(logits_of(loaded.model), logits, atol=0, rtol=0)
+
+
+def peft_folder(folder: Path, config: Any, *, random: bool = True) -> Tensor:
+    """An adapter that PEFT alone made and saved; returns its logits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model("llama"), config).eval()
+        for name, one in model.named_parameters():
+            if random and "lora_B" in name:
+                torch.nn.init.normal_(one, std=0.3)
+    model.save_pretrained(str(folder))
+    return logits_of(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]},
+        {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "use_rslora": True},
+        {"r": 3, "target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 5}},
+        {"r": 3, "target_modules": ["up_proj"], "use_dora": True, "init_lora_weights": "gaussian"},
+    ],
+)
+def test_an_adapter_that_peft_made_gives_pefts_logits(config, tmp_path):
+    logits = peft_folder(tmp_path, LoraConfig(task_type="CAUSAL_LM", **config))
+    loaded = attach_files(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(logits_of(loaded.model), logits, atol=1e-5, rtol=1e-5)
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def refuse(folder: Path, message: str) -> None:
+    model = tiny_model("llama")
+    base, names = logits_of(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ModelError, match=message):
+        attach_files(model, folder)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(logits_of(model), base)
+
+
+LORA = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_of_a_base_that_peft_changed_is_refused(start, tmp_path):
+    peft_folder(tmp_path, LoraConfig(**LORA, init_lora_weights=start), random=False)
+    refuse(tmp_path, f"init_lora_weights='{start}'.*convert it")
+
+
+def test_another_kind_of_adapter_is_refused(tmp_path):
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
+    peft_folder(tmp_path, config)
+    refuse(tmp_path, "'ADALORA'; expected 'LORA'")
+
+
+def test_an_adapter_of_another_shape_or_other_layers_is_refused(tmp_path):
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    refuse(edited(tmp_path, r=4), "does not fit this base.*size mismatch")
+    refuse(edited(tmp_path, r=3, target_modules=["q_proj", "k_proj"]), "tensors are missing")
+    refuse(edited(tmp_path, target_modules=["k_proj"]), "does not fit this base")
+    refuse(edited(tmp_path, target_modules=["query"]), "does not fit this base")
+
+
+def test_settings_that_the_installed_peft_does_not_know_are_refused_unless_off(tmp_path):
+    logits = peft_folder(tmp_path, LoraConfig(**LORA))
+    refuse(edited(tmp_path, use_next_years_trick=True), "use_next_years_trick.*update peft")
+    loaded = attach_files(tiny_model("llama"), edited(tmp_path, use_next_years_trick=False))
+    torch.testing.assert_close(logits_of(loaded.model), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_the_base_in_an_adapter_are_refused(tmp_path):
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(128, 32)
+    save_file(tensors, path)
+    refuse(tmp_path, "weights of the base itself")
+
+
+def test_a_pickle_is_refused_and_not_opened(tmp_path):
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    torch.save({"weight": Payload()}, tmp_path / "adapter_model.bin")
+    refuse(tmp_path, r"adapter_model\.bin is a pickle")
+    assert not marker.exists()
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path):
+    refuse(tmp_path, r"holds no adapter_config\.json")
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    refuse(edited(tmp_path, r="three"), "does not fit this base")
+    refuse(edited(tmp_path, layers_pattern="layers"), "malformed")
+    (tmp_path / "adapter_config.json").write_text("{")
+    refuse(tmp_path, "is no JSON")
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    refuse(tmp_path, "no JSON object")
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
+    refuse(tmp_path, "no safetensors file")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    refuse(tmp_path, r"holds no adapter_model\.safetensors")
+
+
+def test_what_is_saved_is_what_is_read(tmp_path):
+    files, _ = trained(tiny_model("llama"), "dora")
+    files.save(tmp_path)
+    read = read_adapter(tmp_path)
+    assert read.config == files.config
+    assert read.tensors.keys() == files.tensors.keys()
+    assert all(torch.equal(read.tensors[name], one) for name, one in files.tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
