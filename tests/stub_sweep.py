@@ -23,6 +23,7 @@ from loratune.records import (
     Prediction,
     Provenance,
     Score,
+    ScoreKey,
     Trial,
 )
 from loratune.study.loading import LoadedStudy, parse_study
@@ -144,6 +145,9 @@ class StubWorkshop:
 
     def engine(self, trial: Trial) -> StubEngine:
         return self.stub
+
+    def asks(self, trial: Trial, *, task: str) -> ScoreKey:
+        return ScoreKey(task, "1", "strict", "greedy")
 
     def score(
         self, trial: Trial, adapter: Path, *, task: str

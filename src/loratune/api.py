@@ -10,21 +10,22 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.analyse.cells import cells_table
-from loratune.analyse.compare import Comparison, compare_methods
+from loratune.analyse.cells import cells_table, make_cells
+from loratune.analyse.compare import Comparison
+from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.tables import results_table
 from loratune.errors import StudyError
 from loratune.folder import open_results
 from loratune.plan.build import Plan, make_plan
 from loratune.plan.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
 from loratune.progress import ProgressLine
-from loratune.recommend.recommendation import Recommendation, recommend_all
+from loratune.recommend.recommendation import Recommendation, recommendations
 from loratune.report.page import ReportPaths, write_report
 from loratune.study.loading import LoadedStudy, load_study, parse_study
 from loratune.study.methods import describe
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
     from loratune.sweep import Sweep
     from loratune.workshop import Survey
@@ -166,37 +167,37 @@ def results(folder: str | Path, *, all_scores: bool = False) -> "pd.DataFrame":
     _, store, record = open_results(folder)
     with store:
         found = store.results(record.name, with_losses=False)
-        return results_table(found)
+        return results_table(found, all_scores=store.all_scores(record.name) if all_scores else ())
 
 
 def cells(folder: str | Path) -> "pd.DataFrame":
     """One row a cell: its best LR and its score there."""
     _, store, record = open_results(folder)
     with store:
-        return cells_table(store.results(record.name, with_losses=False))
+        return cells_table(make_cells(store.results(record.name, with_losses=False)))
 
 
 def recommend(
     folder: str | Path, *, method: str | None = None, margin: float = 0.005
 ) -> tuple[Recommendation, ...]:
-    """One recommendation for every curve of the study that is a choice of its own.
+    """One recommendation for every setting of one method (model, rank, N, ...), in order.
 
     Args:
         folder: a results folder.
-        method: only this one.
+        method: left out, lora where the study has it, else its first method.
         margin: how much worse than the best loss counts as good, as a fraction.
     """
     _, store, record = open_results(folder)
     with store:
         found = store.results(record.name, with_losses=False)
-    return recommend_all(found, method=method, margin=margin)
+    return recommendations(found, method=method, margin=margin)
 
 
-def compare(folder: str | Path) -> Comparison:
-    """Every method against lora, each at its own best batch size and LR."""
+def compare(folder: str | Path) -> tuple[Comparison, ...]:
+    """Every method against lora, each at its own best batch size and LR, in every setting."""
     _, store, record = open_results(folder)
     with store:
-        return compare_methods(store.results(record.name, with_losses=False))
+        return compare_results(store.results(record.name, with_losses=False))
 
 
 def report(folder: str | Path) -> ReportPaths:
@@ -207,7 +208,8 @@ def report(folder: str | Path) -> ReportPaths:
             place.root,
             study=record,
             results=store.results(record.name),
-            summaries=store.data_summaries(record.name),
+            summaries=tuple(store.data_summaries(record.name).values()),
+            provenances=store.provenances(record.name),
         )
 
 

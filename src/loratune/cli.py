@@ -5,10 +5,11 @@ undecided answers are answers), 1 something failed, 2 the request was wrong, 130
 Everything heavy is imported by the command that needs it: `loratune init` must not wait for torch.
 """
 
+import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, StoreError
 
 if TYPE_CHECKING:
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
+
+    from loratune.analyse.tables import TableFormat
     from loratune.sweep import Sweep
 
 app = typer.Typer(
@@ -144,7 +148,7 @@ def plan(
 ) -> None:
     """Say what a study would train and cost. Trains, downloads and writes nothing."""
     from loratune import api
-    from loratune.report.text import plan_text
+    from loratune.plan.text import plan_text
 
     planned, remarks = api.plan_with_remarks(_study(study), tflops=tflops, like=like)
     for remark in remarks:
@@ -152,7 +156,7 @@ def plan(
     if as_json:
         body = planned.to_json()
         if trials:
-            body["trials"] = api.trials_json(planned)
+            body["trials"] = [dataclasses.asdict(trial) for trial in planned.trials]
         _print(json.dumps(body, indent=2))
     else:
         _print(plan_text(planned, list_trials=trials))
@@ -200,10 +204,9 @@ def results(
 ) -> None:
     """One row a trial."""
     from loratune import api
-    from loratune.analyse.tables import write_table
 
     table = api.results(folder, all_scores=all_scores)
-    write_table(table, format="json" if as_json else format.value, output=output)
+    _write_table(table, format="json" if as_json else format.value, output=output)
 
 
 @app.command()
@@ -216,9 +219,8 @@ def cells(
 ) -> None:
     """One row a cell: its best LR and its score there."""
     from loratune import api
-    from loratune.analyse.tables import write_table
 
-    write_table(api.cells(folder), format="json" if as_json else format.value, output=output)
+    _write_table(api.cells(folder), format="json" if as_json else format.value, output=output)
 
 
 @app.command()
@@ -235,7 +237,8 @@ def recommend(
 
     answers = api.recommend(folder, method=method, margin=margin)
     if as_json:
-        _print(_json_of([answer.to_json() for answer in answers]))
+        documents = [answer.to_json() for answer in answers]
+        _print(_json_of(documents[0] if len(documents) == 1 else documents))
     else:
         _print("\n\n".join(recommendation_text(answer) for answer in answers))
 
@@ -271,7 +274,8 @@ def compare(
 ) -> None:
     """Compare methods, each at its own best batch size and LR, against LoRA."""
     from loratune import api
-    from loratune.report.text import comparison_text
+    from loratune.analyse.compare import comparisons_document
+    from loratune.report.text import comparison_sentence
 
     if folder is None:
         sweep = _new_study(
@@ -287,7 +291,10 @@ def compare(
     elif methods or model or data or out:
         raise typer.BadParameter("give DIR to analyse it, or --methods, --model, --data and --out")
     compared = api.compare(folder)
-    _print(_json_of(compared.to_json()) if as_json else comparison_text(compared))
+    if as_json:
+        _print(_json_of(comparisons_document(compared)))
+    else:
+        _print("\n\n".join(comparison_sentence(one) for one in compared))
 
 
 @app.command()
@@ -344,7 +351,9 @@ def _study(path: str) -> Any:
 def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
     """The curve, the recommendation, where the report is; exit code 1 if a trial failed."""
     from loratune import api
-    from loratune.report.text import curve_text, recommendation_text
+    from loratune.analyse.cells import make_cells
+    from loratune.analyse.curves import make_curves
+    from loratune.report.text import curves_text, recommendation_text
 
     answers = api.recommend(sweep.folder.root)
     if as_json:
@@ -356,7 +365,7 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
         }
         _print(_json_of(body))
     else:
-        parts = [curve_text(sweep.results)]
+        parts = [curves_text(make_curves(make_cells(sweep.results)))]
         parts += [recommendation_text(answer) for answer in answers]
         parts.append(f"report: {sweep.folder.root / 'report.html'}")
         _print("\n\n".join(parts))
@@ -369,7 +378,7 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
+def _stoppable() -> Generator[Callable[[], bool]]:
     """Ctrl-C once: stop at the next update, with a snapshot. Twice: stop at once."""
     from loratune.sweep import Interrupted
 
@@ -394,6 +403,22 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _write_table(table: "pd.DataFrame", *, format: "TableFormat", output: Path | None) -> None:
+    """To a file, whole or not at all, or to stdout."""
+    from loratune.analyse.tables import table_bytes
+
+    content = table_bytes(table, format=format)
+    if output is None:
+        sys.stdout.buffer.write(content)
+        return
+    try:
+        partial = output.with_name(output.name + ".partial")
+        partial.write_bytes(content)
+        partial.replace(output)
+    except OSError as error:
+        raise StoreError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def _json_of(value: object) -> str:

@@ -6,7 +6,7 @@ DIR/snapshots/<trial>.safetensors of unfinished trials, DIR/report.html, DIR/fig
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ def open_results(path: str | Path) -> tuple[ResultsFolder, Store, StudyRecord]:
 @contextmanager
 def working_folder(
     path: str | Path, loaded: LoadedStudy, *, store: str | None
-) -> Iterator[tuple[ResultsFolder, Store]]:
+) -> Generator[tuple[ResultsFolder, Store]]:
     """The folder for running `loaded`, made if need be, locked against a second process.
 
     Everything that can be refused is refused before anything is written.
@@ -131,7 +131,7 @@ def _address(folder: ResultsFolder) -> str:
 
 
 @contextmanager
-def _held(lock: FileLock, folder: ResultsFolder) -> Iterator[None]:
+def _held(lock: FileLock, folder: ResultsFolder) -> Generator[None]:
     try:
         lock.acquire()
     except Timeout as error:

@@ -7,7 +7,7 @@ Counts start with `num_`, units stand in the name, `None` means absent, never ze
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Status = Literal["planned", "running", "done", "diverged", "stopped", "out_of_memory", "failed"]
 FinishedStatus = Literal["done", "diverged", "stopped", "out_of_memory", "failed"]
@@ -192,6 +192,15 @@ class Provenance:
     pid: int
 
 
+class ScoreKey(NamedTuple):
+    """What was asked and how it was judged: scores with equal keys of a trial are comparable."""
+
+    task: str
+    task_version: str
+    grader: str
+    decoding: str
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """One task's account for one adapter: total = correct + wrong + truncated + errors.
@@ -209,6 +218,11 @@ class Score:
     wrong: int
     truncated: int
     errors: int
+
+    @property
+    def key(self) -> ScoreKey:
+        """What was asked and how it was judged."""
+        return ScoreKey(self.task, self.task_version, self.grader, self.decoding)
 
     @property
     def total(self) -> int:

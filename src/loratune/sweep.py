@@ -13,7 +13,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,13 +31,14 @@ from loratune.records import (
     Prediction,
     Provenance,
     Score,
+    ScoreKey,
     Trial,
     TrialResult,
 )
 from loratune.store.database import Store
 from loratune.study.identity import cell_key
 from loratune.study.loading import LoadedStudy
-from loratune.study.schema import Study
+from loratune.study.schema import VALIDATION, Study
 
 if TYPE_CHECKING:
     from loratune.methods.adapter_files import AdapterFiles
@@ -67,6 +68,10 @@ class Workshop(Protocol):
 
     def engine(self, trial: Trial) -> Engine:
         """An engine that holds the trial's base model."""
+        ...
+
+    def asks(self, trial: Trial, *, task: str) -> ScoreKey:
+        """What `score` would ask now, and how it would judge."""
         ...
 
     def score(
@@ -274,24 +279,21 @@ class _Loop:
     # Scoring ------------------------------------------------------------------------------------
 
     def _wants_adapters(self) -> bool:
-        return bool(self._tasks()) or self.study.keep_adapters != "none"
-
-    def _tasks(self) -> tuple[str, ...]:
-        """Names of what is scored; "validation" stands for accuracy on the held-out rows."""
-        named = tuple(task.name for task in self.study.evaluate.tasks)
-        return ("validation", *named) if self.study.select_on == "validation_accuracy" else named
+        return bool(self.study.scored_tasks()) or self.study.keep_adapters != "none"
 
     def _scored_before_selection(self) -> tuple[str, ...]:
         """Tasks of which every trial's score is wanted, whether it is chosen or not."""
         if self.study.evaluate.when == "all":
-            return self._tasks()
-        return ("validation",) if self.study.select_on == "validation_accuracy" else ()
+            return self.study.scored_tasks()
+        return (VALIDATION,) if self.study.select_on == "validation_accuracy" else ()
 
-    def _score(self, results: Iterable[TrialResult], tasks: tuple[str, ...]) -> None:
-        for result in results:
-            trial, done = result.trial, {score.task for score in result.scores}
+    def _score(self, trials: tuple[Trial, ...], tasks: tuple[str, ...]) -> None:
+        if not tasks:
+            return
+        for result in self._results_of(trials, every_score=True):
+            trial, done = result.trial, {score.key for score in result.scores}
             for task in tasks:
-                if result.status != "done" or task in done:
+                if result.status != "done" or self.workshop.asks(trial, task=task) in done:
                     continue
                 self._stop_if_asked()
                 adapter = self._adapter(trial)
@@ -316,10 +318,11 @@ class _Loop:
 
     def _settle(self, trials: tuple[Trial, ...]) -> None:
         """Score a cell's trials, choose its LR, and drop the adapters that are not kept."""
-        self._score(self._results_of(trials), self._scored_before_selection())
+        self._score(trials, self._scored_before_selection())
         (cell,) = make_cells(self._results_of(trials))
         if cell.best is not None:
-            self._score(cell.best.trials, self._tasks())
+            chosen = tuple(result.trial for result in cell.best.trials)
+            self._score(chosen, self.study.scored_tasks())
         if any(result.status not in FINAL_STATUSES for result in cell.results):
             return  # What failed is tried again: which trial is best is not known yet.
         kept = {
@@ -333,12 +336,15 @@ class _Loop:
                 self.store.remove_artifact(trial.trial_id, kind="adapter")
                 shutil.rmtree(self.folder.adapter(trial.trial_id))
 
-    def _results_of(self, trials: tuple[Trial, ...]) -> tuple[TrialResult, ...]:
+    def _results_of(
+        self, trials: tuple[Trial, ...], *, every_score: bool = False
+    ) -> tuple[TrialResult, ...]:
         wanted = {trial.trial_id for trial in trials}
-        return tuple(result for result in self._results() if result.trial.trial_id in wanted)
+        found = self._results(every_score=every_score)
+        return tuple(result for result in found if result.trial.trial_id in wanted)
 
-    def _results(self) -> tuple[TrialResult, ...]:
-        return self.store.results(self.study.study, with_losses=False)
+    def _results(self, *, every_score: bool = False) -> tuple[TrialResult, ...]:
+        return self.store.results(self.study.study, with_losses=False, every_score=every_score)
 
 
 def _best_trial(cell: Cell) -> set[str]:

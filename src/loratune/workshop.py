@@ -4,6 +4,10 @@
 when a trial first needs one and stay until a trial of another model does.
 """
 
+# datasets and torch are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
 import os
 import platform
 import socket
@@ -15,14 +19,16 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-import datasets
 import torch
+from datasets import config as datasets_config
+from transformers import PreTrainedTokenizerBase
 
 from loratune.data.prepare import PreparedData, prepare
 from loratune.engine.base import Engine, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.errors import CapacityError, DataError, LoratuneError, ModelError
+from loratune.evaluate.generate import check_room
 from loratune.evaluate.questions import Question, TaskQuestions
 from loratune.evaluate.score import score_task
 from loratune.evaluate.tasks import ask, ask_validation, check_tasks, load_questions
@@ -39,10 +45,11 @@ from loratune.records import (
     Prediction,
     Provenance,
     Score,
+    ScoreKey,
     Trial,
 )
 from loratune.study.loading import LoadedStudy
-from loratune.study.schema import Study
+from loratune.study.schema import VALIDATION, Study
 
 # Narrow models on a CPU gain nothing from larger micro-batches, and lose cache.
 TOKENS_PER_MICROBATCH_ON_CPU = 4096
@@ -53,12 +60,13 @@ VERSIONED = ("loratune", "torch", "transformers", "peft")
 class Survey:
     """What was found of a study's models and data.
 
-    `prepared` holds the rows where they could be read, keyed by data fingerprint; `remarks` says in
-    plain words what had to be taken from the study's declarations.
+    `tokenizers` are by model; `prepared` holds the rows where they could be read, by data
+    fingerprint; `remarks` says in plain words what had to be taken from the study's declarations.
     """
 
     models: Mapping[str, ModelFacts]
     data: Mapping[DataKey, DataFacts]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
     prepared: Mapping[str, PreparedData]
     remarks: tuple[str, ...] = ()
 
@@ -89,6 +97,7 @@ def survey(
     study = loaded.study
     models = dict[str, ModelFacts]()
     data = dict[DataKey, DataFacts]()
+    tokenizers = dict[str, PreTrainedTokenizerBase]()
     prepared = dict[str, PreparedData]()
     remarks = list[str]()
     for name in study.model:
@@ -106,6 +115,7 @@ def survey(
                 data[name, rows] = _declared_rows(study, rows, error)
             continue
         models[name] = replace(facts, source=name)
+        tokenizers[name] = tokenizer
         try:
             with nullcontext() if download else _cached_data_alone():
                 source_rows = prepare(
@@ -125,18 +135,18 @@ def survey(
             chosen = source_rows.choose(rows)
             data[name, rows] = chosen.facts
             prepared[chosen.facts.fingerprint] = chosen
-    return Survey(models, data, prepared, tuple(remarks))
+    return Survey(models, data, tokenizers, prepared, tuple(remarks))
 
 
 @contextmanager
 def _cached_data_alone() -> Generator[None]:
     """Meanwhile `datasets` fetches nothing; it looks at this switch of its own at every call."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
+    before = datasets_config.HF_HUB_OFFLINE
+    datasets_config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        datasets_config.HF_HUB_OFFLINE = before
 
 
 def model_source(name: str, *, folder: Path) -> str:
@@ -186,6 +196,9 @@ class ReferenceWorkshop:
     trust_remote_code: bool = False
     rate: Rate = H100
     _base: Base | None = field(default=None, init=False)
+    _asked: dict[tuple[str, str, str], TaskQuestions] = field(
+        default_factory=dict[tuple[str, str, str], TaskQuestions], init=False
+    )
 
     def plan(self) -> Plan:
         """See `sweep.Workshop`.
@@ -221,12 +234,17 @@ class ReferenceWorkshop:
         rows = self._survey.prepared
         return ReferenceEngine(base, rows, tokens_per_microbatch=self._tokens_per_microbatch(trial))
 
+    def asks(self, trial: Trial, *, task: str) -> ScoreKey:
+        """See `sweep.Workshop`."""
+        asked = self._asked[trial.model, trial.data_fingerprint, task]
+        return ScoreKey(asked.task, asked.version, asked.grader, asked.decoding)
+
     def score(
         self, trial: Trial, adapter: Path, *, task: str
     ) -> tuple[Score, tuple[Prediction, ...]]:
         """See `sweep.Workshop`."""
-        base = self._base_of(trial)
-        return score_task(base, adapter, self._asked(trial, base, task=task))
+        asked = self._asked[trial.model, trial.data_fingerprint, task]
+        return score_task(self._base_of(trial), adapter, asked)
 
     def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
         """See `sweep.Workshop`."""
@@ -238,48 +256,55 @@ class ReferenceWorkshop:
 
     @cached_property
     def _survey(self) -> Survey:
-        study = self.loaded.study
-        check_tasks(study.evaluate.tasks)
-        asked = {
-            name: tuple(question.text for question in questions)
-            for name, questions in self._questions.items()
+        check_tasks(self.loaded.study.evaluate.tasks)
+        questions = {
+            task.name: load_questions(task, folder=self.loaded.folder)
+            for task in self.loaded.study.evaluate.tasks
+            if task.name != VALIDATION
         }
-        return survey(
+        found = survey(
             self.loaded,
             download=True,
             trust_remote_code=self.trust_remote_code,
-            test_questions=asked,
+            test_questions={
+                name: tuple(question.text for question in asked)
+                for name, asked in questions.items()
+            },
         )
+        self._asked = self._ask_all(found, questions)
+        return found
 
-    @cached_property
-    def _questions(self) -> dict[str, tuple[Question, ...]]:
-        """The test tasks' questions; loading them early refuses a study that can't be scored."""
-        return {
-            task.name: load_questions(task, folder=self.loaded.folder)
-            for task in self.loaded.study.evaluate.tasks
-            if task.name != "validation"
-        }
+    def _ask_all(
+        self, found: Survey, questions: Mapping[str, tuple[Question, ...]]
+    ) -> dict[tuple[str, str, str], TaskQuestions]:
+        """Every task as it will be asked, by model, data and task: what can't be asked fails now.
 
-    def _asked(self, trial: Trial, base: Base, *, task: str) -> TaskQuestions:
+        Scoring comes after hours of training; whatever is wrong with it must show before.
+        """
         study = self.loaded.study
-        given = next((one for one in study.evaluate.tasks if one.name == task), None)
-        rows = self._survey.prepared[trial.data_fingerprint]
-        if task == "validation":
-            return ask_validation(
-                rows.validation_examples,
-                given=given,
-                data=study.data,
-                tokenizer=base.tokenizer,
-                end_ids=rows.end_ids,
-            )
-        assert given is not None
-        return ask(
-            given,
-            self._questions[task],
-            data=study.data,
-            tokenizer=base.tokenizer,
-            end_ids=rows.end_ids,
-        )
+        given = {task.name: task for task in study.evaluate.tasks}
+        asked = dict[tuple[str, str, str], TaskQuestions]()
+        for (name, _), facts in found.data.items():
+            rows, tokenizer = found.prepared[facts.fingerprint], found.tokenizers[name]
+            for task in study.scored_tasks():
+                asked[name, facts.fingerprint, task] = (
+                    ask_validation(
+                        rows.validation_examples,
+                        given=given.get(task),
+                        data=study.data,
+                        tokenizer=tokenizer,
+                        end_ids=rows.end_ids,
+                    )
+                    if task == VALIDATION
+                    else ask(
+                        given[task],
+                        questions[task],
+                        data=study.data,
+                        tokenizer=tokenizer,
+                        end_ids=rows.end_ids,
+                    )
+                )
+        return asked
 
     def _base_of(self, trial: Trial) -> Base:
         source = model_source(trial.model, folder=self.loaded.folder)
@@ -296,6 +321,11 @@ class ReferenceWorkshop:
                 raise ModelError(
                     f"model {trial.model} changed on disk since the study was planned; run it again"
                 )
+            for (name, _, _), asked in self._asked.items():
+                if name == trial.model:
+                    check_room(
+                        self._base.model, asked.prompt_ids, max_new_tokens=asked.max_new_tokens
+                    )
         return self._base
 
     def _tokens_per_microbatch(self, trial: Trial) -> int:

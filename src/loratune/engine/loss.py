@@ -3,6 +3,10 @@
 Legend: B rows, T tokens a row, V vocabulary.
 """
 
+# torch is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -10,6 +10,10 @@ dropout masks depend on how a batch is cut. Bit-equal repeats hold on one machin
 threads; on CUDA only as far as PyTorch's deterministic kernels reach.
 """
 
+# torch is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 import gc
 import hashlib
 import math

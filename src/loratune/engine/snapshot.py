@@ -4,6 +4,10 @@ The file is written beside its place and moved there, so that a process killed a
 the previous snapshot. No pickle: a results folder may come from somebody else.
 """
 
+# safetensors is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -8,6 +8,10 @@ attended length (limited by a sliding window), w the attention width, L the laye
 Not covered: validation, generation, the start of a process, the SVD of PiSSA and MiLoRA.
 """
 
+# scipy has no complete types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ that are replaced and removed, since they say where a file is and not what a tri
 
 Every method is one transaction: killed at any instant, it has happened or it has not. A method that
 returned has happened, for good. On SQLite `results` is one consistent moment. Instants are UTC,
-from the clock handed to `open_store`. A `Store` may be used by several threads, never across a fork.
+from the clock handed to `open_store`. A `Store` may be used by several threads, not across a fork.
 
 Errors are StoreError: the database is missing, unwritable, locked too long, written by a newer
 version or no database of loratune; a study or trial is not in it; a trial is provisional.
@@ -445,18 +445,41 @@ class Store:
                 for row in connection.execute(query)
             )
 
-    def results(self, study: str, *, with_losses: bool = True) -> tuple[TrialResult, ...]:
+    def provenances(self, study: str) -> tuple[Provenance, ...]:
+        """How the study's trials were run: each distinct provenance once, in order of time.
+
+        Raises:
+            StoreError: no such study.
+        """
+        with self._reading() as connection:
+            mine = tables.study_trials.c.study_id == self._study(connection, study).study_id
+            rows = connection.execute(
+                select(tables.attempts.c.provenance)
+                .join(
+                    tables.study_trials,
+                    tables.study_trials.c.trial_id == tables.attempts.c.trial_id,
+                )
+                .where(mine)
+                .group_by(tables.attempts.c.provenance)
+                .order_by(func.min(tables.attempts.c.attempt_id))
+            )
+            return tuple(codec.provenance_from_json(row.provenance) for row in rows)
+
+    def results(
+        self, study: str, *, with_losses: bool = True, every_score: bool = False
+    ) -> tuple[TrialResult, ...]:
         """Every trial of the study in its order, with all that is known of it at this moment.
 
         A trial is "running" while a live attempt holds it, has its newest outcome's status once it
-        has one, and is "planned" otherwise. `scores` holds the newest score of each (task, split,
-        task version, grader, decoding), sorted by these. `engine` is that of the attempt which
-        gave the outcome, or runs.
+        has one, and is "planned" otherwise. `scores` holds the newest score of each task, sorted
+        by name. `engine` is that of the attempt which gave the outcome, or runs.
 
         Args:
             study: its name.
             with_losses: False leaves `losses` and `grad_norms` of the outcomes empty. They are a
                 number for each update: millions, in a large study.
+            every_score: True gives the newest score of each (task, split, task version, grader,
+                decoding) instead: all that the trial was ever asked.
 
         Raises:
             StoreError: no such study.
@@ -503,7 +526,8 @@ class Store:
         finished = {row.trial_id: (_outcome(row, names), engines[row.provenance]) for row in ended}
         scored: dict[str, dict[tuple[str, ...], Score]] = {}
         for record in records:  # oldest first: a newer one replaces an older
-            scored.setdefault(record.trial_id, {})[_score_key(record.score)] = record.score
+            key = _score_key(record.score) if every_score else (record.score.task,)
+            scored.setdefault(record.trial_id, {})[key] = record.score
         results: list[TrialResult] = []
         for planned in bodies:
             trial_id: str = planned.trial_id

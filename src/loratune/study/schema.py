@@ -17,6 +17,8 @@ from loratune.study.methods import choose
 
 # Appendix E of the paper: {1, 2, 5} x 10^n from 1e-5 to 2e-3, and 3e-4 and 3e-3.
 PAPER_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
+# The task whose questions are the study's own held-out rows.
+VALIDATION = "validation"
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -550,6 +552,12 @@ class Study(Section):
                 alpha = rule if isinstance(rule, float) else float(factor * rank)
                 shapes.append((method.choice(), rank, alpha))
         return tuple(shapes)
+
+    def scored_tasks(self) -> tuple[str, ...]:
+        """Names of what adapters are scored on; VALIDATION first where it selects."""
+        named = [task.name for task in self.evaluate.tasks]
+        first = [VALIDATION] if self.select_on == "validation_accuracy" else []
+        return tuple(dict.fromkeys([*first, *named]))
 
     def learning_rates(self) -> tuple[float, ...]:
         """The learning rates of the grid, ascending.

@@ -1,0 +1,64 @@
+"""A plan in plain words, for the terminal."""
+
+from collections.abc import Iterable
+
+from loratune.plan.build import Plan
+from loratune.records import Trial
+
+
+def plan_text(plan: Plan, *, list_trials: bool) -> str:
+    """The grid, what it costs, and what is only assumed; one line a trial where asked for."""
+    study = plan.study
+    trials = plan.trials
+    lines = [
+        f"study {study.study}: {len(trials):,} trials in {plan.num_cells:,} cells "
+        "(a cell: all trials that differ only in LR and seed)",
+        "",
+        f"  model          {_listed(trial.model for trial in trials)}",
+        f"  methods        {_listed(trial.method.name for trial in trials)}",
+        f"  rank           {_listed(trial.rank for trial in trials)}",
+        f"  training rows  {_listed(trial.num_train_rows for trial in trials)}",
+        f"  batch size     {_listed(trial.batch_size for trial in trials)}",
+        f"  learning rate  {_listed(f'{trial.learning_rate:g}' for trial in trials)}",
+        f"  seeds          {_listed(trial.seed for trial in trials)}",
+        f"  updates        {_spread([trial.num_updates for trial in trials])} a trial, "
+        f"{plan.num_updates:,} in all",
+        "",
+        f"  tokens         {plan.tokens:.3g}",
+        f"  FLOPs          {plan.flops:.3g}",
+        f"  hours          {_hours(plan.hours)} on {plan.device}",
+        f"  peak memory    {plan.peak_memory_bytes / 2**30:.1f} GiB (an estimate)",
+        f"  disk           {plan.disk_bytes / 2**30:.2f} GiB",
+    ]
+    if plan.detectable_effect is not None:
+        lines.append(
+            f"  detectable     differences from {100 * plan.detectable_effect:.1f} points of "
+            "accuracy (80% power, paired, 20% of answers differ, seeds left out)"
+        )
+    if plan.provisional:
+        lines += ["", "Trial ids are provisional: model or data were declared, not read."]
+    if list_trials:
+        lines += ["", *map(_trial_line, trials)]
+    return "\n".join(lines)
+
+
+def _trial_line(trial: Trial) -> str:
+    return (
+        f"{trial.trial_id}  {trial.model}  {trial.method.name}  r={trial.rank}  "
+        f"alpha={trial.alpha:g}  rows={trial.num_train_rows}  batch={trial.batch_size}  "
+        f"lr={trial.learning_rate:g}  seed={trial.seed}  updates={trial.num_updates}  "
+        f"warmup={trial.warmup_steps}  last_batch={trial.last_batch_size}"
+    )
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+def _spread(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
