@@ -252,14 +252,14 @@ def _sensitivity(curves: Sequence[Curve]) -> FigureData:
         title=f"{_spoken(metric).capitalize()} over learning rate",
         caption=(
             f"{_spoken(metric).capitalize()} at every learning rate tried, one line for each batch "
-            f"size. {_seed_text(curves)} Crosses: a seed diverged there, so that the rate is not "
-            "eligible; plus signs: some seed has no score yet."
+            f"size. {_seed_text(curves, bands=False)} Crosses: a seed diverged there, so that the "
+            "rate is not eligible; plus signs: some seed has no score yet."
         ),
         note=_note(curves, bands=False),
         x_label="learning rate",
         y_label=_axis_label(metric),
         x_kind="learning_rate",
-        y_log=metric.task is None and bool(values) and min(values) > 0,
+        y_log=metric.task is None and 0 < 2 * min(values, default=1.0) < max(values, default=0.0),
         percent=metric.higher_is_better,
         higher_is_better=metric.higher_is_better,
         panels=panels,
@@ -312,11 +312,13 @@ def _axis_label(metric: Metric) -> str:
     return f"{_spoken(metric)} ({unit})"
 
 
-def _seed_text(curves: Sequence[Curve]) -> str:
+def _seed_text(curves: Sequence[Curve], *, bands: bool = True) -> str:
     seeds = sorted({seed for curve in curves for cell in curve.cells for seed in cell.seeds})
     if len(seeds) == 1:
         return f"One seed ({seeds[0]}): no interval."
     listed = ", ".join(map(str, seeds)) if len(seeds) <= 10 else f"{seeds[0]} to {seeds[-1]}"
+    if not bands:
+        return f"Means over {len(seeds)} seeds ({listed})."
     return (
         f"Means over {len(seeds)} seeds ({listed}); bands are 95% t intervals over seeds "
         "(cut at the frame); rows and questions are the same throughout."
@@ -387,7 +389,7 @@ def render(data: FigureData) -> dict[FigureFormat, bytes]:
 
 def draw(data: FigureData) -> Figure:
     """The figure on an Agg canvas, without pyplot."""
-    columns = min(_PANEL_COLUMNS, len(data.panels))
+    columns = 2 if len(data.panels) == 4 else min(_PANEL_COLUMNS, len(data.panels))
     rows = math.ceil(len(data.panels) / columns)
     width = 8.0 if columns == 1 else 4.0 * columns + 0.8
     figure = Figure(figsize=(width, 4.3 * rows if rows == 1 else 3.5 * rows), layout="constrained")
@@ -532,7 +534,7 @@ def _plain_log_labels(axes: Any, data: FigureData, limits: tuple[float, float]) 
         rates = {dot.y for panel in data.panels for line in panel.lines for dot in line.dots}
         ticks = sorted(rate for rate in rates if rate is not None)
     else:
-        steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+        steps = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 7)
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**power for power in powers for step in steps]
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))

@@ -32,6 +32,12 @@ _MOST_TRIALS = 2000
 # Columns that identify or provenance needs but no reader of the page.
 _HIDDEN = ("trial_id", "study", "targets", "data_fingerprint", "select_on", "higher_is_better")
 
+# Columns that are named once above a table where they are the same in all of it.
+_SHARED = (
+    "model", "rank", "alpha", "protocol", "epochs", "num train rows", "schedule", "warmup steps",
+    "beta2", "precision", "num updates", "engine", "score metric", "num seeds",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class ReportPaths:
@@ -116,8 +122,8 @@ def _page(
     tasks = test_tasks(results)
     gaps = [gap for task in tasks for gap in selection_gaps(cells, task=task)]
     gap_header, gap_rows = _gap_table(gaps)
-    cell_header, cell_rows = _shown(cells_table(cells), drop=("seconds", "tokens", "engine"))
-    trial_header, trial_rows = _shown(results_table(results[:_MOST_TRIALS]), drop=("epochs",))
+    cell_table = _shown(cells_table(cells), drop=("seconds", "tokens", "engine"))
+    trial_table = _shown(results_table(results[:_MOST_TRIALS]), drop=())
     data_header, data_rows, data_notes = _data_account(summaries)
     statuses = Counter(result.status for result in results)
     counts = ", ".join(f"{num} {status}" for status, num in sorted(statuses.items())) or "none"
@@ -137,12 +143,10 @@ def _page(
         gaps=gap_rows,
         gap_header=gap_header,
         gap_text=_gap_text(gaps),
-        cell_header=cell_header,
-        cell_rows=cell_rows,
+        cell_table=cell_table,
         counts=f"Trials by status: {counts}.",
         num_trials=len(results),
-        trial_header=trial_header,
-        trial_rows=trial_rows,
+        trial_table=trial_table,
         data_header=data_header,
         data_rows=data_rows,
         data_notes=data_notes,
@@ -169,19 +173,34 @@ def _inline(svg: str, data: FigureData) -> str:
     return element[:opened].replace("<svg", label, 1) + element[opened:]
 
 
-def _shown(
-    frame: pd.DataFrame, *, drop: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """A table for reading: columns that are the same everywhere and say nothing are left out."""
-    columns = {str(name): frame[name].tolist() for name in frame.columns}
-    kept = {
-        name: [_text(value) for value in values]
-        for name, values in columns.items()
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A table for reading. `shared` says in one sentence what is the same in every row."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    shared: str
+
+
+def _shown(frame: pd.DataFrame, *, drop: Sequence[str]) -> _Shown:
+    """The table without the columns that are empty, hidden, or the same in every row."""
+    columns = {
+        str(name).replace("_", " "): [_text(value) for value in frame[name].tolist()]
+        for name in frame.columns
         if name not in (*_HIDDEN, *drop)
-        and (name in ("status", "score") or any(value is not pd.NA for value in values))
     }
-    rows = tuple(zip(*kept.values(), strict=True))
-    return tuple(name.replace("_", " ") for name in kept), rows
+    same = {
+        name: values[0]
+        for name, values in columns.items()
+        if len(set(values)) == 1 and name in _SHARED and len(values) > 1
+    }
+    kept = {name: values for name, values in columns.items() if name not in same and any(values)}
+    listed = ", ".join(f"{name} {value}" for name, value in same.items() if value)
+    return _Shown(
+        header=tuple(kept),
+        rows=tuple(zip(*kept.values(), strict=True)),
+        shared=f"The same everywhere: {listed}." if listed else "",
+    )
 
 
 def _text(value: object) -> str:
