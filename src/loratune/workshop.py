@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from datasets import config as datasets_config
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.prepare import PreparedData, prepare
@@ -117,7 +116,7 @@ def survey(
         models[name] = replace(facts, source=name)
         tokenizers[name] = tokenizer
         try:
-            with nullcontext() if download else _cached_data_alone():
+            with nullcontext() if download or not _on_hub(study) else _cached_data_alone():
                 source_rows = prepare(
                     study.data,
                     tokenizer=tokenizer,
@@ -138,9 +137,17 @@ def survey(
     return Survey(models, data, tokenizers, prepared, tuple(remarks))
 
 
+def _on_hub(study: Study) -> bool:
+    held_out = study.data.validation
+    sources = (study.data.train, held_out.file if held_out is not None else None)
+    return any(source is not None and source.id is not None for source in sources)
+
+
 @contextmanager
 def _cached_data_alone() -> Generator[None]:
     """Meanwhile `datasets` fetches nothing; it looks at this switch of its own at every call."""
+    from datasets import config as datasets_config  # Slow, and needed for hub data alone.
+
     before = datasets_config.HF_HUB_OFFLINE
     datasets_config.HF_HUB_OFFLINE = True
     try:

@@ -356,6 +356,44 @@ def test_closing_an_unfinished_trial_leaves_the_base_as_it_was():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+# Out of memory ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _TooLarge:
+    """A method on a device whose memory is too small `times` times."""
+
+    inner: Any
+    times: int
+
+    def attach(self, model: Any, trial: Trial, *, targets: Sequence[str]) -> Any:
+        self.times -= 1
+        if self.times >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.inner.attach(model, trial, targets=targets)
+
+
+def test_a_trial_that_does_not_fit_is_cut_smaller_and_goes_on():
+    data = random_data(40)
+    trial = tiny_trial(data, batch_size=20)
+    whole, _ = train(trial, data)
+    small = _TooLarge(load_method("lora"), times=2)
+    cut, _ = train(trial, data, tokens_per_microbatch=200, find_method=lambda _: small)
+    assert cut.status == "done"
+    assert cut.losses == pytest.approx(whole.losses, rel=2e-5)
+    assert cut.rows_per_microbatch == 200 // 4 // data.facts.max_row_tokens
+
+
+def test_a_trial_of_which_no_row_fits_is_an_outcome():
+    data = random_data(40)
+    never = _TooLarge(load_method("lora"), times=10**9)
+    outcome, adapter = train(tiny_trial(data), data, find_method=lambda _: never)
+    assert outcome.status == "out_of_memory"
+    assert adapter is None
+    assert outcome.reason is not None
+    assert "Tried to allocate 2.00 GiB" in outcome.reason
+
+
 # What the seed moves ------------------------------------------------------------------------------
 
 

@@ -1,0 +1,48 @@
+"""What only a CUDA device can show of the reference engine."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loratune.engine.base import Snapshot
+from loratune.engine.reference import ReferenceEngine
+from tiny_trials import random_data, tiny_base, tiny_trial, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+METHODS = ["lora", "rslora", "pissa", "milora", "dora", "loraplus", "olora", "adalora"]
+
+
+def cuda_base():
+    base = tiny_base()
+    base.model.to("cuda")
+    return replace(base, device=torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_on_cuda_are_those_of_the_cpu(method):
+    data = random_data(40)
+    trial = tiny_trial(data, method=method)
+    ours, _ = train(trial, data, base=cuda_base())
+    theirs, _ = train(trial, data)
+    # float32 on both, other orders of sums; TF32 is off by default.
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    assert ours.peak_memory_bytes is not None
+    assert theirs.peak_memory_bytes is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_going_on_from_a_snapshot_on_cuda_is_bit_equal(method):
+    data = random_data(40)
+    base = cuda_base()
+    base.model.to(torch.bfloat16)
+    trial = tiny_trial(data, method=method, precision="bfloat16", batch_size=4, dropout=0.1)
+    engine = ReferenceEngine(base, {trial.data_fingerprint: data}, tokens_per_microbatch=40)
+    events = list(engine.train(trial, snapshot=None, wants_snapshot=lambda: True))
+    snapshot = next(event for event in events if isinstance(event, Snapshot) and event.update == 5)
+    again, _ = train(trial, data, base=base, snapshot=snapshot)
+    assert again.losses == events[-1].outcome.losses
+    assert again.validation_loss == events[-1].outcome.validation_loss
