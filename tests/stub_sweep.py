@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loratune.engine.base import Event, Finished, Progress, Snapshot
-from loratune.plan.build import Plan, make_plan
-from loratune.plan.cost import H100
-from loratune.plan.shapes import declared_model_facts
+from loratune.planning.build import Plan, make_plan
+from loratune.planning.cost import H100
+from loratune.planning.shapes import declared_model_facts
 from loratune.records import (
     DataFacts,
     DataSummary,

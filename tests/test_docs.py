@@ -17,10 +17,10 @@ from loratune.analyse.compare import Comparison
 from loratune.analyse.curves import Crossover
 from loratune.analyse.tables import IDENTITY_COLUMNS, RUN_COLUMNS, TASK_COLUMNS
 from loratune.cli import app
-from loratune.plan.build import Plan, make_plan
-from loratune.plan.cost import H100
-from loratune.plan.shapes import declared_data_facts, declared_model_facts
-from loratune.recommend.recommendation import Recommendation
+from loratune.planning.build import Plan, make_plan
+from loratune.planning.cost import H100
+from loratune.planning.shapes import declared_data_facts, declared_model_facts
+from loratune.recommendation.grid import Recommendation
 from loratune.study.loading import parse_study
 from loratune.study.methods import descriptions
 from loratune.study.presets import preset_names, preset_scales, preset_text

@@ -135,19 +135,18 @@ def test_as_many_adapters_are_kept_as_the_study_says(tmp_path, keep, count):
     assert len(kept) == count
     if keep == "best":
         for cell in _cells(sweep):
-            best = min(cell, key=lambda result: result.outcome.validation_loss)  # type: ignore[union-attr]
-            means = {
-                rate: sum(
-                    one.outcome.validation_loss for one in cell if one.trial.learning_rate == rate
-                )  # type: ignore[union-attr,misc]
-                for rate in {one.trial.learning_rate for one in cell}
-            }
-            chosen_rate = min(means, key=lambda rate: means[rate])
-            chosen = [one for one in cell if one.trial.learning_rate == chosen_rate]
-            best = min(chosen, key=lambda one: one.outcome.validation_loss)  # type: ignore[union-attr]
-            assert [one.trial.trial_id for one in cell if one.trial.trial_id in kept] == [
-                best.trial.trial_id
-            ]
+            losses = {result.trial.trial_id: _loss(result) for result in cell}
+            by_rate = dict[float, list[str]]()
+            for result in cell:
+                by_rate.setdefault(result.trial.learning_rate, []).append(result.trial.trial_id)
+            chosen = min(by_rate.values(), key=lambda ids: sum(losses[one] for one in ids))
+            assert kept & set(losses) == {min(chosen, key=losses.__getitem__)}
+
+
+def _loss(result: TrialResult) -> float:
+    assert result.outcome is not None
+    assert result.outcome.validation_loss is not None
+    return result.outcome.validation_loss
 
 
 def _cells(sweep: Sweep) -> list[list[TrialResult]]:

@@ -12,7 +12,7 @@ from loratune.engine.base import Finished, Progress, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.models.load import Base
-from loratune.plan.horizon import horizon
+from loratune.planning.horizon import horizon
 from loratune.records import DataFacts, DataSummary, Outcome, Trial
 from loratune.study.methods import choose, describe
 from loratune.study.schema import Protocol

@@ -1,1 +1,38 @@
-"""loratune finds the batch size and learning rate that train a LoRA adapter best."""
+"""loratune finds the batch size and learning rate that train a LoRA adapter best.
+
+The Python API is this module: every command is a function here. Nothing heavy is imported until one
+of them is called.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loratune.api import (
+        cells,
+        compare,
+        load_study,
+        plan,
+        recommend,
+        results,
+        run,
+        tune,
+    )
+
+__all__ = [
+    "cells",
+    "compare",
+    "load_study",
+    "plan",
+    "recommend",
+    "results",
+    "run",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'loratune' has no attribute {name!r}")
+    from loratune import api
+
+    return getattr(api, name)

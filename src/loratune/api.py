@@ -16,10 +16,10 @@ from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.tables import results_table
 from loratune.errors import StudyError
 from loratune.folder import open_results
-from loratune.plan.build import Plan, make_plan
-from loratune.plan.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
+from loratune.planning.build import Plan, make_plan
+from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
 from loratune.progress import ProgressLine
-from loratune.recommend.recommendation import Recommendation, recommendations
+from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.report.page import ReportPaths, write_report
 from loratune.study.loading import LoadedStudy, load_study, parse_study
 from loratune.study.methods import describe

@@ -148,7 +148,7 @@ def plan(
 ) -> None:
     """Say what a study would train and cost. Trains, downloads and writes nothing."""
     from loratune import api
-    from loratune.plan.text import plan_text
+    from loratune.planning.text import plan_text
 
     planned, remarks = api.plan_with_remarks(_study(study), tflops=tflops, like=like)
     for remark in remarks:

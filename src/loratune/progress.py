@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from loratune.engine.base import Progress as UpdateDone
-from loratune.plan.build import Plan
+from loratune.planning.build import Plan
 from loratune.records import Outcome, Score, Trial
 
 

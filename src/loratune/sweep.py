@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 from loratune.analyse.cells import Cell, make_cells
 from loratune.engine.base import Engine, Finished, Progress, Snapshot
 from loratune.folder import ResultsFolder, replace_folder, working_folder
-from loratune.plan.build import Plan
+from loratune.planning.build import Plan
 from loratune.records import (
     FINAL_STATUSES,
     DataSummary,

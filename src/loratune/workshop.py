@@ -27,16 +27,16 @@ from loratune.engine.base import Engine, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.errors import CapacityError, DataError, LoratuneError, ModelError
-from loratune.evaluate.generate import check_room
-from loratune.evaluate.questions import Question, TaskQuestions
-from loratune.evaluate.score import score_task
-from loratune.evaluate.tasks import ask, ask_validation, check_tasks, load_questions
+from loratune.evaluation.generate import check_room
+from loratune.evaluation.questions import Question, TaskQuestions
+from loratune.evaluation.score import score_task
+from loratune.evaluation.tasks import ask, ask_validation, check_tasks, load_questions
 from loratune.models.describe import describe_model
 from loratune.models.load import Base, load_base, load_tokenizer
-from loratune.plan.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
-from loratune.plan.cost import H100, Rate, tokens_that_fit
-from loratune.plan.shapes import declared_data_facts, declared_model_facts
-from loratune.plan.trials import DataKey
+from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
+from loratune.planning.cost import H100, Rate, tokens_that_fit
+from loratune.planning.shapes import declared_data_facts, declared_model_facts
+from loratune.planning.trials import DataKey
 from loratune.records import (
     DataFacts,
     DataSummary,

@@ -1,7 +1,7 @@
 from loratune.analyse.cells import make_cells
 from loratune.analyse.compare import compare
 from loratune.analyse.curves import make_curves
-from loratune.recommend.recommendation import recommend
+from loratune.recommendation.grid import recommend
 from loratune.report.text import comparison_sentence, curves_text, recommendation_text
 from simulated import result, sweep
 

@@ -34,7 +34,7 @@ from loratune.methods import load_method
 from loratune.methods.base import Attached, Method
 from loratune.models.load import Base
 from loratune.models.targets import target_modules
-from loratune.plan.horizon import lr_factor
+from loratune.planning.horizon import lr_factor
 from loratune.records import Outcome, Trial
 
 

@@ -20,7 +20,7 @@ from loratune.models.gguf import check_gguf
 from loratune.models.load import read_config
 from loratune.models.sources import locate
 from loratune.models.targets import block_linears
-from loratune.plan.targets import own_name
+from loratune.planning.targets import own_name
 from loratune.records import LinearShape, ModelFacts
 
 

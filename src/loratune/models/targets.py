@@ -1,7 +1,7 @@
 """The linear layers of a loaded model that a study's `targets` mean, by their full names.
 
 Only the decoder blocks are looked at: the output head and the embeddings are never targets. The
-rules of matching are those of `loratune.plan.targets`, which knows no torch.
+rules of matching are those of `loratune.planning.targets`, which knows no torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 
 from loratune.errors import ModelError
-from loratune.plan.targets import check_rank_of_layer, check_targets, means
+from loratune.planning.targets import check_rank_of_layer, check_targets, means
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:

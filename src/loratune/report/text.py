@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from loratune.analyse.compare import Comparison
 from loratune.analyse.curves import Curve, Point
 from loratune.analyse.scores import Metric
-from loratune.recommend.recommendation import Recommendation
+from loratune.recommendation.grid import Recommendation
 
 
 def curves_text(curves: Sequence[Curve]) -> str:

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratune.errors import EvaluationError, ModelError
-from loratune.evaluate.generate import Answer, generate_answers
-from loratune.evaluate.questions import TaskQuestions
-from loratune.evaluate.score import grade, score_task
+from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.questions import TaskQuestions
+from loratune.evaluation.score import grade, score_task
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.models.load import Base
 from tiny_models import tiny_model, tiny_tokenizer

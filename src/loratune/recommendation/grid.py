@@ -14,7 +14,7 @@ from typing import Any, cast
 from loratune.analyse.cells import Cell, make_cells
 from loratune.analyse.curves import Curve, make_curves
 from loratune.errors import AnalysisError
-from loratune.recommend.best import against_best
+from loratune.recommendation.best import against_best
 from loratune.records import TrialResult
 
 BASELINE = "lora"

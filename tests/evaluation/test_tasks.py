@@ -5,8 +5,8 @@ import pytest
 from loratune.data import demo_task
 from loratune.data.prepare import Example, prepare
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluate.questions import Question
-from loratune.evaluate.tasks import (
+from loratune.evaluation.questions import Question
+from loratune.evaluation.tasks import (
     ask,
     ask_validation,
     can_score,
@@ -89,7 +89,7 @@ def test_gsm8k_comes_from_the_hub_unless_the_study_says_otherwise(monkeypatch, t
         asked.append(source)
         return [{"question": "1 + 1?", "answer": "<<1+1=2>>2\n#### 2"}]
 
-    monkeypatch.setattr("loratune.evaluate.gsm8k.read_rows", read_rows)
+    monkeypatch.setattr("loratune.evaluation.gsm8k.read_rows", read_rows)
     assert load_questions(Task(name="gsm8k"), folder=tmp_path) == (Question("1 + 1?", "2"),)
     assert asked == [Source(id="openai/gsm8k", subset="main", split="test")]
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratune.errors import EvaluationError
-from loratune.evaluate.generate import Answer, generate_answers
-from loratune.evaluate.graders import judge
-from loratune.evaluate.questions import TaskQuestions
+from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.graders import judge
+from loratune.evaluation.questions import TaskQuestions
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base

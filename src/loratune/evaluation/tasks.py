@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 from loratune.data.encode import encode_prompts
 from loratune.data.templates import fields_of, prompt_for
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluate import demo, gsm8k, validation
-from loratune.evaluate.questions import Question, TaskDefinition, TaskQuestions
+from loratune.evaluation import demo, gsm8k, validation
+from loratune.evaluation.questions import Question, TaskDefinition, TaskQuestions
 from loratune.study import schema
 
 if TYPE_CHECKING:

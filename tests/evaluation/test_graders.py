@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratune.errors import EvaluationError
-from loratune.evaluate.graders import (
+from loratune.evaluation.graders import (
     judge,
     pissa_number,
     plain_number,

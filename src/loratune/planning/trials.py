@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
-from loratune.plan.horizon import horizon, warmup_steps
-from loratune.plan.targets import check_rank, matched_linears
+from loratune.planning.horizon import horizon, warmup_steps
+from loratune.planning.targets import check_rank, matched_linears
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import IDENTITY_VERSION, content_id
 from loratune.study.methods import describe

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from loratune.data.demo_task import DEFAULT_NUM_ROWS, DEFAULT_SEED, generate_rows
 from loratune.errors import EvaluationError
-from loratune.evaluate.graders import strict_number
-from loratune.evaluate.questions import Question, TaskDefinition
+from loratune.evaluation.graders import strict_number
+from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import Source
 
 

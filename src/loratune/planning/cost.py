@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from loratune.errors import AnalysisError
-from loratune.plan.targets import matched_linears
+from loratune.planning.targets import matched_linears
 from loratune.records import DataFacts, LinearShape, ModelFacts, Trial
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from loratune.errors import AnalysisError
-from loratune.recommend.recommendation import recommend, recommendations
+from loratune.recommendation.grid import recommend, recommendations
 from simulated import result, score, sweep
 
 KEYS = {

@@ -1,7 +1,7 @@
 import pytest
 
 from loratune.errors import ModelError
-from loratune.plan.targets import check_rank, matched_linears
+from loratune.planning.targets import check_rank, matched_linears
 from loratune.records import LinearShape, ModelFacts
 
 Q = LinearShape(name="q_proj", in_features=32, out_features=32, count=3)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from loratune.plan.build import Plan
+from loratune.planning.build import Plan
 from loratune.records import Trial
 
 

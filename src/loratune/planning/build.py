@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from loratune.errors import StudyError
-from loratune.plan.cost import Rate, TrialCost, trial_cost
-from loratune.plan.trials import DataKey, plan_trials
+from loratune.planning.cost import Rate, TrialCost, trial_cost
+from loratune.planning.trials import DataKey, plan_trials
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import cell_key
 from loratune.study.schema import Study

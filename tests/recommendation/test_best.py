@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loratune.recommend.best import against_best, dunnett_critical
+from loratune.recommendation.best import against_best, dunnett_critical
 
 
 def test_one_comparison_needs_students_t():

@@ -9,8 +9,8 @@ from pathlib import Path
 from loratune.data.sources import read_rows, source_name
 from loratune.data.templates import value_of
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluate.graders import plain_number
-from loratune.evaluate.questions import Question, TaskDefinition
+from loratune.evaluation.graders import plain_number
+from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import Source
 
 HUB_SOURCE = Source(id="openai/gsm8k", subset="main", split="test")

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from loratune.errors import EvaluationError
-from loratune.evaluate.generate import Answer, check_room, generate_answers
+from loratune.evaluation.generate import Answer, check_room, generate_answers
 from loratune.models.load import Base, set_gradient_checkpointing
 from tiny_models import EOS_ID, tiny_model, tiny_tokenizer
 

@@ -8,8 +8,8 @@ which it finds no number could never be answered rightly, so its question counts
 from collections.abc import Sequence
 
 from loratune.errors import EvaluationError
-from loratune.evaluate.graders import read_number
-from loratune.evaluate.questions import TaskDefinition
+from loratune.evaluation.graders import read_number
+from loratune.evaluation.questions import TaskDefinition
 
 TASK = TaskDefinition(
     name="validation",

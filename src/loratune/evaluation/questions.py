@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loratune.evaluate.graders import GraderName
+from loratune.evaluation.graders import GraderName
 from loratune.study.schema import Source
 
 
