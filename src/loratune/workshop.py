@@ -370,4 +370,4 @@ def _commit() -> str | None:
     asked = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
-    return asked.stdout.strip() or None
+    return asked.stdout.strip() if asked.returncode == 0 else None
