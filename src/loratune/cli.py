@@ -120,15 +120,19 @@ def init(
     name: Annotated[str, typer.Argument(help="A preset, such as fig1.")],
     *,
     scale: Annotated[
-        Scale, typer.Option(help="paper: as published; small: what one GPU does in minutes.")
-    ] = Scale.small,
+        Scale | None,
+        typer.Option(
+            help="paper: as published; small: what one GPU does in minutes. "
+            "Left out: small where there is one."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print a commented study file: `loratune init fig1 --scale small > fig1.yaml`."""
     from loratune.study.presets import preset_text
 
-    text = preset_text(name, scale=scale.value)
-    _print(json.dumps({"name": name, "scale": scale.value, "text": text}) if as_json else text)
+    text = preset_text(name, scale=None if scale is None else scale.value)
+    _print(json.dumps({"name": name, "text": text}) if as_json else text)
 
 
 @app.command()

@@ -1,9 +1,9 @@
 """The reference engine against Trainer, against closed forms, and against itself interrupted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.methods import load_method
 from loratune.methods.base import Attached, ParameterGroup
+from loratune.models.load import Base
 from loratune.records import Trial
 from tiny_models import PAD_ID
 from tiny_trials import random_data, tiny_base, tiny_trial, train
@@ -64,7 +65,7 @@ def test_losses_equal_those_of_trainer_and_peft(tmp_path, accumulation):
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(rows)
 
         def log(self, logs: Any, *args: Any, **kwargs: Any) -> None:
             super().log(logs, *args, **kwargs)
@@ -89,7 +90,7 @@ def test_losses_equal_those_of_trainer_and_peft(tmp_path, accumulation):
             disable_tqdm=True,
             dataloader_pin_memory=False,
         ),
-        train_dataset=rows,
+        train_dataset=cast("Any", rows),
         data_collator=_collate,
         callbacks=[Losses()],
     )
@@ -106,10 +107,10 @@ def _all_linear(model: torch.nn.Module) -> list[str]:
     return list(target_modules(model, ["all-linear"]))
 
 
-def _load_peft_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def _load_peft_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(model, tensors)
+    result = set_peft_model_state_dict(model, dict(tensors))
     assert not result.unexpected_keys
 
 
@@ -466,6 +467,11 @@ def test_train_loss_is_the_token_mean_over_the_last_tenth():
     assert outcome.train_loss == pytest.approx(expected, rel=1e-12)
 
 
+def _move(base: Base, target: Any) -> None:
+    to: Any = base.model.to  # transformers wraps nn.Module.to untyped
+    to(target)
+
+
 # Precision ----------------------------------------------------------------------------------------
 
 
@@ -473,7 +479,7 @@ def test_train_loss_is_the_token_mean_over_the_last_tenth():
 def test_weights_gradients_and_adams_state_are_float32_over_a_bfloat16_base(method):
     data = random_data(40)
     base = tiny_base()
-    base.model.to(torch.bfloat16)
+    _move(base, torch.bfloat16)
     trial = tiny_trial(data, method=method, precision="bfloat16", steps=10)
     engine = ReferenceEngine(base, {trial.data_fingerprint: data}, tokens_per_microbatch=99)
     events = list(engine.train(trial, snapshot=None, wants_snapshot=lambda: True))

@@ -1,12 +1,14 @@
 """What only a CUDA device can show of the reference engine."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from loratune.engine.base import Snapshot
+from loratune.engine.base import Finished, Snapshot
 from loratune.engine.reference import ReferenceEngine
+from loratune.models.load import Base
 from tiny_trials import random_data, tiny_base, tiny_trial, train
 
 pytestmark = [
@@ -16,9 +18,10 @@ pytestmark = [
 METHODS = ["lora", "rslora", "pissa", "milora", "dora", "loraplus", "olora", "adalora"]
 
 
-def cuda_base():
+def cuda_base(dtype: torch.dtype = torch.float32) -> Base:
     base = tiny_base()
-    base.model.to("cuda")
+    to: Any = base.model.to  # transformers wraps nn.Module.to untyped
+    to(dtype=dtype, device="cuda")
     return replace(base, device=torch.device("cuda:0"))
 
 
@@ -37,12 +40,13 @@ def test_losses_on_cuda_are_those_of_the_cpu(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_going_on_from_a_snapshot_on_cuda_is_bit_equal(method):
     data = random_data(40)
-    base = cuda_base()
-    base.model.to(torch.bfloat16)
+    base = cuda_base(torch.bfloat16)
     trial = tiny_trial(data, method=method, precision="bfloat16", batch_size=4, dropout=0.1)
     engine = ReferenceEngine(base, {trial.data_fingerprint: data}, tokens_per_microbatch=40)
     events = list(engine.train(trial, snapshot=None, wants_snapshot=lambda: True))
     snapshot = next(event for event in events if isinstance(event, Snapshot) and event.update == 5)
+    finished = events[-1]
+    assert isinstance(finished, Finished)
     again, _ = train(trial, data, base=base, snapshot=snapshot)
-    assert again.losses == events[-1].outcome.losses
-    assert again.validation_loss == events[-1].outcome.validation_loss
+    assert again.losses == finished.outcome.losses
+    assert again.validation_loss == finished.outcome.validation_loss

@@ -5,6 +5,7 @@ import pytest
 from loratune.data import demo_task
 from loratune.data.prepare import Example, prepare
 from loratune.errors import DataError, EvaluationError
+from loratune.evaluation.graders import GraderName
 from loratune.evaluation.questions import Question
 from loratune.evaluation.tasks import (
     ask,
@@ -137,6 +138,7 @@ def test_demo_questions_are_those_of_the_test_split_with_the_results_of_their_su
     assert all(demo_task.split_of(one.text) == "test" for one in questions)
     for one, row in zip(questions, rows, strict=True):
         last_sum = row["answer"].rpartition("=")[2].partition(".")[0]
+        assert one.reference is not None
         assert int(one.reference) == int(last_sum)
 
 
@@ -252,10 +254,11 @@ def test_a_validation_answer_may_be_half_as_long_again_as_the_longest_reference(
 
 def test_validation_references_are_read_by_the_grader_that_reads_the_answers():
     rows = examples("#### 4", "The answer is: 17.6", "The answer is: \\frac{1}{2}")
-    for grader, references in {
+    expected: dict[GraderName, tuple[str | None, ...]] = {
         "strict": ("4", "88/5", None),
         "pissa": (None, "18", "1"),
-    }.items():
+    }
+    for grader, references in expected.items():
         given = Task(name="validation", grader=grader)
         asked = ask_validation(rows, given=given, data=DATA, tokenizer=tiny_tokenizer())
         assert asked.references == references

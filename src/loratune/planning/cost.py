@@ -39,12 +39,14 @@ class Rate:
     A micro-batch takes max(seconds_per_layer x layers, FLOPs / flops_per_second): small batches
     wait for kernel launches, large ones for arithmetic. The arithmetic rate grows with the hidden
     size up to `max_flops_per_second`, since narrow layers are bound by memory traffic.
+    `memory_bytes` bounds a micro-batch where the device's memory is known.
     """
 
     device: str
     seconds_per_layer: float
     flops_per_second_per_width: float
     max_flops_per_second: float
+    memory_bytes: int | None = None
 
     def seconds(self, flops: float, *, num_layers: int, hidden_size: int) -> float:
         """Seconds of one micro-batch of `flops`."""
@@ -61,6 +63,7 @@ H100 = Rate(
     seconds_per_layer=0.0072,
     flops_per_second_per_width=6.9e10,
     max_flops_per_second=283e12,
+    memory_bytes=80 * 2**30,
 )
 
 
@@ -160,10 +163,19 @@ def trial_cost(
 ) -> TrialCost:
     """The cost of one trial; rows are taken at their mean length.
 
-    `tokens_per_microbatch` is the most that goes through the model at once: a batch of more is
-    cut, which costs launches but no accuracy.
+    `tokens_per_microbatch` is the most that goes through the model at once, and less where the
+    rate's device has less memory: a batch of more is cut, which costs launches but no accuracy.
     """
     linears = matched_linears(model, trial.targets)
+    weights = model.num_parameters * BYTES[trial.precision]
+    if rate.memory_bytes is not None:
+        tokens_per_microbatch = tokens_that_fit(
+            rate.memory_bytes - weights,
+            model=model,
+            trial=trial,
+            max_row_tokens=data.max_row_tokens,
+            most=tokens_per_microbatch,
+        )
     mean_tokens = data.num_tokens / data.num_train_rows
     per_token = flops_per_token(
         model,
@@ -189,7 +201,7 @@ def trial_cost(
         num_microbatches=microbatches,
         seconds=trial.num_updates * seconds,
         peak_memory_bytes=(
-            model.num_parameters * BYTES[trial.precision]
+            weights
             + factors * BYTES_PER_TRAINED_PARAMETER
             + frozen * BYTES_PER_FROZEN_FACTOR
             + max(resident, data.max_row_tokens)
