@@ -137,6 +137,9 @@ class StubWorkshop:
     def data_summaries(self) -> Mapping[str, DataSummary]:
         return {"data-stub": DataSummary("stub", 72, 0, 0, 8, 8, 0, 64, 0)}
 
+    def remarks(self) -> tuple[str, ...]:
+        return ()
+
     def provenance(self) -> Provenance:
         import os
         import socket

@@ -38,7 +38,7 @@ class ProgressLine:
     """A `sweep.Watcher` for people: use it as a context manager."""
 
     def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Console(stderr=True, quiet=quiet, soft_wrap=True)
         self._clock = clock
         self._bar = Progress(
             TextColumn("{task.completed:.0f}/{task.total:.0f} trials"),

@@ -62,6 +62,10 @@ class Workshop(Protocol):
         """What became of the rows, by data fingerprint."""
         ...
 
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of models and data before training, in plain words."""
+        ...
+
     def provenance(self) -> Provenance:
         """How trials are run here."""
         ...
@@ -197,6 +201,8 @@ class _Loop:
             result.trial.trial_id for result in self._results() if result.status in FINAL_STATUSES
         )
         self.watcher.begins(plan, finished=finished)
+        for remark in self.workshop.remarks():
+            self.watcher.remarks(remark)
         # The plan keeps a cell's trials together.
         for _, cell in groupby(plan.trials, key=cell_key):
             trials = tuple(cell)

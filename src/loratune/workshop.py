@@ -31,6 +31,7 @@ from loratune.evaluation.generate import check_room
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.score import score_task
 from loratune.evaluation.tasks import ask, ask_validation, check_tasks, load_questions
+from loratune.models.demo import DEMO_MODELS, resolve_demo_model
 from loratune.models.describe import describe_model
 from loratune.models.load import Base, load_base, load_tokenizer
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
@@ -156,6 +157,22 @@ def _cached_data_alone() -> Generator[None]:
         datasets_config.HF_HUB_OFFLINE = before
 
 
+def data_account(summary: DataSummary) -> str:
+    """What became of the rows, in one line: what was dropped, cut or stands in a test is said."""
+    parts = [f"{summary.num_train_rows:,} of {summary.num_source_rows:,} rows train"]
+    if summary.num_validation_rows:
+        parts.append(f"{summary.num_validation_rows:,} validate")
+    counted = {
+        "too long, dropped": summary.num_dropped_too_long,
+        "too long, truncated": summary.num_truncated,
+        "validation rows too long, dropped": summary.num_validation_dropped,
+        "training rows ask what another one asks": summary.num_duplicate_rows,
+        "training rows ask what a validation row asks": summary.num_in_validation,
+    } | {f"training rows stand in the test of {task}": n for task, n in summary.num_in_test}
+    parts += [f"{count:,} {what}" for what, count in counted.items() if count]
+    return f"data {summary.source}: {'; '.join(parts)}"
+
+
 def model_source(name: str, *, folder: Path) -> str:
     """A study's model name as something to load: a path is relative to the study file."""
     beside = folder / Path(name).expanduser()
@@ -223,6 +240,17 @@ class ReferenceWorkshop:
     def data_summaries(self) -> Mapping[str, DataSummary]:
         """See `sweep.Workshop`."""
         return self._survey.summaries()
+
+    def remarks(self) -> tuple[str, ...]:
+        """See `sweep.Workshop`."""
+        rebuilt = tuple(
+            f"{name}: a rebuild with other weights than the recorded ones; "
+            "its numbers are not those of the documentation"
+            for name in self.loaded.study.model
+            if name in DEMO_MODELS and not resolve_demo_model(name).matches_recorded_hash
+        )
+        accounts = {data_account(summary): None for summary in self._survey.summaries().values()}
+        return (*rebuilt, *accounts)
 
     def provenance(self) -> Provenance:
         """See `sweep.Workshop`."""
