@@ -2,8 +2,9 @@
 
 What is in it, and why: the facts that a word problem needs (sums, differences, products up to 30);
 chains of two facts; short lists from which one entry is asked for, so that the models learn to look
-a number up; one-step stories; and plain sentences, which also use every word of the fine-tuning
-task so that no embedding is left untrained. What is not in it: the task's sentences, its verbs in
+a number up; one-step stories; sentences that say which verbs leave more and which leave fewer, as
+any text would; and plain sentences, which also use every word of the fine-tuning task so that no
+embedding is left untrained. What is not in it: the task's sentences, its verbs in
 stories, two-step problems, worked answers, "The answer is:". tests/data/test_demo_task.py checks
 that.
 
@@ -87,6 +88,7 @@ _SUM_FORMS = (
     "{a} plus {b} is {c}.",
     "The sum of {a} and {b} is {c}.",
     "{b} more than {a} is {c}.",
+    "{b} more than {a}: {a} + {b} = {c}.",
     "Question: What is {a} + {b}?\nAnswer: {c}.",
 )
 _DIFFERENCE_FORMS = (
@@ -95,6 +97,7 @@ _DIFFERENCE_FORMS = (
     "{a} minus {b} is {c}.",
     "{a} without {b} is {c}.",
     "{b} less than {a} is {c}.",
+    "{b} less than {a}: {a} - {b} = {c}.",
     "Question: What is {a} - {b}?\nAnswer: {c}.",
 )
 _PRODUCT_FORMS = (
@@ -130,41 +133,63 @@ def _recall(rng: random.Random) -> str:
     for _ in range(2 + _below(rng, 3)):
         name = _pick(rng, [n for n in NAMES if n not in [e[0] for e in entries]])
         entries.append((name, _below(rng, LARGEST_NUMBER + 1), _pick(rng, THINGS)))
-    told = " ".join(f"{name} has {number} {thing}." for name, number, thing in entries)
+    sentences = [f"{name} has {number} {thing}." for name, number, thing in entries]
+    told = " ".join(sentences)
     name, number, thing = _pick(rng, entries)
     form = _below(rng, 3)
     if form == 0:
         return f"{told}\nQuestion: How many {thing} does {name} have?\nAnswer: {number}."
     if form == 1:
-        return f"{told} Again: {told}"
+        shuffled = [sentence for _, sentence in sorted((rng.random(), s) for s in sentences)]
+        return f"{told} Again: {' '.join(shuffled)}"
     return f"{told} The {thing} of {name} are {number}."
 
 
 def _story(rng: random.Random) -> str:
-    """One person, one change, told in one of several ways; the result last."""
+    """One person, one change, told in one of several ways; the result last.
+
+    Sentences that have nothing to do with it may stand between, so that what matters has to be
+    found by what it says, not by how far back it is.
+    """
     name, thing = _pick(rng, NAMES), _pick(rng, THINGS)
     have = 1 + _below(rng, LARGEST_NUMBER)
     equation, now = _step(rng, have)
     verb = _pick(rng, STORY_GAIN_VERBS if now > have else STORY_LOSS_VERBS)
     by = abs(now - have)
+    change = "more" if now > have else "less"
+    aside = f" {_aside(rng)}" if rng.random() < 0.4 else ""
     told = _pick(
         rng,
         (
-            f"{name} has {have} {thing}. {name} {verb} {by} {thing}.",
-            f"{name} has {have} {thing} and {verb} {by}.",
-            f"There are {have} {thing}. Then {name} {verb} {by} of them.",
+            f"{name} has {have} {thing}.{aside} {name} {verb} {by} {thing}.",
+            f"{name} has {have} {thing} and {verb} {by}.{aside}",
+            f"There are {have} {thing}.{aside} Then {name} {verb} {by} of them.",
+            f"{name} {verb} {by} {thing}.{aside} Before that there are {have}.",
         ),
     )
+    if rng.random() < 0.4:
+        # The question inside, as in a book of exercises.
+        ask = _pick(rng, (f"How many {thing} does {name} have?", f"How many {thing} are there?"))
+        answer = _pick(rng, (f"{equation}.", f"{now}.", f"{by} {change}: {equation}."))
+        return f"Question: {told} {ask}\nAnswer: {answer}"
     return told + _pick(
         rng,
         (
             f" {name} has {now} {thing}.",
             f" {equation}.",
             f" {equation}. So there are {now} {thing}.",
+            f" That is {by} {change}: {equation}.",
             f"\nQuestion: How many {thing} does {name} have?\nAnswer: {now}.",
             f"\nQuestion: How many {thing} are there?\nAnswer: {equation}.",
         ),
     )
+
+
+def _aside(rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return f"{_pick(rng, NAMES)} has {_below(rng, LARGEST_NUMBER + 1)} {_pick(rng, THINGS)}."
+    who = f"{_pick(rng, _QUALITIES)} {_pick(rng, _PEOPLE + _ANIMALS)}"
+    return f"The {who} {_pick(rng, _ACTIONS)} near the {_pick(rng, _PLACES)}."
 
 
 def _groups(rng: random.Random) -> str:
@@ -180,6 +205,35 @@ def _groups(rng: random.Random) -> str:
         ),
     )
     return told + _pick(rng, (f" {a} * {b} = {a * b}.", f" In all there are {a * b} {thing}."))
+
+
+def _meaning(rng: random.Random) -> str:
+    """What the words of change and comparison mean: more or fewer, with nothing to compute."""
+    sentences: list[str] = []
+    for _ in range(1 + _below(rng, 3)):
+        name, thing = _pick(rng, NAMES), _pick(rng, THINGS)
+        by = 1 + _below(rng, 20)
+        low = _below(rng, LARGEST_NUMBER)
+        high = low + 1 + _below(rng, LARGEST_NUMBER - low)
+        if rng.random() < 0.5:
+            verb, change = _pick(rng, GAIN_VERBS + STORY_GAIN_VERBS), "more"
+            compared = f"{high} is above {low}: it is {high - low} more."
+        else:
+            verb, change = _pick(rng, LOSS_VERBS + STORY_LOSS_VERBS), "less"
+            compared = f"{low} is below {high}: it is {high - low} less."
+        sentences.append(
+            _pick(
+                rng,
+                (
+                    f"{name} {verb} {thing}. Now {name} has {change}.",
+                    f"When {name} {verb} {by} {thing}, there are {by} {change}.",
+                    f"{name} {verb} {by}, that is {by} {change}.",
+                    f"{name} has {change} {thing} when {name} {verb} some.",
+                    compared,
+                ),
+            )
+        )
+    return " ".join(sentences)
 
 
 def _plain_text(rng: random.Random) -> str:
@@ -217,8 +271,9 @@ _MIXTURE: dict[Callable[[random.Random], str], int] = {
     _facts: 5,
     _chain: 3,
     _recall: 3,
-    _story: 4,
+    _story: 6,
     _groups: 1,
+    _meaning: 4,
     _plain_text: 4,
 }
 

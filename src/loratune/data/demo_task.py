@@ -36,8 +36,8 @@ THINGS = (
     "pens", "marbles", "eggs", "nuts", "stones", "cups", "ribbons", "keys",
 )  # fmt: skip
 CONTAINERS = ("boxes", "bags", "baskets", "drawers")
-GAIN_VERBS = ("collects", "receives", "earns", "gathers", "borrows", "picks up")
-LOSS_VERBS = ("drops", "donates", "breaks", "hides", "returns", "throws out")
+GAIN_VERBS = ("collects", "receives", "earns", "borrows")
+LOSS_VERBS = ("drops", "donates", "breaks", "returns")
 
 _Item = TypeVar("_Item")
 
