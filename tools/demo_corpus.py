@@ -3,8 +3,8 @@
 What is in it, and why: the facts that a word problem needs (sums, differences, products up to 30);
 chains of two facts; short lists from which one entry is asked for, so that the models learn to look
 a number up; one-step stories; sentences that say which verbs leave more and which leave fewer, as
-any text would; and plain sentences, which also use every word of the fine-tuning task so that no
-embedding is left untrained. What is not in it: the task's sentences, its verbs in
+any text would; and plain sentences, which also use the words of the fine-tuning task (all but "do")
+so that no embedding is left untrained. What is not in it: the task's sentences, its verbs in
 stories, two-step problems, worked answers, "The answer is:". tests/data/test_demo_task.py checks
 that.
 

@@ -1,5 +1,8 @@
 """demo:task: determinism, disjoint splits, correct arithmetic, and another distribution."""
 
+# The rows that are compared with stand in one line each.
+# ruff: noqa: E501
+
 import importlib.util
 import re
 import sys
@@ -7,15 +10,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers import AutoTokenizer
 
 from loratune.data.demo_task import (
     GAIN_VERBS,
     LARGEST_NUMBER,
     LOSS_VERBS,
+    PROMPT,
     generate_rows,
     split_of,
 )
 from loratune.errors import DataError
+from loratune.models.demo import resolve_demo_model
 
 TOOLS = Path(__file__).parents[2] / "tools"
 EQUATION = re.compile(r"([0-9]+) ([-+*]) ([0-9]+) = ([0-9]+)")
@@ -91,23 +97,34 @@ def test_gains_add_and_losses_subtract():
                 assert f" {sign} {number} = " in row["answer"], row
 
 
-def test_the_pretraining_corpus_has_none_of_the_tasks_sentences():
-    corpus = "\n".join(load_corpus_tool().generate_documents(20_000, seed=20))
+def test_the_pretraining_corpus_computes_nothing_with_the_tasks_verbs():
+    documents = load_corpus_tool().generate_documents(20_000, seed=20)
+    corpus = "\n".join(documents)
     assert "The answer is:" not in corpus
-    for verb in GAIN_VERBS + LOSS_VERBS:
-        # The words themselves must be there, or their embeddings would be untrained.
-        assert verb in corpus
-        assert re.search(rf"{verb} [0-9]", corpus) is None
     for row in generate_rows(500, seed=0):
         assert row["question"] not in corpus
+    for verb in GAIN_VERBS + LOSS_VERBS:
+        # The words themselves must be there, or their embeddings would be untrained.
+        said = [text for text in documents if re.search(rf"\b{verb}\b", text)]
+        assert said
+        # What they mean is told (more, or less); no story is told, and no result asked for.
+        assert not [text for text in said if "=" in text or "Question" in text]
 
 
-def test_every_word_of_the_task_is_in_the_pretraining_corpus():
-    corpus = "\n".join(load_corpus_tool().generate_documents(20_000, seed=20))
-    known = set(re.findall(r"[A-Za-z]+", corpus))
-    rows = generate_rows(1_000, seed=0)
-    used = {w for r in rows for w in re.findall(r"[A-Za-z]+", r["question"] + r["answer"])}
-    assert used <= known
+def test_one_token_of_the_task_is_new_to_the_models():
+    tokenizer = AutoTokenizer.from_pretrained(resolve_demo_model("demo:1m").folder)
+    documents = load_corpus_tool().generate_documents(20_000, seed=20)
+    encoded = tokenizer.backend_tokenizer.encode_batch(documents)
+    known = {token for document in encoded for token in document.ids}
+    rows = generate_rows(2_000, seed=0)
+    used = {
+        token
+        for row in rows
+        for text in (PROMPT.format(question=row["question"]), row["answer"])
+        for token in tokenizer(text, add_special_tokens=False).input_ids
+    }
+    # "How many plums do both own?": its embedding is what it was drawn as, and stays so.
+    assert {tokenizer.decode([token]) for token in used - known} == {" do"}
 
 
 @pytest.mark.parametrize("num_rows", [-1, -100])
@@ -125,5 +142,19 @@ def test_no_rows_is_an_empty_list():
     assert generate_rows(0, seed=0) == []
 
 
-FIRST_TRAIN_ROWS: list[dict[str, str]] = []
-FIRST_TEST_ROWS: list[dict[str, str]] = []
+FIRST_TRAIN_ROWS = [
+    {
+        "question": "The plums of Hana number 5, and those of Pam are 2 below that. How many plums do both own?",
+        "answer": "Step 1: 5 - 2 = 3. Step 2: 5 + 3 = 8. The answer is: 8",
+    },
+    {
+        "question": "Out of 20 cards, Dora first receives 6. Later Dora receives 4. Find how many cards there are at the end.",
+        "answer": "First 20 + 6 = 26. Then 26 + 4 = 30. The answer is: 30",
+    },
+]
+FIRST_TEST_ROWS = [
+    {
+        "question": "Fay fills 2 boxes with 4 plums in each, then drops 2. How many plums does Fay end up with?",
+        "answer": "Step 1: 2 * 4 = 8. Step 2: 8 - 2 = 6. The answer is: 6",
+    },
+]
