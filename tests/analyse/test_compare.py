@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +8,12 @@ from scipy import stats
 from loratune.analyse.compare import compare, comparisons_document
 from loratune.analyse.intervals import equivalence_p, holm
 from loratune.errors import AnalysisError
+from loratune.planning.build import make_plan
+from loratune.planning.cost import H100
+from loratune.planning.shapes import declared_data_facts, declared_model_facts
+from loratune.records import Outcome, TrialResult
+from loratune.study.loading import parse_study
+from loratune.study.presets import preset_text
 from simulated import result, score
 
 
@@ -125,3 +132,63 @@ def test_equal_methods_are_called_different_5_times_in_100():
         (found,) = compare(two_methods({4: list(losses[0])}, {4: list(losses[1])}))
         called += found.verdict in ("better", "worse")
     assert abs(called / 1000 - 0.05) < 0.021  # three standard errors
+
+
+def faked_results(preset):
+    """Every trial of a preset at paper scale, done, with a loss that grows with its rank."""
+    study = parse_study(preset_text(preset, scale="paper"), name=preset, folder=Path()).study
+    models = {name: declared_model_facts(name, study.declared.models[name]) for name in study.model}
+    assert study.declared.data is not None
+    data = {
+        (name, rows): declared_data_facts(study.data, study.declared.data, rows=rows)
+        for name in study.model
+        for rows in study.data.rows
+    }
+    plan = make_plan(study, models=models, data=data, rate=H100)
+    return [
+        TrialResult(
+            study=study.study,
+            select_on=study.select_on,
+            trial=trial,
+            status="done",
+            outcome=Outcome(
+                trial_id=trial.trial_id,
+                status="done",
+                num_updates=trial.num_updates,
+                train_loss=1.0,
+                validation_loss=1.0 + trial.rank / 100 + trial.seed / 1000,
+                seconds=1.0,
+                num_tokens=1,
+                peak_memory_bytes=None,
+                rows_per_microbatch=1,
+            ),
+            scores=(),
+            engine="reference",
+        )
+        for trial in plan.trials
+    ]
+
+
+def test_methods_with_an_alpha_of_their_own_are_compared_and_it_is_said():
+    found = compare(faked_results("published-milora"))
+    assert {one.method for one in found} == {"pissa", "milora"}
+    assert {one.unequal for one in found} == {("alpha/r 1 against 2",)}
+
+
+def test_methods_with_a_rank_of_their_own_are_compared_and_it_is_said():
+    found = {one.method.partition("(")[0]: one for one in compare(faked_results("published-peft"))}
+    assert set(found) == {"rslora", "dora"}
+    assert found["rslora"].unequal[0] == "rank 64 against 32"
+    assert found["dora"].unequal == ()
+
+
+def test_in_a_crossed_study_every_rank_is_a_setting_of_its_own():
+    results = [
+        result(1.0 + seed / 10, method=method, rank=rank, seed=seed)
+        for method in ("lora", "pissa")
+        for rank in (8, 32)
+        for seed in (0, 1)
+    ]
+    found = compare(results)
+    assert [one.setting for one in found] == ["rank 8", "rank 32"]
+    assert {one.unequal for one in found} == {()}

@@ -12,7 +12,7 @@ better than a fresh seed's would be; `curves.selection_gaps` measures that where
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
@@ -27,9 +27,7 @@ from loratune.analyse.scores import (
 )
 from loratune.analyse.tables import TASK_COLUMNS, Value, make_frame, results_columns, trial_row
 from loratune.records import Trial, TrialResult
-
-# What may differ within a cell.
-_WITHIN_CELL = frozenset({"trial_id", "provisional", "learning_rate", "seed", "rows"})
+from loratune.study.identity import cell_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ def make_cells(results: Sequence[TrialResult]) -> tuple[Cell, ...]:
         metric = selection_metric(of_study)
         grouped = dict[tuple[object, ...], list[TrialResult]]()
         for result in of_study:
-            grouped.setdefault(_cell_key(result.trial), []).append(result)
+            grouped.setdefault(cell_key(result.trial), []).append(result)
         cells.extend(_cell(of_cell, metric) for of_cell in grouped.values())
     return tuple(cells)
 
@@ -140,13 +138,6 @@ def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
         "incomplete_learning_rates": "text",
     }
     return make_frame(columns, [_row(cell, columns) for cell in cells])
-
-
-def _cell_key(trial: Trial) -> tuple[object, ...]:
-    """`rows` is left out: N asked for and all rows can be the same rows (same fingerprint)."""
-    return tuple(
-        getattr(trial, field.name) for field in fields(trial) if field.name not in _WITHIN_CELL
-    )
 
 
 def _cell(results: Sequence[TrialResult], metric: Metric) -> Cell:

@@ -19,6 +19,8 @@ from loratune.records import TrialResult
 
 BASELINE = "lora"
 LEVEL = 0.05
+# With fewer the t quantile is so wide (12.7 at 2 seeds, 4.3 at 3) that little can be shown.
+FEWEST_SEEDS = 5
 LOSS_MARGIN = 0.005  # relative, as the recommendation's
 ACCURACY_MARGIN = 0.01  # one point; what three seeds and 1,319 questions cannot resolve anyway
 
@@ -36,6 +38,7 @@ class Comparison:
     `equivalence_margin` (same unit); `equivalence` is "equivalent" where it is below 5%. `verdict`
     is "better" or "worse" where `p_holm` is below 5%, else "equivalent" if so, else "undecided",
     with the reasons in `undecided`. `crossovers` are along the whole curves, not at the best.
+    `unequal` says what else differs than the method: a rank, or an alpha/r, of its own.
     """
 
     setting: str
@@ -61,6 +64,7 @@ class Comparison:
     equivalence_p: float | None
     verdict: Verdict
     crossovers: tuple[Crossover, ...]
+    unequal: tuple[str, ...]
     undecided: tuple[str, ...]
     select_on: str
 
@@ -116,16 +120,40 @@ Pair = tuple[Curve, Curve]
 def _groups(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """Pairs of curves (that selects, that scores) that differ in the method alone.
 
-    Scale and alpha follow from the method in a study that crosses its lists; they stand in the
-    axes through alpha, which is shared.
+    A study that crosses its lists has every method at every rank and alpha, and each of them is a
+    setting. Where each method has one rank and alpha of its own, these go with the method: they are
+    compared as they are, and `unequal` says what is not alike.
     """
     groups = dict[tuple[tuple[str, str], ...], list[Pair]]()
     for pair in pairs:
-        key = tuple(
-            (axis, value) for axis, value in pair[0].setting.axes if axis not in ("method", "other")
-        )
-        groups.setdefault(key, []).append(pair)
-    return list(groups.values())
+        groups.setdefault(_setting_key(pair, without=("rank", "alpha")), []).append(pair)
+    found = list[list[Pair]]()
+    for group in groups.values():
+        methods = [pair[0].setting.value("method") for pair in group]
+        if len(set(methods)) == len(methods):
+            found.append(group)
+            continue
+        crossed = dict[tuple[tuple[str, str], ...], list[Pair]]()
+        for pair in group:
+            crossed.setdefault(_setting_key(pair, without=()), []).append(pair)
+        found.extend(crossed.values())
+    return found
+
+
+def _setting_key(pair: Pair, *, without: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    left_out = ("method", "other", *without)
+    return tuple((axis, value) for axis, value in pair[0].setting.axes if axis not in left_out)
+
+
+def _unequal(method: Curve, baseline: Curve) -> tuple[str, ...]:
+    """What else differs than the method: rank, and the scale at equal learning rates."""
+    one, two = method.cells[0].trial, baseline.cells[0].trial
+    said = list[str]()
+    if one.rank != two.rank:
+        said.append(f"rank {one.rank} against {two.rank}")
+    if one.alpha / one.rank != two.alpha / two.rank:
+        said.append(f"alpha/r {one.alpha / one.rank:g} against {two.alpha / two.rank:g}")
+    return tuple(said)
 
 
 def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
@@ -177,6 +205,7 @@ def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
         equivalence_p=equal_p,
         verdict="undecided",
         crossovers=_named(crossovers(method[1], baseline[1]), method[1], baseline[1], names),
+        unequal=_unequal(method[0], baseline[0]),
         undecided=tuple(undecided),
         select_on=baseline[0].cells[0].select_on,
     )
@@ -196,9 +225,11 @@ def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
         elif one.equivalence == "equivalent":
             verdict = "equivalent"
         elif p is not None:
+            few = f"; run at least {FEWEST_SEEDS} seeds" if one.num_seeds < FEWEST_SEEDS else ""
             reasons.append(
                 f"{one.num_seeds} seeds show neither a difference (Holm p = {p:.2g}) nor "
-                f"equivalence within {one.equivalence_margin:.3g} (p = {one.equivalence_p:.2g})"
+                f"equivalence within {one.equivalence_margin:.3g} "
+                f"(p = {one.equivalence_p:.2g}){few}"
             )
         finished.append(replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons)))
     return finished

@@ -3,9 +3,9 @@
 Rows are made from a seed and never stored, so there is any number of them. The demo models were
 pretrained on something else (tools/demo_corpus.py): number facts, one-step stories with other verbs
 and other sentences, plain text that says of the task's verbs whether they leave more or less, and
-never a worked answer or "The answer is:". Fine-tuning has to teach what to compute with these verbs,
-the second step and the form of the answer. Some choices of words in an answer
-are free and drawn at random, as in answers that people or large models write; that part of the loss
+never a worked answer or "The answer is:". Fine-tuning has to teach what to compute with these
+verbs, the second step and the form of the answer. Some choices of words in an answer are free and
+drawn at random, as in answers that people or large models write; that part of the loss
 cannot be learned away, and it is what keeps the gradients of small batches noisy to the end.
 
 This file knows nothing of models, tokenizers or prompts, and needs the standard library alone.

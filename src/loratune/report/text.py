@@ -69,9 +69,12 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
                 f"The fastest of these, as measured here, is {found.fastest_acceptable_batch_size}."
             )
     if found.rows_per_microbatch is not None:
+        steps = found.gradient_accumulation_steps
+        accumulation = (
+            "no gradient accumulation" if steps == 1 else f"{steps} gradient accumulation steps"
+        )
         sentences.append(
-            f"On this device: {found.rows_per_microbatch} rows per microbatch, "
-            f"{found.gradient_accumulation_steps} gradient accumulation steps."
+            f"On this device: {found.rows_per_microbatch} rows per microbatch, {accumulation}."
         )
     return (*sentences, *(_sentence(note) for note in found.evidence.notes))
 
@@ -101,10 +104,11 @@ def comparison_sentence(one: Comparison) -> str:
         for crossing in one.crossovers
     )
     why = f" ({'; '.join(one.undecided)})" if one.undecided else ""
+    unequal = f" Not alike: {', '.join(one.unequal)}." if one.unequal else ""
     return (
         f"{one.method} against {one.baseline}{where}, {name}, each at its own best batch size "
         f"({one.method_batch_size} and {one.baseline_batch_size}): {one.verdict}{why}. "
-        f"Difference {one.difference:+.4g}, {interval}{p}, {seeds}.{crossing}"
+        f"Difference {one.difference:+.4g}, {interval}{p}, {seeds}.{crossing}{unequal}"
     )
 
 
