@@ -244,7 +244,10 @@ def new_study(
 ) -> LoadedStudy:
     """A complete study for a model and data: fields found by their names, a grid that fits.
 
-    Paths are relative to the working directory. Raises:
+    Paths are relative to the working directory and absolute in the study, whose only copy will lie
+    in its results folder.
+
+    Raises:
         LoratuneError: no such data or method, or fields that can't be told; it lists the columns.
     """
     from loratune.data.fields import detect_fields
@@ -264,9 +267,9 @@ def new_study(
     chosen = {key: value for key, value in dataclasses.asdict(fields).items() if value is not None}
     template = "chat" if fields.messages is not None else "alpaca"
     text = _NEW_STUDY.format(
-        model=json.dumps(model),
+        model=json.dumps(_absolute(model)),
         precision="bfloat16" if on_gpu else "float32",
-        train=json.dumps(data),
+        train=json.dumps(_absolute(data)),
         fields="\n".join(f"  {key}: {json.dumps(value)}" for key, value in chosen.items()),
         template=template,
         held_out=held_out,
@@ -276,6 +279,12 @@ def new_study(
         learning_rates=GRID_LEARNING_RATES,
     )
     return parse_study(text, name="the study made for you", folder=here)
+
+
+def _absolute(name: str) -> str:
+    """A path that exists as an absolute one; anything else, such as a hub id, as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 _NEW_STUDY = """\

@@ -435,3 +435,7 @@ def _print(text: str) -> None:
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,495 @@
+"""The command line from outside: answers, formats, exit codes, and what bad input gets."""
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loratune import cli
+from loratune.store.database import open_store
+from loratune.study.presets import preset_names, preset_scales
+from tiny_models import save_tiny
+
+STUDY = """\
+study: tiny
+model: model
+precision: float32
+data:
+  train: rows.jsonl
+  prompt: question
+  response: answer
+  template: "{prompt}"
+  max_tokens: 64
+  validation: {rows: 8}
+protocol: {kind: fixed_samples, epochs: 1}
+methods: [lora, pissa]
+rank: 2
+alpha: rank
+targets: all-linear
+batch_size: [8, 16]
+learning_rate: [1e-3, 1e-2]
+seeds: 2
+schedule: {kind: cosine}
+"""
+NUM_TRIALS = 16
+# The last section of the design, word by word.
+RESULT_COLUMNS = [
+    "trial_id", "study", "status", "method", "model", "rank", "alpha", "targets", "batch_size",
+    "learning_rate", "seed", "protocol", "epochs", "num_train_rows", "schedule", "warmup_steps",
+    "beta2", "precision", "data_fingerprint", "select_on", "num_updates", "train_loss",
+    "validation_loss", "seconds", "tokens", "peak_memory_bytes", "engine", "error",
+]  # fmt: skip
+CELL_COLUMNS = [
+    "best_learning_rate", "lr_at_edge", "score", "score_metric", "higher_is_better",
+    "score_low", "score_high", "num_seeds",
+]  # fmt: skip
+RECOMMENDATION_KEYS = [
+    "batch_size", "batch_size_low", "batch_size_high", "learning_rate",
+    "acceptable_batch_sizes", "fastest_acceptable_batch_size", "rows_per_microbatch",
+    "gradient_accumulation_steps", "evidence", "extrapolated_over", "cost_fraction",
+    "undecided",
+]  # fmt: skip
+
+
+class Answer:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def loratune(monkeypatch, capsysbinary):
+    """`loratune ARGS` in this process: its exit code, stdout and stderr."""
+
+    def call(*arguments: str, stdin: str = "") -> Answer:
+        monkeypatch.setattr(sys, "argv", ["loratune", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsysbinary.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        read = capsysbinary.readouterr()
+        return Answer(code, read.out.decode(), read.err.decode())
+
+    return call
+
+
+def rows(count: int = 48) -> str:
+    lines = [
+        {"question": f"what is {n} plus {n + 1}? ", "answer": f"it is {2 * n + 1}"}
+        for n in range(count)
+    ]
+    return "\n".join(json.dumps(line) for line in lines) + "\n"
+
+
+def furnish(folder: Path) -> Path:
+    """A tiny model, its rows and its study."""
+    save_tiny(folder / "model", "llama")
+    (folder / "rows.jsonl").write_text(rows())
+    (folder / "study.yaml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("furnished"))
+
+
+@pytest.fixture(scope="module")
+def finished(furnished):
+    """The study's results, trained once for all tests that only read them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "loratune.cli", "run", "study.yaml", "--out", "results"]
+    done = subprocess.run(
+        command, cwd=furnished, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report: results/report.html" in done.stdout
+    assert f"[{NUM_TRIALS}/{NUM_TRIALS}]" in done.stderr
+    return furnished / "results"
+
+
+# What an answer looks like ------------------------------------------------------------------------
+
+
+def test_results_have_the_columns_that_others_rely_on(loratune, finished):
+    answer = loratune("results", finished)
+    table = list(csv.DictReader(io.StringIO(answer.out)))
+    assert list(table[0]) == RESULT_COLUMNS
+    assert len(table) == NUM_TRIALS
+    assert {row["status"] for row in table} == {"done"}
+    assert {row["engine"] for row in table} == {"reference"}
+    assert json.loads(loratune("results", finished, "--format", "json").out)[0].keys() == set(
+        RESULT_COLUMNS
+    )
+    assert loratune("results", finished, "--json").out.startswith("[")
+
+
+def test_parquet_holds_the_same_table(loratune, finished, tmp_path):
+    import pandas as pd
+
+    answer = loratune(
+        "results", finished, "--format", "parquet", "--output", tmp_path / "r.parquet"
+    )
+    assert (answer.code, answer.out) == (0, "")
+    frame = pd.read_parquet(tmp_path / "r.parquet")
+    assert list(frame.columns) == RESULT_COLUMNS
+    table = list(csv.DictReader(io.StringIO(loratune("results", finished).out)))
+    assert [float(row["validation_loss"]) for row in table] == frame["validation_loss"].tolist()
+
+
+def test_cells_have_their_columns(loratune, finished):
+    table = list(csv.DictReader(io.StringIO(loratune("cells", finished).out)))
+    assert len(table) == 4
+    assert [name for name in CELL_COLUMNS if name not in table[0]] == []
+    assert not {"learning_rate", "seed"} & set(table[0])
+
+
+def test_a_recommendation_has_the_keys_that_others_rely_on(loratune, finished):
+    answer = json.loads(loratune("recommend", finished, "--json").out)
+    assert [key for key in RECOMMENDATION_KEYS if key not in answer] == []
+    assert answer["method"] == "lora"
+    assert json.loads(loratune("recommend", finished, "--json", "--method", "pissa").out)["method"]
+
+
+def test_compare_report_and_plain_text_answer_too(loratune, finished):
+    (one,) = json.loads(loratune("compare", finished, "--json").out)["comparisons"]
+    assert (one["method"], one["baseline"], one["num_seeds"]) == ("pissa", "lora", 2)
+    assert "pissa against lora" in loratune("compare", finished).out
+    assert "lora" in loratune("recommend", finished).out
+    before = (finished / "report.html").read_bytes()
+    assert loratune("report", finished).out == f"{finished / 'report.html'}\n"
+    assert (finished / "report.html").read_bytes() == before
+    assert json.loads(loratune("report", finished, "--json").out)["figures"]
+
+
+def test_a_second_run_trains_nothing_and_gives_the_same_answer(loratune, finished, furnished):
+    before = loratune("results", finished).out
+    answer = loratune("run", furnished / "study.yaml", "--out", finished, "--json")
+    assert answer.code == 0
+    assert json.loads(answer.out)["statuses"] == {"done": NUM_TRIALS}
+    assert loratune("results", finished).out == before
+
+
+# transformers' own deprecation, met inside PEFT's loading.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_adapters_that_are_kept_load_in_plain_peft(finished, furnished):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    kept = sorted((finished / "adapters").iterdir())
+    assert len(kept) == 4
+    base = AutoModelForCausalLM.from_pretrained(furnished / "model")
+    for folder in kept:
+        PeftModel.from_pretrained(base, folder).unload()
+
+
+def test_plan_reads_the_model_and_the_rows_and_writes_nothing(loratune, furnished):
+    before = {path: path.stat().st_mtime_ns for path in furnished.rglob("*")}
+    answer = json.loads(loratune("plan", furnished / "study.yaml", "--json", "--trials").out)
+    assert answer["num_trials"] == len(answer["trials"]) == NUM_TRIALS
+    assert answer["provisional"] is False
+    assert answer["trials"][0]["num_updates"] == 5
+    assert {path: path.stat().st_mtime_ns for path in furnished.rglob("*")} == before
+
+
+def test_plan_takes_a_rate_measured_in_a_results_folder(loratune, furnished, finished):
+    answer = json.loads(
+        loratune("plan", furnished / "study.yaml", "--json", "--like", finished).out
+    )
+    assert "measured on 16 trials" in answer["device"]
+    total = sum(
+        float(row["seconds"])
+        for row in csv.DictReader(io.StringIO(loratune("results", finished).out))
+    )
+    assert answer["hours"] * 3600 == pytest.approx(total, rel=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [(name, scale) for name in preset_names() for scale in preset_scales(name)]
+)
+def test_every_preset_can_be_printed_and_planned(loratune, name, scale):
+    text = loratune("init", name, "--scale", scale).out
+    answer = loratune("plan", "-", "--json", stdin=text)
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["provisional"] is True
+
+
+def test_tune_writes_a_study_prints_it_runs_it_and_answers(loratune, furnished, monkeypatch):
+    monkeypatch.chdir(furnished)
+    monkeypatch.setattr("loratune.api.GRID_LEARNING_RATES", "[1e-3]")
+    answer = loratune(
+        "tune", "--model", "model", "--data", "rows.jsonl", "--out", "tuned", "--rank", "2"
+    )
+    assert answer.code == 0, answer.err
+    assert 'prompt: "question"' in answer.err
+    assert "batch size" in answer.out
+    again = loratune("run", "tuned/study.yaml", "--out", "tuned", "--quiet")
+    assert again.code == 0, again.err
+
+
+def test_an_interrupted_run_exits_130_and_goes_on_to_the_same_table(furnished, finished, loratune):
+    (furnished / "slow.yaml").write_text(STUDY.replace("epochs: 1", "epochs: 30"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    base = [sys.executable, "-m", "loratune.cli", "run", "slow.yaml", "--out"]
+    with subprocess.Popen(
+        [*base, "stopped"], cwd=furnished, env=environment, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("[2/"):
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "goes on" in rest
+    assert "Traceback" not in rest
+    for folder in ("stopped", "whole"):
+        done = subprocess.run(
+            [*base, folder, "--quiet"], cwd=furnished, env=environment, check=False,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    tables = []
+    for folder in ("stopped", "whole"):
+        table = list(csv.DictReader(io.StringIO(loratune("results", furnished / folder).out)))
+        tables.append([{k: v for k, v in row.items() if k != "seconds"} for row in table])
+    assert tables[0] == tables[1]
+
+
+def test_a_failed_trial_is_exit_code_1_and_its_reason_is_in_the_table(
+    loratune, furnished, tmp_path
+):
+    # AdaLoRA needs updates to prune in: one is too few, and only the method knows.
+    text = STUDY.replace("[lora, pissa]", "[adalora]").replace("[8, 16]", "[40]")
+    text = text.replace("model: model", f"model: {furnished / 'model'}")
+    (tmp_path / "study.yaml").write_text(text)
+    shutil.copy(furnished / "rows.jsonl", tmp_path)
+    answer = loratune("run", tmp_path / "study.yaml", "--out", tmp_path / "out", "--quiet")
+    assert answer.code == 1
+    assert "4 of 4 trials failed" in answer.err
+    assert "adalora" in loratune("results", tmp_path / "out").out
+
+
+# What bad input gets ------------------------------------------------------------------------------
+
+
+BAD_STUDIES = {
+    "unknown key": ("rank: 2", "rnak: 2", "did you mean 'rank'"),
+    "malformed YAML": ("[8, 16]", "[8, 16", "malformed YAML"),
+    "batch size 0": ("[8, 16]", "[0]", "batch_size: 0; give a whole number of at least 1"),
+    "batch larger than the data": ("[8, 16]", "[41]", "batch_size=41 exceeds num_train_rows=40"),
+    "LR 0": ("[1e-3, 1e-2]", "[0.0]", "learning rate 0; give a positive number"),
+    "LR below 0": ("[1e-3, 1e-2]", "[-1e-3]", "learning rate -0.001; give a positive number"),
+    "rank 0": ("rank: 2", "rank: 0", "rank: 0; give a whole number of at least 1"),
+    "rank above the width": ("rank: 2", "rank: 33", "choose a rank from 1 to"),
+    "unknown method": ("[lora, pissa]", "[lora, pisa]", "did you mean 'pissa'"),
+    "field absent": ("prompt: question", "prompt: qestion", "question"),
+    "target that matches no layer": ("all-linear", "[q_prj]", "q_proj"),
+    "hold-out larger than the data": ("{rows: 8}", "{rows: 48}", "48"),
+    "no such data file": ("rows.jsonl", "nothing.jsonl", "nothing.jsonl"),
+    "no such model": ("model: model", "model: ./nowhere", "nowhere"),
+    "task that cannot be scored": (
+        "seeds: 2",
+        "evaluate: {tasks: [humaneval]}\nseeds: 2",
+        "humane",
+    ),
+    "unknown task": ("seeds: 2", "evaluate: {tasks: [gsm8]}\nseeds: 2", "gsm8k"),
+    "adaptive search": ("[1e-3, 1e-2]", "{search: adaptive, low: 1e-4, high: 1e-2}", "give a list"),
+}
+
+
+def is_clean_refusal(answer: Answer, out: Path, *said: str) -> None:
+    assert answer.code == 2
+    assert answer.out == ""
+    assert "Traceback" not in answer.err
+    lines = answer.err.splitlines()
+    assert lines[0].startswith("loratune: ")
+    assert len(lines) <= 2, answer.err
+    for words in said:
+        assert words in answer.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("case", BAD_STUDIES)
+def test_a_bad_study_gets_a_clear_line_and_nothing_is_written(loratune, furnished, tmp_path, case):
+    old, new, said = BAD_STUDIES[case]
+    assert old in STUDY
+    path = furnished / f"bad-{tmp_path.name}.yaml"
+    path.write_text(STUDY.replace(old, new))
+    answer = loratune("run", path, "--out", tmp_path / "out")
+    is_clean_refusal(answer, tmp_path / "out", said)
+
+
+BAD_ROWS = {
+    "empty": ("", "rows.jsonl"),
+    "no JSON": (rows(3) + "{question\n" + rows(40), "rows.jsonl, line 4"),
+    "no object": (rows(3) + "[1]\n" + rows(40), "rows.jsonl, line 4"),
+    "a field that one row lacks": (rows(30) + '{"question": "x"}\n', "answer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_get_the_file_and_the_line(loratune, furnished, tmp_path, case):
+    content, said = BAD_ROWS[case]
+    (tmp_path / "rows.jsonl").write_text(content)
+    text = STUDY.replace("model: model", f"model: {furnished / 'model'}")
+    (tmp_path / "study.yaml").write_text(text)
+    answer = loratune("run", tmp_path / "study.yaml", "--out", tmp_path / "out")
+    is_clean_refusal(answer, tmp_path / "out", said)
+
+
+def test_a_model_without_weights_or_with_pickles_is_refused(loratune, furnished, tmp_path):
+    shutil.copytree(furnished, tmp_path / "copy", ignore=shutil.ignore_patterns("results", "out"))
+    weights = tmp_path / "copy" / "model" / "model.safetensors"
+    weights.unlink()
+    answer = loratune("run", tmp_path / "copy" / "study.yaml", "--out", tmp_path / "out")
+    is_clean_refusal(answer, tmp_path / "out", "weights")
+    weights.with_name("pytorch_model.bin").write_bytes(b"\x80\x04.")
+    answer = loratune("run", tmp_path / "copy" / "study.yaml", "--out", tmp_path / "out")
+    is_clean_refusal(answer, tmp_path / "out", "pickle", "safetensors")
+
+
+def test_a_missing_study_and_an_unknown_preset_are_refused(loratune, tmp_path):
+    answer = loratune("run", tmp_path / "no.yaml", "--out", tmp_path / "out")
+    is_clean_refusal(answer, tmp_path / "out", "no such file")
+    answer = loratune("init", "fig11")
+    is_clean_refusal(answer, tmp_path / "out", "fig1")
+
+
+def test_a_device_that_is_not_here_is_refused(loratune, furnished, tmp_path):
+    for device in ("cuda:99", "tpu", "mps"):
+        answer = loratune(
+            "run", furnished / "study.yaml", "--out", tmp_path / "out", "--device", device
+        )
+        is_clean_refusal(answer, tmp_path / "out", device)
+
+
+def test_a_folder_of_another_study_is_refused_and_left_alone(loratune, furnished, finished):
+    (furnished / "other.yaml").write_text(STUDY.replace("study: tiny", "study: other"))
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    answer = loratune("run", furnished / "other.yaml", "--out", finished)
+    assert answer.code == 2
+    assert "holds study 'tiny', not 'other'" in answer.err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_an_unwritable_folder_is_refused(loratune, furnished, tmp_path):
+    # Root may write into any folder, but nobody below a file.
+    (tmp_path / "file").write_text("")
+    answer = loratune("run", furnished / "study.yaml", "--out", tmp_path / "file" / "out")
+    is_clean_refusal(answer, tmp_path / "file" / "out", "cannot be written")
+
+
+def test_a_database_of_a_newer_version_is_refused_and_left_alone(loratune, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "newer")
+    with sqlite3.connect(tmp_path / "newer" / "loratune.db") as connection:
+        connection.execute("update alembic_version set version_num = '9999'")
+    connection.close()
+    before = (tmp_path / "newer" / "loratune.db").read_bytes()
+    for command in ("results", "recommend", "report"):
+        answer = loratune(command, tmp_path / "newer")
+        assert answer.code == 2
+        assert "newer version" in answer.err
+        assert "Traceback" not in answer.err
+    assert (tmp_path / "newer" / "loratune.db").read_bytes() == before
+
+
+def test_a_folder_that_is_no_results_folder_is_refused(loratune, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        for command in ("results", "cells", "recommend", "report", "compare"):
+            answer = loratune(command, folder)
+            assert answer.code == 2
+            assert "loratune run STUDY.yaml --out DIR" in answer.err
+
+
+def test_a_second_store_for_one_folder_is_refused(loratune, furnished, finished, tmp_path):
+    answer = loratune(
+        "run", furnished / "study.yaml", "--out", finished, "--store", tmp_path / "other.db"
+    )
+    assert answer.code == 2
+    assert "leave --store out" in answer.err
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_data_whose_fields_cannot_be_told_lists_the_columns(loratune, furnished, tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"left": "a", "right": "b"}\n' * 20)
+    answer = loratune(
+        "tune", "--model", furnished / "model", "--data", tmp_path / "odd.jsonl", "--out",
+        tmp_path / "out",
+    )  # fmt: skip
+    is_clean_refusal(answer, tmp_path / "out", "left", "right")
+
+
+# What is not imported -----------------------------------------------------------------------------
+
+
+def test_answers_are_given_where_torch_cannot_be_imported(finished, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for arguments in (["recommend"], ["results"], ["cells"], ["compare"], ["report"]):
+        command = [sys.executable, "-m", "loratune.cli", *arguments, str(finished)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "loratune.cli", "init", "fig1"]
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_the_real_engine_ends_with_the_same_bits(
+    tmp_path, loratune
+):
+    furnish(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY.replace("epochs: 1", "epochs: 20"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "loratune.cli", "run", "study.yaml", "--quiet", "--out"]
+
+    def start(folder: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, folder], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
+        )
+
+    started = time.monotonic()
+    assert start("whole").wait() == 0
+    whole_seconds = time.monotonic() - started
+    chance = random.Random(11)
+    process = start("killed")
+    for _ in range(20):
+        # Anywhere from the imports to most of the way through the study.
+        time.sleep(chance.uniform(1.0, 0.5 * whole_seconds))
+        process.kill()
+        process.wait()
+        process = start("killed")
+    assert process.wait() == 0
+    tables = []
+    for folder in ("whole", "killed"):
+        with open_store(str(tmp_path / folder / "loratune.db"), create=False) as store:
+            tables.append(
+                [
+                    (
+                        one.trial.trial_id,
+                        one.status,
+                        one.outcome.validation_loss,
+                        one.outcome.losses,
+                    )
+                    for one in store.results("tiny")
+                    if one.outcome is not None
+                ]
+            )
+    assert len(tables[0]) == NUM_TRIALS
+    assert tables[0] == tables[1]
