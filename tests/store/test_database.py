@@ -447,7 +447,7 @@ def test_results_without_losses_differ_in_nothing_else(store: Store) -> None:
 # Scores
 
 
-def test_the_newest_score_of_each_kind_counts_and_all_are_kept(store: Store, clock: Clock) -> None:
+def test_the_newest_score_of_a_task_counts_and_all_are_kept(store: Store, clock: Clock) -> None:
     add(store, 1, 2)
     old, new = score(correct=1), score(correct=50)
     other = score(grader="pissa")
@@ -456,7 +456,9 @@ def test_the_newest_score_of_each_kind_counts_and_all_are_kept(store: Store, clo
     ids.append(store.add_score("trial-1", new, ()))
     store.add_score("trial-2", score(task="humaneval"), ())
     first, second = store.results("study")
-    assert first.scores == (other, new)
+    assert first.scores == (new,)
+    every, _ = store.results("study", every_score=True)
+    assert every.scores == (other, new)
     assert [one.task for one in second.scores] == ["humaneval"]
     every = store.all_scores("study")
     assert [one.score for one in every] == [old, other, new, score(task="humaneval")]
