@@ -444,6 +444,14 @@ def test_results_without_losses_differ_in_nothing_else(store: Store) -> None:
     assert replace(short[1], outcome=outcome(2)) == store.results("study")[1]
 
 
+def test_each_way_of_running_is_told_once_in_order_of_time(store: Store) -> None:
+    add(store, 1, 2, 3)
+    elsewhere = replace(PROVENANCE, device="another device")
+    for number, provenance in ((1, PROVENANCE), (2, elsewhere), (3, PROVENANCE)):
+        assert store.claim(f"trial-{number}", provenance=provenance) is not None
+    assert store.provenances("study") == (PROVENANCE, elsewhere)
+
+
 # Scores
 
 
