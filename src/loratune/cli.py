@@ -7,6 +7,7 @@ Everything heavy is imported by the command that needs it: `loratune init` must 
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator
@@ -87,6 +88,9 @@ Margin = Annotated[
 
 def main() -> None:
     """The entry point `loratune`."""
+    # Threads that wait for each other by spinning stand still on a machine that is busy: on two
+    # shared cores a trial took over 60 s instead of 5. Read by OpenMP when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except LoratuneError as error:
