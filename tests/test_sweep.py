@@ -85,8 +85,9 @@ def test_stopping_keeps_a_snapshot_and_going_on_starts_from_it(tmp_path):
     assert not list((tmp_path / "snapshots").glob("*"))
 
 
-def test_two_studies_that_share_trials_train_them_once(tmp_path):
-    store = str(tmp_path / "shared.db")
+def test_two_studies_that_share_trials_train_them_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = "shared.db"
     small, large = stub_study("small"), stub_study("large", batch_size="[8, 16, 32]")
     first = StubWorkshop(small)
     sweep_stub(tmp_path / "small", small, workshop=first, store=store)
@@ -96,7 +97,9 @@ def test_two_studies_that_share_trials_train_them_once(tmp_path):
     assert len(second.stub.trained) == NUM_TRIALS // 2
     assert len(sweep.results) == NUM_TRIALS * 3 // 2
     assert sweep.statuses() == {"done": NUM_TRIALS * 3 // 2}
-    # And the folders know where their store is.
+    # And the folders know where their store is, wherever they are read from.
+    address = (tmp_path / "small" / "store.txt").read_text().strip()
+    assert Path(address) == (tmp_path / "shared.db").resolve()
     assert len(sweep_stub(tmp_path / "small", small).results) == NUM_TRIALS
 
 

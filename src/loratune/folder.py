@@ -84,6 +84,8 @@ def working_folder(
     """
     folder = ResultsFolder(Path(path))
     _refuse_another_study(folder, loaded)
+    if store is not None and "://" not in store:
+        store = str(Path(store).expanduser().resolve())  # it is written down, and read elsewhere
     address = store if store is not None else _address(folder)
     if folder.store_address.is_file() and address != _address(folder):
         raise StoreError(
