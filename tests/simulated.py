@@ -3,9 +3,15 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from loratune.planning.build import make_plan
+from loratune.planning.cost import H100
+from loratune.planning.shapes import declared_data_facts, declared_model_facts
 from loratune.records import MethodChoice, Outcome, Score, Trial, TrialResult
+from loratune.study.loading import parse_study
 from loratune.study.methods import choose
+from loratune.study.presets import preset_text
 
 
 def score(
@@ -131,3 +137,38 @@ def sweep(
                     )
                 )
     return results
+
+
+def faked_results(preset: str) -> list[TrialResult]:
+    """Every trial of a preset at paper scale, done, with a loss that grows with its rank."""
+    study = parse_study(preset_text(preset, scale="paper"), name=preset, folder=Path()).study
+    models = {name: declared_model_facts(name, study.declared.models[name]) for name in study.model}
+    assert study.declared.data is not None
+    data = {
+        (name, rows): declared_data_facts(study.data, study.declared.data, rows=rows)
+        for name in study.model
+        for rows in study.data.rows
+    }
+    plan = make_plan(study, models=models, data=data, rate=H100)
+    return [
+        TrialResult(
+            study=study.study,
+            select_on=study.select_on,
+            trial=trial,
+            status="done",
+            outcome=Outcome(
+                trial_id=trial.trial_id,
+                status="done",
+                num_updates=trial.num_updates,
+                train_loss=1.0,
+                validation_loss=1.0 + trial.rank / 100 + trial.seed / 1000,
+                seconds=1.0,
+                num_tokens=1,
+                peak_memory_bytes=None,
+                rows_per_microbatch=1,
+            ),
+            scores=(),
+            engine="reference",
+        )
+        for trial in plan.trials
+    ]

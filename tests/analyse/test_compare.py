@@ -1,5 +1,5 @@
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +8,7 @@ from scipy import stats
 from loratune.analyse.compare import compare, comparisons_document
 from loratune.analyse.intervals import equivalence_p, holm
 from loratune.errors import AnalysisError
-from loratune.planning.build import make_plan
-from loratune.planning.cost import H100
-from loratune.planning.shapes import declared_data_facts, declared_model_facts
-from loratune.records import Outcome, TrialResult
-from loratune.study.loading import parse_study
-from loratune.study.presets import preset_text
-from simulated import result, score
+from simulated import faked_results, result, score
 
 
 def two_methods(lora, other, *, method="pissa", **fields):
@@ -44,7 +38,7 @@ def test_one_seed_is_undecided_with_the_reason():
     assert found.verdict == "undecided"
     assert found.p_value is None
     assert found.difference == -0.5
-    assert "one shared seed" in found.undecided[0]
+    assert "one seed cannot tell, run at least 5" in found.undecided[0]
 
 
 def test_equivalence_needs_evidence_not_just_a_failure_to_reject():
@@ -134,41 +128,6 @@ def test_equal_methods_are_called_different_5_times_in_100():
     assert abs(called / 1000 - 0.05) < 0.021  # three standard errors
 
 
-def faked_results(preset):
-    """Every trial of a preset at paper scale, done, with a loss that grows with its rank."""
-    study = parse_study(preset_text(preset, scale="paper"), name=preset, folder=Path()).study
-    models = {name: declared_model_facts(name, study.declared.models[name]) for name in study.model}
-    assert study.declared.data is not None
-    data = {
-        (name, rows): declared_data_facts(study.data, study.declared.data, rows=rows)
-        for name in study.model
-        for rows in study.data.rows
-    }
-    plan = make_plan(study, models=models, data=data, rate=H100)
-    return [
-        TrialResult(
-            study=study.study,
-            select_on=study.select_on,
-            trial=trial,
-            status="done",
-            outcome=Outcome(
-                trial_id=trial.trial_id,
-                status="done",
-                num_updates=trial.num_updates,
-                train_loss=1.0,
-                validation_loss=1.0 + trial.rank / 100 + trial.seed / 1000,
-                seconds=1.0,
-                num_tokens=1,
-                peak_memory_bytes=None,
-                rows_per_microbatch=1,
-            ),
-            scores=(),
-            engine="reference",
-        )
-        for trial in plan.trials
-    ]
-
-
 def test_methods_with_an_alpha_of_their_own_are_compared_and_it_is_said():
     found = compare(faked_results("published-milora"))
     assert {one.method for one in found} == {"pissa", "milora"}
@@ -192,3 +151,40 @@ def test_in_a_crossed_study_every_rank_is_a_setting_of_its_own():
     found = compare(results)
     assert [one.setting for one in found] == ["rank 8", "rank 32"]
     assert {one.unequal for one in found} == {()}
+
+
+def test_in_a_crossed_study_a_method_with_its_own_rank_meets_every_rank_of_the_baseline():
+    shapes = [("lora", 8), ("lora", 32), ("pissa", 8), ("pissa", 32), ("rslora", 64)]
+    results = [
+        result(1.0 + seed / 10, method=method, rank=rank, seed=seed)
+        for method, rank in shapes
+        for seed in (0, 1)
+    ]
+    found = [(one.setting, one.method, one.unequal) for one in compare(results)]
+    assert found == [
+        ("rank 8", "pissa", ()),
+        ("rank 8", "rslora", ("rank 64 against 8",)),
+        ("rank 32", "pissa", ()),
+        ("rank 32", "rslora", ("rank 64 against 32",)),
+    ]
+
+
+def test_in_a_crossed_study_a_method_with_its_own_alpha_meets_the_same_rank():
+    results = [
+        replace(one, trial=replace(one.trial, alpha=64.0)) if one.trial.rank == 8 else one
+        for one in (
+            result(1.0 + seed / 10, method="lora", rank=rank, seed=seed)
+            for rank in (8, 32)
+            for seed in (0, 1)
+        )
+    ]
+    results += [
+        replace(one, trial=replace(one.trial, alpha=16.0))
+        for one in (
+            result(1.1 + seed / 10, method="pissa", rank=rank, seed=seed)
+            for rank in (8, 32)
+            for seed in (0, 1)
+        )
+    ]
+    found = compare(results)
+    assert [one.unequal for one in found] == [("alpha/r 2 against 8",), ("alpha/r 0.5 against 1",)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from loratune.errors import AnalysisError
-from loratune.recommendation.grid import recommend, recommendations
+from loratune.recommendation.grid import recommendations
 from simulated import result, score, sweep
 
 KEYS = {
@@ -18,6 +18,11 @@ NUMBERS = (
     "fastest_acceptable_batch_size", "rows_per_microbatch", "gradient_accumulation_steps",
 )  # fmt: skip
 NOISE = np.random.default_rng(3).normal(size=(2000, 3)) * 1e-4
+
+
+def recommend(results, **asked):
+    (answer,) = recommendations(results, **asked)
+    return answer
 
 
 def bowl(best=16, depth=0.1, noise=NOISE):
@@ -106,6 +111,34 @@ def test_an_optimum_at_the_edge_of_the_grid_stays_and_is_said():
     assert any("highest tried" in note for note in rates.evidence.notes)
 
 
+@pytest.mark.parametrize(
+    ("best", "sizes", "rates", "expected"),
+    [
+        (4, (4, 16), (1e-4, 1e-3, 1e-2), "batch size 2"),
+        (64, (4, 16, 64), (1e-4, 1e-3, 1e-2), "batch size 128"),
+        (16, (4, 16, 64), (1e-4, 3e-4), "learning rate 0.001"),
+        (16, (4, 16, 64), (2e-3, 5e-3, 1e-2), "learning rate 0.001"),
+        (16, (4, 16, 64), (1e-3,), "learning rates 0.0003 and 0.003"),
+        (4, (4, 16), (3e-3, 1e-2, 3e-2), "batch size 2 and learning rate 0.001"),
+    ],
+)
+def test_beyond_every_edge_the_next_step_is_named(best, sizes, rates, expected):
+    notes = recommend(
+        sweep(bowl(best=best), batch_sizes=sizes, learning_rates=rates)
+    ).evidence.notes
+    assert notes[-1].startswith(f"what to run next: add {expected} to the study file")
+
+
+def test_nothing_is_suggested_inside_the_grid_nor_where_it_cannot_go_on():
+    def suggested(results):
+        return any("run next" in note for note in recommend(results).evidence.notes)
+
+    assert not suggested(sweep(bowl(best=16)))
+    assert not suggested(sweep(bowl(best=1), batch_sizes=(1, 4)))
+    assert not suggested(sweep(bowl(best=512), batch_sizes=(128, 512)))
+    assert suggested(sweep(bowl(best=512), batch_sizes=(128, 512), steps=20))
+
+
 def test_a_batch_size_that_lacks_a_seed_is_left_out_and_said():
     results = [
         one
@@ -146,12 +179,10 @@ def test_lora_is_the_default_method_and_others_are_chosen_by_name():
         recommend(results, method="dora")
 
 
-def test_several_settings_are_answered_one_by_one_or_chosen():
+def test_every_setting_has_an_answer_of_its_own():
     results = sweep(bowl(best=4), rank=8) + sweep(bowl(best=64), rank=32)
-    with pytest.raises(AnalysisError, match="2 settings"):
-        recommend(results)
-    assert [one.batch_size for one in recommendations(results)] == [4, 64]
-    assert recommend(results, rank=32).batch_size == 64
+    answers = recommendations(results)
+    assert [(one.rank, one.batch_size) for one in answers] == [(8, 4), (32, 64)]
 
 
 def test_bad_requests_are_errors():

@@ -3,8 +3,8 @@ import math
 import pytest
 
 from loratune.analyse.cells import make_cells
-from loratune.report.figures import figure_table, render, study_figures
-from simulated import result, score, sweep
+from loratune.report.figures import draw, figure_table, render, study_figures
+from simulated import faked_results, result, score, sweep
 
 
 def figures(results):
@@ -88,3 +88,36 @@ def test_nothing_is_drawn_without_a_score_and_everything_with_odd_ones():
 def test_selection_on_the_test_stands_on_the_picture():
     data = figures([result(select_on="test", scores=[score("gsm8k", 1, 2)])])["scores"]
     assert "SELECTED ON THE TEST SET" in data.note
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("published-milora", "lora rank 64, alpha/r 2; pissa rank 64, alpha/r 1"),
+        ("published-peft", "lora rank 32, alpha/r 2; rslora rank 64, alpha/r 1; dora rank 32"),
+    ],
+)
+def test_methods_with_a_shape_of_their_own_share_a_panel_and_it_is_said(preset, said):
+    data = figures(faked_results(preset))["scores"]
+    (panel,) = data.panels
+    assert len(panel.lines) == 3
+    assert f"NOT ALIKE: {said}" in data.note
+    assert f"NOT ALIKE: {said}" in data.caption
+    assert "NOT ALIKE" not in figures(faked_results("published-pissa"))["scores"].note
+
+
+def test_no_axis_goes_where_no_loss_or_accuracy_can_be():
+    wide = [
+        result(loss, batch_size=size, seed=seed)
+        for size, losses in {4: (0.2, 2.2), 16: (3.0, 3.1)}.items()
+        for seed, loss in enumerate(losses)
+    ]
+    bottom, _ = draw(figures(wide)["scores"]).axes[0].get_ylim()
+    assert bottom == 0.0
+    near = [
+        result(1.0, batch_size=size, seed=seed, scores=[score("gsm8k", correct, 100)])
+        for size, right in {4: (99, 79), 16: (60, 61)}.items()
+        for seed, correct in enumerate(right)
+    ]
+    _, top = draw(figures(near)["test_gsm8k"]).axes[0].get_ylim()
+    assert top == 100.0

@@ -67,7 +67,7 @@ def test_the_answer_comes_first_and_everything_is_accounted_for(tmp_path):
     assert "2 training rows of demo:task have the question of a gsm8k test question" in page
     assert "reference (54 trials)" in page
     assert "2.13.0" in page
-    assert "The same everywhere: model demo:1m, rank 8" in page
+    assert "The same everywhere: status done, model demo:1m, rank 8" in page
     assert "study: demo  # &lt;b&gt;&amp;" in page
     assert "SELECTED" not in page
 

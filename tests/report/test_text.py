@@ -1,7 +1,7 @@
 from loratune.analyse.cells import make_cells
 from loratune.analyse.compare import compare
 from loratune.analyse.curves import make_curves
-from loratune.recommendation.grid import recommend
+from loratune.recommendation.grid import recommendations
 from loratune.report.text import comparison_sentence, curves_text, recommendation_text
 from simulated import result, sweep
 
@@ -13,7 +13,7 @@ def loss(size, rate, seed):
 def test_the_table_has_methods_as_rows_and_batch_sizes_as_columns():
     text = curves_text(make_curves(make_cells(sweep(loss) + sweep(loss, method="pissa"))))
     lines = text.splitlines()
-    assert lines[0].startswith("validation loss (lower is better; +- 95% t interval over 3 seeds)")
+    assert lines[0].startswith("Validation loss (lower is better; +- 95% t interval over 3 seeds)")
     assert lines[2].split() == ["batch", "size", "4", "16", "64"]
     assert lines[3].split() == ["lora", "1.0221", "[1.0101]", "1.0581"]
     assert lines[4].split() == ["+-", "0.0248", "0.0248", "0.0248"]
@@ -29,20 +29,66 @@ def test_a_batch_size_that_a_curve_lacks_is_blank_and_one_without_a_score_is_a_d
     assert "+-" not in text
 
 
+def told(results):
+    (answer,) = recommendations(results)
+    return recommendation_text(answer)
+
+
+def test_the_table_explains_the_marks_it_has_and_no_others():
+    marked = curves_text(make_curves(make_cells(sweep(loss)))).splitlines()[-1]
+    assert marked == "[ ]: the best of the row; !: at the edge of the learning rates tried"
+    missing = curves_text(
+        make_curves(make_cells([result(), result(batch_size=4, status="failed")]))
+    )
+    assert missing.splitlines()[-1].endswith("-: no learning rate has a score with every seed")
+
+
 def test_the_recommendation_is_told_in_sentences():
-    text = recommendation_text(recommend(sweep(loss)))
-    assert text.startswith("Use batch size 16 and learning rate 0.0001 for lora")
-    assert "Within 0.50% of the best with 95% confidence: 16." in text
+    text = told(sweep(loss))
+    assert text.startswith("Use batch size 16 and learning rate 0.0001 for lora (rank 8, 512 tra")
+    assert "Of the batch sizes tried, 16 is the best with 95% confidence." in text
+    assert "No other one is shown to be within 0.5% of it." in text
+    assert "16 rows per microbatch, no gradient accumulation." in text
     assert "lowest tried" in text
 
 
+def test_several_acceptable_sizes_are_listed_with_the_fastest_of_them():
+    flat = [
+        result(1.0 + 1e-6 * size + 0.01 * seed, batch_size=size, seed=seed, seconds=100 / size)
+        for size in (4, 16) for seed in (0, 1, 2)
+    ]  # fmt: skip
+    text = told(flat)
+    assert "Within 0.5% of the best with 95% confidence: 4, 16." in text
+    assert "The fastest of these, as measured: 16." in text
+
+
+def test_the_answer_ends_with_what_to_run_next():
+    text = told(sweep(lambda size, rate, seed: size + 1 / rate + 0.01 * seed))
+    assert text.splitlines()[-1].startswith(
+        "What to run next: add batch size 2 and learning rate 0.1 to the study file"
+    )
+
+
 def test_an_undecided_recommendation_begins_with_the_reason():
-    assert recommendation_text(recommend([result()])).startswith("Undecided: only batch size 8")
+    assert told([result()]).startswith("Undecided: only batch size 8")
 
 
 def test_a_comparison_names_verdict_difference_and_seeds():
     (one,) = compare(sweep(loss) + sweep(lambda *a: loss(*a) - 0.1 - 1e-4 * a[2], method="pissa"))
     text = comparison_sentence(one)
-    assert "pissa against lora" in text
-    assert ": better. Difference -0.1001, 95% interval" in text
+    assert text.startswith("pissa against lora, validation loss: better.")
+    assert "Difference -0.1001 (lower is better), 95% interval" in text
     assert "3 shared seeds" in text
+    assert "pissa's learning rate 0.0001 is at the edge of those tried" in text
+
+
+def test_two_seeds_are_said_not_to_be_enough():
+    (one,) = compare(
+        [
+            result(1.0 + offset + seed * (0.5 - offset), method=method, seed=seed)
+            for method, offset in (("lora", 0.1), ("pissa", 0.2))
+            for seed in (0, 1)
+        ],
+        margin=1e-6,
+    )
+    assert "undecided: 2 seeds cannot tell, run at least 5" in comparison_sentence(one)

@@ -8,12 +8,13 @@ their grids on the same seeds, and so a little flattered, alike where their grid
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from loratune.analyse.cells import make_cells
 from loratune.analyse.curves import Crossover, Curve, Point, crossovers, make_curves, tested_tasks
 from loratune.analyse.intervals import equivalence_p, holm, mean_with_interval, two_sided_p
+from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.records import TrialResult
 
@@ -38,7 +39,8 @@ class Comparison:
     `equivalence_margin` (same unit); `equivalence` is "equivalent" where it is below 5%. `verdict`
     is "better" or "worse" where `p_holm` is below 5%, else "equivalent" if so, else "undecided",
     with the reasons in `undecided`. `crossovers` are along the whole curves, not at the best.
-    `unequal` says what else differs than the method: a rank, or an alpha/r, of its own.
+    `unequal` says what else differs than the method: a rank, or an alpha/r, of its own. `at_edge`
+    says whose best point is at the edge of what was tried, and so may not be its best.
     """
 
     setting: str
@@ -65,6 +67,7 @@ class Comparison:
     verdict: Verdict
     crossovers: tuple[Crossover, ...]
     unequal: tuple[str, ...]
+    at_edge: tuple[str, ...]
     undecided: tuple[str, ...]
     select_on: str
 
@@ -95,11 +98,8 @@ def compare(
     found = list[Comparison]()
     for task in (None, *_further_tasks(selecting, tested_tasks(cells))):
         scored = selecting if task is None else make_curves(cells, task=task)
-        for group in _groups(list(zip(selecting, scored, strict=True))):
-            against = [one for one in group if one[0].setting.value("method") == baseline]
-            others = [one for one in group if one[0].setting.value("method") != baseline]
-            if against:
-                found.extend(_adjusted([_compare(one, against[0], margin) for one in others]))
+        for against, others in _groups(list(zip(selecting, scored, strict=True)), baseline):
+            found.extend(_adjusted([_compare(one, against, margin) for one in others]))
     if not found:
         raise AnalysisError(f"no setting of the study has both {baseline} and another method")
     return tuple(found)
@@ -107,7 +107,7 @@ def compare(
 
 def comparisons_document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """{"comparisons": [...]}: one object per comparison, keys as in `Comparison`."""
-    return {"comparisons": [_listed(asdict(one)) for one in comparisons]}
+    return {"comparisons": [as_document(one) for one in comparisons]}
 
 
 def _further_tasks(curves: Sequence[Curve], tasks: Sequence[str]) -> list[str]:
@@ -117,32 +117,50 @@ def _further_tasks(curves: Sequence[Curve], tasks: Sequence[str]) -> list[str]:
 Pair = tuple[Curve, Curve]
 
 
-def _groups(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs of curves (that selects, that scores) that differ in the method alone.
+def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]]]:
+    """Every curve of the baseline (that selects, that scores), and what is compared with it.
 
-    A study that crosses its lists has every method at every rank and alpha, and each of them is a
-    setting. Where each method has one rank and alpha of its own, these go with the method: they are
-    compared as they are, and `unequal` says what is not alike.
+    All that the study crosses is alike on both sides. Only a method's own rank or alpha may keep it
+    from being so: then it is compared at the same rank, and where it shares no rank either, at its
+    own; `unequal` says what is not alike.
     """
-    groups = dict[tuple[tuple[str, str], ...], list[Pair]]()
+    settings = dict[tuple[str, ...], list[Pair]]()
     for pair in pairs:
-        groups.setdefault(_setting_key(pair, without=("rank", "alpha")), []).append(pair)
-    found = list[list[Pair]]()
-    for group in groups.values():
-        methods = [pair[0].setting.value("method") for pair in group]
-        if len(set(methods)) == len(methods):
-            found.append(group)
-            continue
-        crossed = dict[tuple[tuple[str, str], ...], list[Pair]]()
-        for pair in group:
-            crossed.setdefault(_setting_key(pair, without=()), []).append(pair)
-        found.extend(crossed.values())
+        settings.setdefault(_values(pair, _crossed_axes(pair)), []).append(pair)
+    found = list[tuple[Pair, list[Pair]]]()
+    for setting in settings.values():
+        by_method = dict[str, list[Pair]]()
+        for pair in setting:
+            by_method.setdefault(pair[0].setting.value("method"), []).append(pair)
+        against = by_method.pop(baseline, [])
+        for one in against:
+            others = [
+                other
+                for of_method in by_method.values()
+                for shared in [_shared_axes(of_method, against)]
+                for other in of_method
+                if _values(other, shared) == _values(one, shared)
+            ]
+            if others:
+                found.append((one, others))
     return found
 
 
-def _setting_key(pair: Pair, *, without: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    left_out = ("method", "other", *without)
-    return tuple((axis, value) for axis, value in pair[0].setting.axes if axis not in left_out)
+def _crossed_axes(pair: Pair) -> list[str]:
+    own = ("method", "other", "rank", "alpha")
+    return [axis for axis, _ in pair[0].setting.axes if axis not in own]
+
+
+def _shared_axes(method: Sequence[Pair], baseline: Sequence[Pair]) -> tuple[str, ...]:
+    """Rank and alpha, or rank alone, or nothing: as much as a method has in common."""
+    for axes in (("rank", "alpha"), ("rank",)):
+        if {_values(one, axes) for one in method} & {_values(one, axes) for one in baseline}:
+            return axes
+    return ()
+
+
+def _values(pair: Pair, axes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(pair[0].setting.value(axis) for axis in axes)
 
 
 def _unequal(method: Curve, baseline: Curve) -> tuple[str, ...]:
@@ -154,6 +172,26 @@ def _unequal(method: Curve, baseline: Curve) -> tuple[str, ...]:
     if one.alpha / one.rank != two.alpha / two.rank:
         said.append(f"alpha/r {one.alpha / one.rank:g} against {two.alpha / two.rank:g}")
     return tuple(said)
+
+
+def _at_edge(pair: Pair, name: str) -> list[str]:
+    """In words, whether a method's best point is at the edge of its batch sizes or LRs."""
+    best = pair[0].best
+    if best is None:
+        return []
+    said = list[str]()
+    sizes = [point.batch_size for point in pair[0].points if point.score is not None]
+    if len(sizes) == 1:
+        said.append(f"{name} has a score at batch size {best.batch_size} only")
+    elif best.batch_size in (sizes[0], sizes[-1]):
+        end = "smallest" if best.batch_size == sizes[0] else "largest"
+        said.append(f"{name}'s batch size {best.batch_size} is the {end} with a score")
+    (cell,) = [one for one in pair[0].cells if one.trial.batch_size == best.batch_size]
+    if len(cell.rates) == 1:
+        said.append(f"{name} was tried at learning rate {best.learning_rate:g} only")
+    elif best.lr_at_edge:
+        said.append(f"{name}'s learning rate {best.learning_rate:g} is at the edge of those tried")
+    return said
 
 
 def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
@@ -176,7 +214,7 @@ def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
     if not undecided and not seeds:
         undecided.append("the two share no seed at their best batch sizes")
     elif len(seeds) == 1:
-        undecided.append("one shared seed: the noise between seeds is unknown; run at least 2")
+        undecided.append(f"one seed cannot tell, run at least {FEWEST_SEEDS}")
     enough = len(seeds) > 1
     equal_p = (
         equivalence_p(differences, margin=tolerated) if enough and tolerated is not None else None
@@ -206,6 +244,7 @@ def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
         verdict="undecided",
         crossovers=_named(crossovers(method[1], baseline[1]), method[1], baseline[1], names),
         unequal=_unequal(method[0], baseline[0]),
+        at_edge=(*_at_edge(method, names[0]), *_at_edge(baseline, names[1])),
         undecided=tuple(undecided),
         select_on=baseline[0].cells[0].select_on,
     )
@@ -225,11 +264,16 @@ def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
         elif one.equivalence == "equivalent":
             verdict = "equivalent"
         elif p is not None:
-            few = f"; run at least {FEWEST_SEEDS} seeds" if one.num_seeds < FEWEST_SEEDS else ""
+            p_values = (
+                f"Holm p = {p:.2g}",
+                f"equivalence within {one.equivalence_margin:.3g}, p = {one.equivalence_p:.2g}",
+            )
             reasons.append(
-                f"{one.num_seeds} seeds show neither a difference (Holm p = {p:.2g}) nor "
-                f"equivalence within {one.equivalence_margin:.3g} "
-                f"(p = {one.equivalence_p:.2g}){few}"
+                f"{one.num_seeds} seeds cannot tell, run at least {FEWEST_SEEDS} "
+                f"(a difference: {p_values[0]}; {p_values[1]})"
+                if one.num_seeds < FEWEST_SEEDS
+                else f"{one.num_seeds} seeds show neither a difference ({p_values[0]}) "
+                f"nor {p_values[1].replace(', ', ' (')})"
             )
         finished.append(replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons)))
     return finished
@@ -274,11 +318,3 @@ def _named(
         )
         for crossing in found
     )
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _listed(one) for key, one in cast("dict[str, Any]", value).items()}
-    if isinstance(value, tuple | list):
-        return [_listed(one) for one in cast("Sequence[Any]", value)]
-    return value

@@ -60,9 +60,11 @@ def selection_metric(results: Sequence[TrialResult]) -> Metric:
 
 
 def find_score(result: TrialResult, task: str) -> Score | None:
-    """The trial's score under that column name; the last one where there are several."""
-    found = [score for score in result.scores if task_column(score) == task and score.total > 0]
-    return found[-1] if found else None
+    """The trial's score under that column name; None where no question was asked either."""
+    for score in result.scores:
+        if task_column(score) == task and score.total > 0:
+            return score
+    return None
 
 
 def trial_score(result: TrialResult, metric: Metric) -> float | None:

@@ -14,13 +14,17 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 
-from loratune.analyse.scores import find_score, method_label, task_column
+from loratune.analyse.scores import method_label, task_column
 from loratune.records import Score, ScoreRecord, TrialResult
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Value = str | int | float | bool | None
 TableFormat = Literal["csv", "json", "parquet"]
@@ -131,8 +135,8 @@ def trial_row(result: TrialResult) -> dict[str, Value]:
             "peak_memory_bytes": outcome.peak_memory_bytes,
             "error": outcome.error or outcome.reason,
         }
-    for task in dict.fromkeys(task_column(score) for score in result.scores):
-        row |= score_values(task, find_score(result, task))
+    for score in result.scores:
+        row |= score_values(task_column(score), score)
     return row
 
 
@@ -179,6 +183,19 @@ def table_bytes(frame: pd.DataFrame, *, format: TableFormat) -> bytes:
         for row in rows
     ]
     return (json.dumps(finite, indent=1, allow_nan=False) + "\n").encode()
+
+
+def as_document(record: "DataclassInstance") -> dict[str, Any]:
+    """A record as the values that JSON has: its fields by name, tuples at any depth as lists."""
+    return {name: _listed(value) for name, value in asdict(record).items()}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(one) for key, one in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple | list):
+        return [_listed(one) for one in cast("Sequence[Any]", value)]
+    return value
 
 
 def _cell(value: Value) -> str:

@@ -8,11 +8,11 @@ sizes the other way. Each cell's LR was chosen on the same seeds (see `analyse.c
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
 
 from loratune.analyse.cells import Cell, make_cells
-from loratune.analyse.curves import Curve, make_curves
+from loratune.analyse.curves import Curve, Point, make_curves
+from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.best import against_best
 from loratune.records import TrialResult
@@ -94,48 +94,13 @@ class Recommendation:
 
     def to_json(self) -> dict[str, object]:
         """The answer as plain values under the names that others rely on; tuples are lists."""
-        return {key: _listed(value) for key, value in asdict(self).items()}
-
-
-def recommend(
-    results: Sequence[TrialResult],
-    *,
-    method: str | None = None,
-    model: str | None = None,
-    rank: int | None = None,
-    num_train_rows: int | None = None,
-    margin: float = DEFAULT_MARGIN,
-) -> Recommendation:
-    """The recommendation for one setting; `method` left out is lora where the study has it.
-
-    Raises:
-        AnalysisError: there are no results, nothing matches, or several settings do (several
-            ranks, models, ...): `recommendations` answers for each of them.
-    """
-    first, *others = recommendations(
-        results,
-        method=method,
-        model=model,
-        rank=rank,
-        num_train_rows=num_train_rows,
-        margin=margin,
-    )
-    if others:
-        listed = "; ".join(one.setting for one in (first, *others))
-        raise AnalysisError(
-            f"the study has {1 + len(others)} settings ({listed}); "
-            "choose one by model, rank or num_train_rows, or ask for all recommendations"
-        )
-    return first
+        return as_document(self)
 
 
 def recommendations(
     results: Sequence[TrialResult],
     *,
     method: str | None = None,
-    model: str | None = None,
-    rank: int | None = None,
-    num_train_rows: int | None = None,
     margin: float = DEFAULT_MARGIN,
 ) -> tuple[Recommendation, ...]:
     """One recommendation for every setting of one method, in the study's order.
@@ -151,16 +116,13 @@ def recommendations(
         raise AnalysisError("no trials; run the study first")
     if margin < 0 or not math.isfinite(margin):
         raise AnalysisError(f"margin={margin}; give a fraction of 0 or more, such as 0.005")
-    curves = list(make_curves(make_cells(results)))
+    curves = make_curves(make_cells(results))
     methods = list(dict.fromkeys(curve.setting.value("method") for curve in curves))
     default = BASELINE if BASELINE in methods else methods[0]
     chosen = default if method is None else method
-    wanted = {"method": chosen, "model": model, "rank": rank, "rows": num_train_rows}
-    for axis, value in wanted.items():
-        known = list(dict.fromkeys(curve.setting.value(axis) for curve in curves))
-        curves = [c for c in curves if value is None or c.setting.value(axis) == str(value)]
-        if not curves:
-            raise AnalysisError(f"no trials with {axis} {value!r}; there are {', '.join(known)}")
+    curves = [curve for curve in curves if curve.setting.value("method") == chosen]
+    if not curves:
+        raise AnalysisError(f"no trials with method {chosen!r}; there are {', '.join(methods)}")
     return tuple(
         recommend_from_curve(
             curve, margin=margin, other_methods=[name for name in methods if name != chosen]
@@ -182,13 +144,14 @@ def recommend_from_curve(
         undecided.append(_nothing_eligible(curve))
     elif len(scored) < 2:
         undecided.append(
-            f"only batch size {best.batch_size} has a score; "
-            "at least two batch sizes are needed to say which is better"
+            f"only batch size {best.batch_size} has a score, and it takes two to say which is "
+            "better; finish the study, or add batch sizes"
         )
     elif len(shared) < 2:
         undecided.append(
             f"{_seed_count(len(shared))} common to all batch sizes: how much of the difference "
-            "between them is noise cannot be told; run at least 2 seeds, better 3"
+            "between them is luck cannot be told; write seeds: 3 (2 at least) in the study and run "
+            "it again"
         )
     low = high = None
     acceptable = list[int]()
@@ -213,7 +176,7 @@ def recommend_from_curve(
             undecided.append(
                 f"the seeds differ too much (standard deviation {comparison.sigma:.3g}): no batch "
                 f"size can be excluded as the best, and none be shown to be within "
-                f"{margin:.2%} of it; run more seeds"
+                f"{100 * margin:g}% of it; run more seeds"
             )
     speeds = {size: _rows_per_second(cell) for size, cell in cells.items()}
     notes = _notes(curve, acceptable, comparison is not None, margin, other_methods)
@@ -250,15 +213,6 @@ def recommend_from_curve(
         cost_fraction=_cost_fraction(curve),
         undecided=tuple(undecided),
     )
-
-
-def _listed(value: Any) -> Any:
-    """Tuples, at any depth, as the lists that JSON has."""
-    if isinstance(value, dict):
-        return {key: _listed(one) for key, one in cast("dict[str, Any]", value).items()}
-    if isinstance(value, tuple | list):
-        return [_listed(one) for one in cast("Sequence[Any]", value)]
-    return value
 
 
 def _shared_seeds(curve: Curve) -> list[int]:
@@ -302,36 +256,25 @@ def _notes(
     name = curve.metric.name.replace("_", " ")
     if best is not None and best.score is not None and best.learning_rate is not None:
         extreme = "highest" if curve.metric.higher_is_better else "lowest"
-        seeds = "1 seed" if best.num_seeds == 1 else f"{best.num_seeds} seeds"
+        seeds = "1 seed" if best.num_seeds == 1 else f"mean of {best.num_seeds} seeds"
         notes.append(
-            f"{extreme} mean {name} at batch size {best.batch_size}, learning rate "
-            f"{best.learning_rate:g}: {best.score:.4g} ({seeds})"
+            f"{extreme} {name}: {best.score:.4g} ({seeds}) at batch size {best.batch_size} and "
+            f"learning rate {best.learning_rate:g}"
         )
-        sizes = [point.batch_size for point in curve.points if point.score is not None]
-        if len(sizes) > 1 and best.batch_size in (sizes[0], sizes[-1]):
-            end, beyond = ("smallest", "smaller") if best.batch_size == sizes[0] else (
-                "largest", "larger",
-            )  # fmt: skip
-            notes.append(
-                f"batch size {best.batch_size} is the {end} that has a score; "
-                f"a {beyond} one may be better"
-            )
-        if best.lr_at_edge:
-            tried = [rate.learning_rate for cell in curve.cells for rate in cell.rates]
-            end = "lowest" if best.learning_rate == min(tried) else "highest"
-            notes.append(
-                f"learning rate {best.learning_rate:g} is the {end} tried at batch size "
-                f"{best.batch_size}; one beyond it may be better"
-            )
+        notes += _edge_notes(curve, best)
         if compared and not acceptable:
             notes.append(
-                f"no batch size can be shown to be within {margin:.2%} of the best; run more seeds"
+                f"no batch size can be shown to be within {100 * margin:g}% of the best; "
+                "run more seeds"
             )
     at_edge = [p.batch_size for p in curve.points if p.lr_at_edge and p is not best]
     if at_edge:
         notes.append(
-            f"at {_sizes(at_edge)} the best learning rate is at the edge of those "
-            "tried: these scores may be worse than they could be"
+            f"at {_sizes(at_edge)} too the best learning rate is at the edge of those tried: "
+            "better scores may lie beyond it"
+            if best is not None and best.lr_at_edge
+            else f"at {_sizes(at_edge)} the best learning rate is at the edge of those tried: "
+            "better scores may lie beyond it"
         )
     without = [point.batch_size for point in curve.points if point.score is None]
     if without:
@@ -354,10 +297,89 @@ def _notes(
         )
     if other_methods:
         notes.append(
-            f"the study also has {_enumerated(list(other_methods))}; "
-            "this is the answer for " + curve.cells[0].method
+            f"this is the answer for {curve.cells[0].method}; the study also has "
+            f"{_enumerated(list(other_methods))}: `loratune compare` compares them, --method gives "
+            "the answer for another"
+        )
+    if more := _worth_adding(curve):
+        notes.append(
+            f"what to run next: add {_enumerated(more)} to the study file and run it again; "
+            "trials that are done are not repeated"
         )
     return tuple(notes)
+
+
+def _edge_notes(curve: Curve, best: Point) -> list[str]:
+    """Where the best lies at the end of what was tried, so that better may lie beyond."""
+    notes = list[str]()
+    sizes = [point.batch_size for point in curve.points if point.score is not None]
+    if len(sizes) > 1 and best.batch_size in (sizes[0], sizes[-1]):
+        smallest = best.batch_size == sizes[0]
+        end, beyond = ("smallest", "smaller") if smallest else ("largest", "larger")
+        notes.append(
+            f"batch size {best.batch_size} is the {end} that has a score; "
+            f"a {beyond} one may be better"
+        )
+    rates = _rates(curve, best)
+    if best.lr_at_edge and len(rates) == 1:
+        notes.append(f"only one learning rate was tried at batch size {best.batch_size}")
+    elif best.lr_at_edge:
+        lowest = best.learning_rate == rates[0]
+        end, beyond = ("lowest", "lower") if lowest else ("highest", "higher")
+        notes.append(
+            f"learning rate {best.learning_rate:g} is the {end} tried at batch size "
+            f"{best.batch_size}; a {beyond} one may be better"
+        )
+    return notes
+
+
+def _worth_adding(curve: Curve) -> list[str]:
+    """The next batch size and LRs beyond every edge at which a best one lies, in words.
+
+    A batch size beyond which others were tried (and have no score) is no edge of the study.
+    """
+    best = curve.best
+    if best is None:
+        return []
+    more = list[str]()
+    tried = [point.batch_size for point in curve.points]
+    trial = curve.cells[0].trial
+    largest = trial.num_train_rows if trial.protocol == "fixed_samples" else math.inf
+    if len(tried) > 1 and best.batch_size == tried[0] > 1:
+        more.append(f"batch size {tried[0] // 2}")
+    if len(tried) > 1 and best.batch_size == tried[-1] and 2 * tried[-1] <= largest:
+        more.append(f"batch size {2 * tried[-1]}")
+    beyond = set[float]()
+    for point in curve.points:
+        if point.lr_at_edge:
+            rates = _rates(curve, point)
+            if point.learning_rate == rates[0]:
+                beyond.add(_next_rate(rates[0], rates[1:2], up=False))
+            if point.learning_rate == rates[-1]:
+                beyond.add(_next_rate(rates[-1], rates[-2:-1], up=True))
+    if beyond:
+        plural = "s" if len(beyond) > 1 else ""
+        more.append(
+            f"learning rate{plural} {_enumerated([f'{rate:g}' for rate in sorted(beyond)])}"
+        )
+    return more
+
+
+def _rates(curve: Curve, point: Point) -> list[float]:
+    (cell,) = [one for one in curve.cells if one.trial.batch_size == point.batch_size]
+    return [rate.learning_rate for rate in cell.rates]
+
+
+def _next_rate(edge: float, neighbour: Sequence[float], *, up: bool) -> float:
+    """One step of the grid beyond its edge, at 1, 2, 3 or 5 times a power of ten; 3 times alone."""
+    step = max(edge, *neighbour) / min(edge, *neighbour) if neighbour else 3.0
+    target = math.log(edge * step if up else edge / step)
+    exponent = math.floor(target / math.log(10))
+    round_ones = [
+        float(f"{digit}e{exponent + shift}") for shift in (0, 1) for digit in (1, 2, 3, 5)
+    ]
+    further = [rate for rate in round_ones if (rate > edge if up else rate < edge)]
+    return min(further, key=lambda rate: abs(math.log(rate) - target))
 
 
 def _sizes(sizes: Sequence[int]) -> str:

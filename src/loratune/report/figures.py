@@ -15,6 +15,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import matplotlib
@@ -132,9 +133,10 @@ def study_figures(cells: Sequence[Cell]) -> tuple[FigureData, ...]:
 def _scores(curves: Sequence[Curve], *, name: str, title: str, shift: str = "") -> FigureData:
     metric = curves[0].metric
     best = "highest" if metric.higher_is_better else "lowest"
+    unequal = f"{text} " if (text := _unequal_text(curves)) else ""
     caption = (
         f"{_spoken(metric).capitalize()} at each cell's chosen learning rate ({best} is best). "
-        f"{_seed_text(curves)} {_selection_text(curves)} {shift}"
+        f"{_seed_text(curves)} {_selection_text(curves)} {shift}{unequal}"
         "Hollow marks: the chosen learning rate is at the edge of those tried. "
         "Crosses: no learning rate has a score with every seed."
     )
@@ -211,12 +213,12 @@ def _learning_rates(curves: Sequence[Curve]) -> FigureData:
         name="best_learning_rate",
         title="Best learning rate over batch size",
         caption=(
-            f"The learning rate that is best in the mean over seeds. {_selection_text(curves)} "
+            f"{_selection_text(curves)} "
             "Lines are drawn a hair apart where they coincide. "
             "Hollow marks: the best one is at the edge of those tried. "
             "Crosses: no learning rate has a score with every seed."
         ),
-        note=_selection_text(curves),
+        note=" ".join(filter(None, (_selection_text(curves), _edge_text(curves)))),
         x_label="batch size (sequences per update)",
         y_label="best learning rate",
         x_kind="batch_size",
@@ -255,7 +257,7 @@ def _sensitivity(curves: Sequence[Curve]) -> FigureData:
             f"size. {_seed_text(curves, bands=False)} Crosses: a seed diverged there, so that the "
             "rate is not eligible; plus signs: some seed has no score yet."
         ),
-        note=_note(curves, bands=False),
+        note=_note(curves, every_rate=True),
         x_label="learning rate",
         y_label=_axis_label(metric),
         x_kind="learning_rate",
@@ -325,20 +327,48 @@ def _seed_text(curves: Sequence[Curve], *, bands: bool = True) -> str:
     )
 
 
-def _note(curves: Sequence[Curve], *, bands: bool = True) -> str:
-    """What must stand on the picture itself, wherever it goes."""
-    num = len({seed for curve in curves for cell in curve.cells for seed in cell.seeds})
-    seeds = "One seed, no interval" if num == 1 else f"Means over {num} seeds"
-    if bands and num > 1:
-        seeds += ", bands: 95% t interval over seeds"
-    return f"{seeds}. {_selection_text(curves)}"
+def _note(curves: Sequence[Curve], *, every_rate: bool = False) -> str:
+    """What must stand on the picture itself, wherever it goes. `every_rate`: nothing was chosen."""
+    num = _num_seeds(curves)
+    seeds = "One seed, no interval." if num == 1 else f"Means over {num} seeds."
+    if every_rate:
+        on_test = curves[0].cells[0].select_on == "test"
+        return f"{seeds} {_selection_text(curves)}" if on_test else seeds
+    if num > 1:
+        seeds = f"Means over {num} seeds, bands: 95% t interval over seeds."
+    parts = [f"{seeds} {_selection_text(curves)}", _edge_text(curves), _unequal_text(curves)]
+    return "\n".join(part for part in parts if part)
+
+
+def _edge_text(curves: Sequence[Curve]) -> str:
+    hollow = any(point.lr_at_edge for curve in curves for point in curve.points)
+    return "Hollow marks: the best learning rate is at the edge of those tried." if hollow else ""
+
+
+def _unequal_text(curves: Sequence[Curve]) -> str:
+    """Ranks and alpha/r, where lines that differ in the method by name differ in these too."""
+    if varied_axes(curves) != ("method",):
+        return ""
+    trials = [curve.cells[0].trial for curve in curves]
+    shapes = [f"rank {one.rank}, alpha/r {one.alpha / one.rank:g}" for one in trials]
+    if len(set(shapes)) == 1:
+        return ""
+    listed = "; ".join(
+        f"{curve.label} {shape}" for curve, shape in zip(curves, shapes, strict=True)
+    )
+    return f"NOT ALIKE: {listed}."
 
 
 def _selection_text(curves: Sequence[Curve]) -> str:
     if curves[0].cells[0].select_on == "test":
         return "LEARNING RATES SELECTED ON THE TEST SET: scores are too good."
     selected_by = _spoken(curves[0].cells[0].metric)
-    return f"Learning rates chosen by {selected_by} in the mean over seeds."
+    over = "" if _num_seeds(curves) == 1 else " in the mean over seeds"
+    return f"Learning rates chosen by {selected_by}{over}."
+
+
+def _num_seeds(curves: Sequence[Curve]) -> int:
+    return len({seed for curve in curves for cell in curve.cells for seed in cell.seeds})
 
 
 def _file_name(task: str) -> str:
@@ -514,10 +544,11 @@ def _x_ticks(axes: Any, data: FigureData, panel: Panel) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
-    base = 2.0 if data.x_kind == "batch_size" else 10.0
-    room = base**0.35 if len(xs) > 1 else base
+    room = (xs[-1] / xs[0]) ** 0.09 if len(xs) > 1 else 2.0
     axes.set_xlim(xs[0] / room, xs[-1] * room)
-    if len(xs) > 10 or data.x_kind == "learning_rate":
+    span = math.log(xs[-1] / xs[0])
+    closest = min((math.log(b / a) / span for a, b in pairwise(xs)), default=1.0)
+    if closest < (0.1 if data.x_kind == "batch_size" else 0.18):  # their labels would touch
         axes.tick_params(axis="x", labelrotation=45, labelsize=8.5)
 
 
@@ -543,7 +574,10 @@ def _plain_log_labels(axes: Any, data: FigureData, limits: tuple[float, float]) 
 
 
 def _y_limits(data: FigureData) -> tuple[float, float]:
-    """From the means, with room for the intervals up to the means' own spread on either side."""
+    """From the means, with room for the intervals up to the means' own spread on either side.
+
+    Never below 0 nor above 100%: an interval that reaches there is cut at the frame.
+    """
     scale = 100.0 if data.percent else 1.0
     dots = [d for panel in data.panels for line in panel.lines for d in line.dots]
     means = [scale * dot.y for dot in dots if dot.y is not None]
@@ -558,4 +592,7 @@ def _y_limits(data: FigureData) -> tuple[float, float]:
     low = max(min([*lows, *means]), min(means) - spread)
     high = min(max([*highs, *means]), max(means) + spread)
     pad = 0.07 * (high - low) if high > low else 0.1 * spread
-    return low - pad, high + pad
+    # a shifted curve is no longer a loss or an accuracy, and may lie where these cannot
+    least = min(0.0, *means)
+    greatest = max(100.0, *means) if data.percent else math.inf
+    return max(least, low - pad), min(greatest, high + pad)

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +27,7 @@ from loratune.errors import AnalysisError
 from loratune.recommendation.grid import DEFAULT_MARGIN, recommend_from_curve
 from loratune.records import DataSummary, Provenance, StudyRecord, TrialResult
 from loratune.report.figures import FigureData, figure_table, render, study_figures
-from loratune.report.text import comparison_sentence, recommendation_sentences
+from loratune.report.text import comparison_sentences, recommendation_sentences
 
 _MOST_TRIALS = 2000
 # Columns that identify or provenance needs but no reader of the page.
@@ -35,7 +36,7 @@ _HIDDEN = ("trial_id", "study", "targets", "data_fingerprint", "select_on", "hig
 # Columns that are named once above a table where they are the same in all of it.
 _SHARED = (
     "model", "rank", "alpha", "protocol", "epochs", "num train rows", "schedule", "warmup steps",
-    "beta2", "precision", "num updates", "engine", "score metric", "num seeds",
+    "beta2", "precision", "num updates", "engine", "score metric", "num seeds", "status",
 )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def _page(
     curves = make_curves(cells)
     recommended = [recommend_from_curve(curve, margin=margin) for curve in curves]
     try:
-        comparisons = [comparison_sentence(one) for one in compare(results)]
+        comparisons = [comparison_sentences(one) for one in compare(results)]
     except AnalysisError:  # one method, or no lora: there is nothing to compare
         comparisons = []
     tasks = test_tasks(results)
@@ -140,6 +141,7 @@ def _page(
         answers=[(one.setting, recommendation_sentences(one)) for one in recommended],
         comparisons=comparisons,
         figures=figures,
+        tasks=tasks,
         gaps=gap_rows,
         gap_header=gap_header,
         gap_text=_gap_text(gaps),
@@ -157,9 +159,10 @@ def _page(
 def _status_line(study: StudyRecord, cells: Sequence[Cell], results: Sequence[TrialResult]) -> str:
     finished = sum(result.outcome is not None for result in results)
     selected = study.select_on.replace("_", " ")
+    begun = datetime.fromisoformat(study.created_at)
     return (
         f"{finished} of {len(results)} trials finished, {len(cells)} cells; "
-        f"learning rates selected on {selected}; stored {study.created_at}."
+        f"learning rates selected on {selected}; begun {begun:%Y-%m-%d %H:%M} UTC."
     )
 
 

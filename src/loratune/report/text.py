@@ -14,9 +14,8 @@ from loratune.recommendation.grid import Recommendation
 def curves_text(curves: Sequence[Curve]) -> str:
     """Three rows for each curve, a column for each batch size: score, half its interval, best LR.
 
-    There is no row of intervals with one seed. The best score of each curve is in brackets. "!"
-    after an LR: at the edge of those tried; "-": no learning rate has a score with every seed.
-    Accuracies are in percent.
+    There is no row of intervals with one seed. The best score of each curve is in brackets. A
+    last line says what the marks mean. Accuracies are in percent.
     """
     if not curves:
         return "no trials"
@@ -42,7 +41,7 @@ def curves_text(curves: Sequence[Curve]) -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([_heading(curves), "", *lines])
+    return "\n".join([_heading(curves), "", *lines, "", *_legend(curves)])
 
 
 def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
@@ -52,30 +51,34 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
         return (f"Undecided: {reasons}.", *(_sentence(note) for note in found.evidence.notes))
     sentences = [
         f"Use batch size {found.batch_size} and learning rate {found.learning_rate:g} "
-        f"for {found.method} (rank {found.rank}, {found.num_train_rows:,} rows)."
+        f"for {found.method} (rank {found.rank}, {found.num_train_rows:,} training rows)."
     ]
     if found.batch_size_low == found.batch_size_high:
-        sentences.append("Every other batch size tried is excluded as the best (95% confidence).")
+        sentences.append(
+            f"Of the batch sizes tried, {found.batch_size} is the best with 95% confidence."
+        )
     else:
         sentences.append(
-            f"The best may lie anywhere from {found.batch_size_low} to {found.batch_size_high} "
-            "(95% confidence)."
+            "Not excluded as the best (95% confidence): the batch sizes tried from "
+            f"{found.batch_size_low} to {found.batch_size_high}."
         )
-    if found.acceptable_batch_sizes:
+    margin = f"{100 * found.margin:g}%"
+    if found.acceptable_batch_sizes == (found.batch_size,):
+        sentences.append(f"No other one is shown to be within {margin} of it.")
+    elif found.acceptable_batch_sizes:
         listed = ", ".join(map(str, found.acceptable_batch_sizes))
-        sentences.append(f"Within {found.margin:.2%} of the best with 95% confidence: {listed}.")
+        sentences.append(f"Within {margin} of the best with 95% confidence: {listed}.")
         if found.fastest_acceptable_batch_size is not None:
             sentences.append(
-                f"The fastest of these, as measured here, is {found.fastest_acceptable_batch_size}."
+                f"The fastest of these, as measured: {found.fastest_acceptable_batch_size}."
             )
     if found.rows_per_microbatch is not None:
         steps = found.gradient_accumulation_steps
         accumulation = (
             "no gradient accumulation" if steps == 1 else f"{steps} gradient accumulation steps"
         )
-        sentences.append(
-            f"On this device: {found.rows_per_microbatch} rows per microbatch, {accumulation}."
-        )
+        rows = "1 row" if found.rows_per_microbatch == 1 else f"{found.rows_per_microbatch} rows"
+        sentences.append(f"On the device that trained it: {rows} per microbatch, {accumulation}.")
     return (*sentences, *(_sentence(note) for note in found.evidence.notes))
 
 
@@ -84,40 +87,58 @@ def recommendation_text(found: Recommendation) -> str:
     return "\n".join(recommendation_sentences(found))
 
 
-def comparison_sentence(one: Comparison) -> str:
-    """One comparison in words: verdict, difference with its interval, n, crossovers."""
+def comparison_sentences(one: Comparison) -> tuple[str, ...]:
+    """One comparison in words: verdict and reasons, both bests, difference, what is not alike."""
     where = f" at {one.setting}" if one.setting else ""
     name = one.metric.replace("_", " ")
     if one.difference is None:
-        return f"{one.method} against {one.baseline}{where}: undecided: {'; '.join(one.undecided)}."
+        reasons = "; ".join(one.undecided)
+        return (f"{one.method} against {one.baseline}{where}, {name}: undecided: {reasons}.",)
+    why = f": {'; '.join(one.undecided)}" if one.undecided else ""
     interval = (
-        "no interval with one seed"
+        "no interval"
         if one.difference_low is None
         else f"95% interval {one.difference_low:+.4g} to {one.difference_high:+.4g}"
     )
-    p = "" if one.p_holm is None else f", Holm p = {one.p_holm:.2g}"
+    p = "" if one.p_holm is None or one.undecided else f", Holm p = {one.p_holm:.2g}"
     seeds = "1 shared seed" if one.num_seeds == 1 else f"{one.num_seeds} shared seeds"
-    crossing = "".join(
-        f" The curves cross near batch size {crossing.batch_size:.3g}"
+    better = "higher" if one.higher_is_better else "lower"
+    sentences = [
+        f"{one.method} against {one.baseline}{where}, {name}: {one.verdict}{why}.",
+        f"Each at its own best: {one.method} {one.method_score:.4g} at batch size "
+        f"{one.method_batch_size} and learning rate {one.method_learning_rate:g}, {one.baseline} "
+        f"{one.baseline_score:.4g} at batch size {one.baseline_batch_size} and learning rate "
+        f"{one.baseline_learning_rate:g}.",
+        f"Difference {one.difference:+.4g} ({better} is better), {interval}{p}, {seeds}.",
+    ]
+    sentences += [
+        f"The curves cross near batch size {_batch(crossing.batch_size)}"
         f"{_range(crossing.low, crossing.high)}: "
-        f"{crossing.better_below} is better below, {crossing.better_above} is better above."
+        f"{crossing.better_below} is better below, {crossing.better_above} above."
         for crossing in one.crossovers
-    )
-    why = f" ({'; '.join(one.undecided)})" if one.undecided else ""
-    unequal = f" Not alike: {', '.join(one.unequal)}." if one.unequal else ""
-    return (
-        f"{one.method} against {one.baseline}{where}, {name}, each at its own best batch size "
-        f"({one.method_batch_size} and {one.baseline_batch_size}): {one.verdict}{why}. "
-        f"Difference {one.difference:+.4g}, {interval}{p}, {seeds}.{crossing}{unequal}"
-    )
+    ]
+    if one.unequal:
+        sentences.append(f"NOT ALIKE: {', '.join(one.unequal)}.")
+    if one.at_edge:
+        sentences.append(f"Better may not have been tried: {'; '.join(one.at_edge)}.")
+    return tuple(sentences)
+
+
+def comparison_sentence(one: Comparison) -> str:
+    """One comparison in words: `comparison_sentences`, one a line."""
+    return "\n".join(comparison_sentences(one))
 
 
 def _range(low: float | None, high: float | None) -> str:
     if low is None and high is None:
         return " (no interval within the batch sizes tried)"
-    lower = "the smallest tried" if low is None else f"{low:.3g}"
-    upper = "the largest tried" if high is None else f"{high:.3g}"
+    lower = "the smallest tried" if low is None else _batch(low)
+    upper = "the largest tried" if high is None else _batch(high)
     return f" (95% interval: {lower} to {upper})"
+
+
+def _batch(size: float) -> str:
+    return f"{size:.0f}" if size >= 10 else f"{size:.2g}"
 
 
 def _heading(curves: Sequence[Curve]) -> str:
@@ -129,7 +150,20 @@ def _heading(curves: Sequence[Curve]) -> str:
     )
     unit = " in percent" if metric.higher_is_better else ""
     loud = " SELECTED ON THE TEST SET." if curves[0].cells[0].select_on == "test" else ""
-    return f"{metric.name.replace('_', ' ')}{unit} ({better} is better; {varied}).{loud}"
+    return (
+        f"{metric.name.replace('_', ' ').capitalize()}{unit} ({better} is better; {varied}).{loud}"
+    )
+
+
+def _legend(curves: Sequence[Curve]) -> list[str]:
+    """The marks that the table has, in words."""
+    points = [point for curve in curves for point in curve.points]
+    marks = ["[ ]: the best of the row"]
+    if any(point.lr_at_edge for point in points):
+        marks.append("!: at the edge of the learning rates tried")
+    if any(point.score is None for point in points):
+        marks.append("-: no learning rate has a score with every seed")
+    return ["; ".join(marks)]
 
 
 def _score(point: Point, metric: Metric, *, best: bool) -> str:
