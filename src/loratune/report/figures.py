@@ -584,7 +584,8 @@ def _y_limits(data: FigureData) -> tuple[float, float]:
     if not means:
         return (0.1, 1.0)
     if data.y_log:
-        room = max(1.15, (max(means) / min(means)) ** 0.12)
+        # one value alone: room enough that lines set a hair apart look no further apart than that
+        room = max(1.15, (max(means) / min(means)) ** 0.12) if max(means) > min(means) else 2.0
         return min(means) / room, max(means) * room
     lows = [scale * dot.low for dot in dots if dot.low is not None]
     highs = [scale * dot.high for dot in dots if dot.high is not None]
