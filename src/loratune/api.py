@@ -4,8 +4,10 @@ Functions that train import torch when they are called; the others never do.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +108,7 @@ def _measured_rate(folder: str | Path, found: "Survey") -> Rate:
             trial,
             model=model,
             data=data,
-            rate=H100,
+            rate=replace(H100, memory_bytes=None),
             tokens_per_microbatch=outcome.rows_per_microbatch * data.max_row_tokens,
         )
         count = trial.num_updates * cost.num_microbatches
@@ -266,7 +268,10 @@ def new_study(
     on_gpu = choose_device(device).type == "cuda"
     chosen = {key: value for key, value in dataclasses.asdict(fields).items() if value is not None}
     template = "chat" if fields.messages is not None else "alpaca"
+    # Another model or data set is another study, which its results folder then refuses.
+    identity = json.dumps([_absolute(model), _absolute(data), list(methods), rank])
     text = _NEW_STUDY.format(
+        name=f"tuned-{hashlib.sha256(identity.encode()).hexdigest()[:8]}",
         model=json.dumps(_absolute(model)),
         precision="bfloat16" if on_gpu else "float32",
         train=json.dumps(_absolute(data)),
@@ -289,7 +294,7 @@ def _absolute(name: str) -> str:
 
 _NEW_STUDY = """\
 # Written for you; every key can be changed, and `loratune run` takes the file as it is.
-study: tuned
+study: {name}
 model: {model}
 precision: {precision}          # of the frozen base; the adapter is float32
 data:

@@ -290,7 +290,9 @@ def compare(
             model=model,
             data=data,
             out=out,
-            methods=(methods or "").split(",") if methods else None,
+            methods=[name.strip() for name in methods.split(",") if name.strip()]
+            if methods
+            else None,
             rank=rank,
             device=device,
             quiet=quiet,
@@ -377,11 +379,17 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
         parts += [recommendation_text(answer) for answer in answers]
         parts.append(f"report: {sweep.folder.root / 'report.html'}")
         _print("\n\n".join(parts))
-    if sweep.num_failed:
-        _say(
-            f"loratune: {sweep.num_failed} of {len(sweep.results)} trials failed; "
-            f"`loratune results {sweep.folder.root}` says why, running again tries them again"
-        )
+    total = len(sweep.results)
+    left = {
+        f"{sweep.num_failed} of {total} trials failed; "
+        f"`loratune results {sweep.folder.root}` says why": sweep.num_failed,
+        f"{sweep.num_unfinished} of {total} trials are not finished": sweep.num_unfinished,
+        f"{sweep.num_not_scored} scores are missing, as was said above": sweep.num_not_scored,
+    }
+    for said, count in left.items():
+        if count:
+            _say(f"loratune: {said}; running again tries them again")
+    if any(left.values()):
         raise typer.Exit(1)
 
 

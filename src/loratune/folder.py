@@ -72,11 +72,13 @@ def open_results(path: str | Path) -> tuple[ResultsFolder, Store, StudyRecord]:
 
 @contextmanager
 def working_folder(
-    path: str | Path, loaded: LoadedStudy, *, store: str | None
+    path: str | Path, loaded: LoadedStudy, *, store: str | None, trial_ids: frozenset[str]
 ) -> Generator[tuple[ResultsFolder, Store]]:
     """The folder for running `loaded`, made if need be, locked against a second process.
 
-    Everything that can be refused is refused before anything is written.
+    Everything that can be refused is refused before anything is written. `trial_ids` are those of
+    the study as it is now: a study that has grown or shrunk goes on in its folder, one that shares
+    no trial with what is there only has the same name.
 
     Raises:
         StoreError: the folder is another study's, holds something else, is not writable, is in use
@@ -97,11 +99,15 @@ def working_folder(
             f"{path} keeps its results in its own {folder.database.name}; "
             "leave --store out, or choose another --out"
         )
+    existed = folder.root.exists()
     with ExitStack() as stack:
         try:
             folder.root.mkdir(parents=True, exist_ok=True)
+            if not existed:
+                stack.callback(_remove_if_empty, folder)
             stack.enter_context(_held(FileLock(folder.root / ".lock", timeout=0), folder))
             opened = stack.enter_context(open_store(address, create=True))
+            _refuse_a_namesake(folder, opened, loaded, trial_ids)
             if store is not None:
                 folder.store_address.write_text(address + "\n", encoding="utf-8")
             write_whole(folder.study, loaded.text)
@@ -145,6 +151,27 @@ def _held(lock: FileLock, folder: ResultsFolder) -> Generator[None]:
         yield
     finally:
         lock.release()
+
+
+def _refuse_a_namesake(
+    folder: ResultsFolder, store: Store, loaded: LoadedStudy, trial_ids: frozenset[str]
+) -> None:
+    name = loaded.study.study
+    if not folder.study.is_file() or name not in {record.name for record in store.studies()}:
+        return
+    known = {trial.trial_id for trial in store.trials(name)}
+    if known and not known & trial_ids:
+        raise StoreError(
+            f"{folder.root} holds another study of the name {name!r}: the two share no trial; "
+            "rename the study, or choose another --out"
+        )
+
+
+def _remove_if_empty(folder: ResultsFolder) -> None:
+    """Leave nothing of a folder that was made for a request which was then refused."""
+    if not folder.study.exists() and {entry.name for entry in folder.root.iterdir()} <= {".lock"}:
+        (folder.root / ".lock").unlink(missing_ok=True)
+        folder.root.rmdir()
 
 
 def _refuse_another_study(folder: ResultsFolder, loaded: LoadedStudy) -> None:

@@ -10,11 +10,12 @@ results read, without one.
 """
 
 import shutil
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from loratune.analyse.cells import Cell, make_cells
 from loratune.engine.base import Engine, Finished, Progress, Snapshot
+from loratune.errors import StoreError
 from loratune.folder import ResultsFolder, replace_folder, working_folder
 from loratune.planning.build import Plan
 from loratune.records import (
@@ -127,6 +129,7 @@ class Sweep:
 
     folder: ResultsFolder
     results: tuple[TrialResult, ...]
+    num_not_scored: int
 
     def statuses(self) -> dict[str, int]:
         """How many trials have each status that occurs."""
@@ -136,6 +139,11 @@ class Sweep:
     def num_failed(self) -> int:
         """Trials that failed or did not fit into memory."""
         return sum(result.status in ("failed", "out_of_memory") for result in self.results)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Trials without an outcome: another process holds them."""
+        return sum(result.status in ("planned", "running") for result in self.results)
 
 
 def run_sweep(
@@ -163,10 +171,16 @@ def run_sweep(
     """
     plan = workshop.plan()
     assert not plan.provisional, "a sweep trains on real models and data"
-    with working_folder(out, loaded, store=store) as (folder, opened):
-        study = loaded.study
+    study = loaded.study
+    asks = {workshop.asks(one, task=task) for one in plan.trials for task in study.scored_tasks()}
+    ids = frozenset(trial.trial_id for trial in plan.trials)
+    with working_folder(out, loaded, store=store, trial_ids=ids) as (folder, opened):
         opened.add_study(
-            study.study, text=loaded.text, select_on=study.select_on, trials=plan.trials
+            study.study,
+            text=loaded.text,
+            select_on=study.select_on,
+            trials=plan.trials,
+            asks=tuple(asks),
         )
         for fingerprint, summary in workshop.data_summaries().items():
             opened.add_data_summary(fingerprint, summary)
@@ -181,7 +195,11 @@ def run_sweep(
             clock=clock,
         )
         loop.run(plan)
-        return Sweep(folder=folder, results=opened.results(study.study))
+        return Sweep(
+            folder=folder,
+            results=opened.results(study.study),
+            num_not_scored=loop.num_not_scored,
+        )
 
 
 @dataclass
@@ -194,6 +212,7 @@ class _Loop:
     should_stop: Callable[[], bool]
     snapshot_seconds: float
     clock: Callable[[], float]
+    num_not_scored: int = 0
 
     def run(self, plan: Plan) -> None:
         """Cell by cell: train its trials, score the chosen ones, drop the other adapters."""
@@ -221,7 +240,11 @@ class _Loop:
             return
         self.watcher.trial_begins(trial)
         try:
-            outcome = self._outcome(trial, attempt)
+            with _Heartbeat(self.store, attempt) as heart:
+                outcome = self._outcome(trial, heart)
+        except _TakenOver:
+            self.watcher.remarks(f"{trial.trial_id} was taken over by another process; dropped")
+            return
         except BaseException:
             self.store.release(attempt)
             raise
@@ -231,20 +254,20 @@ class _Loop:
         else:
             self.watcher.remarks(f"{trial.trial_id} was taken over by another process; dropped")
 
-    def _outcome(self, trial: Trial, attempt: int) -> Outcome:
+    def _outcome(self, trial: Trial, heart: "_Heartbeat") -> Outcome:
         """The trial's outcome; its adapter, where one is wanted, is on disk before it is known."""
         began = self.clock()
         try:
-            return self._trained(trial, attempt)
-        except Interrupted:
+            return self._trained(trial, heart)
+        except (Interrupted, _TakenOver):
             raise
         except Exception as error:  # noqa: BLE001 - one failure must not cost the other trials
             return _failure(trial, error, seconds=self.clock() - began)
 
-    def _trained(self, trial: Trial, attempt: int) -> Outcome:
+    def _trained(self, trial: Trial, heart: "_Heartbeat") -> Outcome:
         path = self.folder.snapshot(trial.trial_id)
         snapshot = self.workshop.load_snapshot(path) if path.is_file() else None
-        last_snapshot = last_beat = self.clock()
+        last_snapshot = self.clock()
 
         def wants_snapshot() -> bool:
             return self.should_stop() or self.clock() - last_snapshot >= self.snapshot_seconds
@@ -256,9 +279,8 @@ class _Loop:
                 match event:
                     case Progress():
                         self.watcher.update(trial, event)
-                        if self.clock() - last_beat >= HEARTBEAT_SECONDS:
-                            self.store.heartbeat(attempt)
-                            last_beat = self.clock()
+                        if heart.lost:
+                            raise _TakenOver
                     case Snapshot():
                         self.workshop.save_snapshot(path, event)
                         last_snapshot = self.clock()
@@ -303,14 +325,18 @@ class _Loop:
                     continue
                 self._stop_if_asked()
                 adapter = self._adapter(trial)
-                if adapter is None:
-                    self.watcher.remarks(
-                        f"{trial.trial_id} can't be scored on {task}: its adapter was not kept"
-                    )
-                    continue
-                score, predictions = self.workshop.score(trial, adapter, task=task)
-                self.store.add_score(trial.trial_id, score, predictions)
-                self.watcher.scored(trial, score)
+                why = "its adapter was not kept"
+                if adapter is not None:
+                    try:
+                        score, predictions = self.workshop.score(trial, adapter, task=task)
+                    except Exception as error:  # noqa: BLE001 - it must not cost the other trials
+                        why = " ".join(f"{type(error).__name__}: {error}".split())
+                    else:
+                        self.store.add_score(trial.trial_id, score, predictions)
+                        self.watcher.scored(trial, score)
+                        continue
+                self.num_not_scored += 1
+                self.watcher.remarks(f"{trial.trial_id} can't be scored on {task}: {why}")
 
     def _adapter(self, trial: Trial) -> Path | None:
         """Where the trial's adapter lies: here, or in the folder that trained it."""
@@ -351,6 +377,39 @@ class _Loop:
 
     def _results(self, *, every_score: bool = False) -> tuple[TrialResult, ...]:
         return self.store.results(self.study.study, with_losses=False, every_score=every_score)
+
+
+class _TakenOver(Exception):
+    """Another process holds the trial now."""
+
+
+class _Heartbeat:
+    """Says from a thread of its own that a trial is alive, however long one update takes.
+
+    `lost` becomes True when the store answers that another process has taken the trial over.
+    """
+
+    def __init__(self, store: Store, attempt: int) -> None:
+        self.lost = False
+        self._store, self._attempt = store, attempt
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "_Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            # A store that can't be reached now may be reached again before the claim expires.
+            with suppress(StoreError):
+                if not self._store.heartbeat(self._attempt):
+                    self.lost = True
+                    return
 
 
 def _best_trial(cell: Cell) -> set[str]:

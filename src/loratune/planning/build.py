@@ -123,7 +123,7 @@ def _cached_cost(
         key = (
             trial.model,
             trial.rows,
-            trial.method.name,
+            trial.method,
             trial.rank,
             trial.batch_size,
             trial.num_samples,

@@ -177,9 +177,12 @@ def trial_cost(
             most=tokens_per_microbatch,
         )
     mean_tokens = data.num_tokens / data.num_train_rows
+    # AdaLoRA trains at its initial rank until its budget is pruned.
+    ratio = dict(trial.method.options).get("initial_rank_ratio")
+    rank = trial.rank if ratio is None else math.ceil(float(ratio) * trial.rank)
     per_token = flops_per_token(
         model,
-        rank=trial.rank,
+        rank=rank,
         targets=linears,
         mean_attended_tokens=data.sum_squared_tokens / data.num_tokens,
         target_share=data.num_target_tokens / data.num_tokens,
@@ -192,7 +195,7 @@ def trial_cost(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
     )
-    factors = trial.rank * sum((one.in_features + one.out_features) * one.count for one in linears)
+    factors = rank * sum((one.in_features + one.out_features) * one.count for one in linears)
     frozen = factors if trial.method.name in METHODS_WITH_FROZEN_FACTORS else 0
     resident = min(trial.batch_size * data.max_row_tokens, tokens_per_microbatch)
     return TrialCost(
@@ -205,7 +208,7 @@ def trial_cost(
             + factors * BYTES_PER_TRAINED_PARAMETER
             + frozen * BYTES_PER_FROZEN_FACTOR
             + max(resident, data.max_row_tokens)
-            * activation_bytes_per_token(model, trial.precision, linears, rank=trial.rank)
+            * activation_bytes_per_token(model, trial.precision, linears, rank=rank)
         ),
         # What is exported: pissa, milora and olora as adapters of twice the rank.
         adapter_bytes=(factors + frozen) * 4,

@@ -60,15 +60,18 @@ def warmup_steps(schedule: Schedule, *, num_updates: int) -> int:
     Raises:
         StudyError: the warm-up is as long as the training.
     """
-    if schedule.warmup_steps is None:
+    steps, given = schedule.warmup_steps, f"warmup_steps={schedule.warmup_steps}"
+    if steps is None:
         # round() first: 0.07 * 100 is 7.000000000000001, which must not become 8.
-        return math.ceil(round((schedule.warmup_ratio or 0.0) * num_updates, 9))
-    if schedule.warmup_steps >= num_updates:
+        steps = math.ceil(round((schedule.warmup_ratio or 0.0) * num_updates, 9))
+        given = f"warmup_ratio={schedule.warmup_ratio:g}" if steps else ""
+    if steps >= num_updates:
+        # Update 0 of a warm-up has LR 0: nothing would be learned, and it would count as done.
         raise StudyError(
-            f"warmup_steps={schedule.warmup_steps} leaves nothing of {num_updates} updates; "
-            "choose fewer warm-up steps, smaller batches or more rows"
+            f"{given} leaves nothing of {num_updates} updates; "
+            "choose less warm-up, smaller batches or more rows"
         )
-    return schedule.warmup_steps
+    return steps
 
 
 def lr_factor(kind: str, *, update: int, num_updates: int, warmup: int) -> float:

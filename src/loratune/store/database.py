@@ -57,6 +57,7 @@ has passed on PostgreSQL 15. Not covered: two processes that *add* the same new 
 schema, at the same moment; one of them then fails with a StoreError and can be started again.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ from loratune.records import (
     Prediction,
     Provenance,
     Score,
+    ScoreKey,
     ScoreRecord,
     StudyRecord,
     Trial,
@@ -207,19 +209,31 @@ class Store:
     # Studies and trials
 
     def add_study(
-        self, name: str, *, text: str, select_on: SelectOn, trials: Sequence[Trial]
+        self,
+        name: str,
+        *,
+        text: str,
+        select_on: SelectOn,
+        trials: Sequence[Trial],
+        asks: Sequence[ScoreKey] | None = None,
     ) -> None:
         """Add a study with its trials in their order; the same again writes nothing.
+
+        `asks` are the scores that the study wants, whatever else its trials were ever asked; left
+        out, the newest score of each task is the study's.
 
         Raises:
             StoreError: a trial is provisional, or stands twice in the list.
         """
         _check_addable(name, trials)
         bodies = {trial.trial_id: codec.trial_to_json(trial) for trial in trials}
+        asked = None if asks is None else json.dumps(sorted(map(list, asks)))
         with self._writing() as connection:
             newest = connection.execute(_newest_study(name)).one_or_none()
             if newest is not None:
-                unchanged = newest.text == text and newest.select_on == select_on
+                unchanged = (
+                    newest.text == text and newest.select_on == select_on and newest.asks == asked
+                )
                 rows = connection.execute(_trial_bodies(newest.study_id)).all()
                 if unchanged and [(row.trial_id, row.body) for row in rows] == list(bodies.items()):
                     return
@@ -242,6 +256,7 @@ class Store:
                     revision=1 if newest is None else newest.revision + 1,
                     text=text,
                     select_on=select_on,
+                    asks=asked,
                     created_at=self._clock(),
                 ),
             )
@@ -471,8 +486,9 @@ class Store:
         """Every trial of the study in its order, with all that is known of it at this moment.
 
         A trial is "running" while a live attempt holds it, has its newest outcome's status once it
-        has one, and is "planned" otherwise. `scores` holds the newest score of each task, sorted
-        by name. `engine` is that of the attempt which gave the outcome, or runs.
+        has one, and is "planned" otherwise. `scores` holds the newest score of each task that the
+        study asks for, as it asks for it, sorted by name. `engine` is that of the attempt which
+        gave the outcome, or runs.
 
         Args:
             study: its name.
@@ -489,6 +505,7 @@ class Store:
         with self._reading() as connection:
             row = self._study(connection, study)
             select_on: SelectOn = row.select_on
+            asked = None if row.asks is None else {ScoreKey(*key) for key in json.loads(row.asks)}
             bodies = connection.execute(_trial_bodies(row.study_id)).all()
             mine = tables.study_trials.c.study_id == row.study_id
             newest = select(func.max(tables.outcomes.c.attempt_id)).group_by(
@@ -526,6 +543,8 @@ class Store:
         finished = {row.trial_id: (_outcome(row, names), engines[row.provenance]) for row in ended}
         scored: dict[str, dict[tuple[str, ...], Score]] = {}
         for record in records:  # oldest first: a newer one replaces an older
+            if not every_score and asked is not None and record.score.key not in asked:
+                continue  # Another study's question, or one that this study asked before.
             key = _score_key(record.score) if every_score else (record.score.task,)
             scored.setdefault(record.trial_id, {})[key] = record.score
         results: list[TrialResult] = []

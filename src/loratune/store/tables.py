@@ -117,6 +117,7 @@ metadata = MetaData(
 )
 
 # One row for each revision of a study; the newest revision of a name counts.
+# `asks` is the JSON list of records.ScoreKey that the study asks for; null: whatever is newest.
 studies = Table(
     "studies",
     metadata,
@@ -125,6 +126,7 @@ studies = Table(
     Column("revision", Integer, nullable=False),
     Column("text", Text, nullable=False),
     Column("select_on", String(32), nullable=False),
+    Column("asks", Text, nullable=True),
     Column("created_at", UtcDateTime, nullable=False),
     UniqueConstraint("name", "revision"),
 )

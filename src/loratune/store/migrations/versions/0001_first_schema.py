@@ -32,6 +32,7 @@ def upgrade() -> None:
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.Column("text", sa.Text(), nullable=False),
         sa.Column("select_on", sa.String(length=32), nullable=False),
+        sa.Column("asks", sa.Text(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("study_id", name=op.f("pk_studies")),
         sa.UniqueConstraint("name", "revision", name=op.f("uq_studies_name_revision")),
