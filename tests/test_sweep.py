@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loratune.errors import StoreError
-from loratune.records import TrialResult
+from loratune.records import ScoreKey, TrialResult
 from loratune.sweep import Interrupted, Sweep
 from stub_sweep import Silent, StubEngine, StubWorkshop, stub_study, sweep_stub
 
@@ -227,3 +228,58 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_another_study_of_the_same_name_is_refused_and_the_first_is_left_alone(tmp_path):
+    sweep_stub(tmp_path, stub_study())
+    before = (tmp_path / "study.yaml").read_text()
+    with pytest.raises(StoreError, match="the two share no trial"):
+        sweep_stub(tmp_path, stub_study(batch_size="[4, 32]"))
+    assert (tmp_path / "study.yaml").read_text() == before
+
+
+def test_a_refused_request_leaves_no_folder(tmp_path):
+    (tmp_path / "no.db").write_text("this is no database, and long enough to be read as one" * 40)
+    with pytest.raises(StoreError):
+        sweep_stub(tmp_path / "out", store=str(tmp_path / "no.db"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_score_that_fails_costs_no_other_trial_and_is_counted(tmp_path):
+    class Breaks(StubWorkshop):
+        def score(self, trial, adapter, *, task):
+            if trial.batch_size == 8:
+                raise RuntimeError("out of memory")
+            return super().score(trial, adapter, task=task)
+
+    loaded = stub_study(more="evaluate: {tasks: [gsm8k], when: all}\nkeep_adapters: all")
+    sweep = sweep_stub(tmp_path, loaded, workshop=Breaks(loaded))
+    assert sweep.statuses() == {"done": NUM_TRIALS}
+    assert sweep.num_not_scored >= NUM_TRIALS // 2
+    again = sweep_stub(tmp_path, loaded)
+    assert again.num_not_scored == 0
+    assert all(result.scores for result in again.results)
+
+
+def test_a_study_shows_the_scores_that_it_asks_for_not_those_of_another(tmp_path):
+    class Strict(StubWorkshop):
+        grader = "strict"
+
+        def asks(self, trial, *, task):
+            return ScoreKey(task, "1", self.grader, "greedy")
+
+        def score(self, trial, adapter, *, task):
+            score, answers = super().score(trial, adapter, task=task)
+            return replace(score, grader=self.grader), answers
+
+    class Pissa(Strict):
+        grader = "pissa"
+
+    more = "evaluate: {tasks: [gsm8k], when: all}\nkeep_adapters: all"
+    store = str(tmp_path / "shared.db")
+    for name, kind in (("one", Strict), ("two", Pissa), ("one", Strict)):
+        loaded = stub_study(name, more=more)
+        sweep = sweep_stub(tmp_path / name, loaded, workshop=kind(loaded), store=store)
+        graders = {score.grader for result in sweep.results for score in result.scores}
+        assert graders == {kind.grader}
+        assert sum(len(result.scores) for result in sweep.results) == NUM_TRIALS

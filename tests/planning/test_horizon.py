@@ -76,3 +76,9 @@ def test_factors_are_those_of_transformers_at_every_update(kind, num_updates, wa
         assert ours == schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
+
+
+def test_a_ratio_that_leaves_no_update_with_a_learning_rate_is_refused():
+    with pytest.raises(StudyError, match=r"warmup_ratio=0.03 leaves nothing of 1 updates"):
+        warmup_steps(Schedule(kind="cosine", warmup_ratio=0.03), num_updates=1)
+    assert warmup_steps(Schedule(kind="cosine", warmup_ratio=0.0), num_updates=1) == 0

@@ -65,8 +65,8 @@ def test_all_batch_sizes_within_the_margin_are_acceptable_and_the_fastest_is_by_
 
 def test_gradient_accumulation_covers_the_batch_in_microbatches_that_fit():
     found = recommend(sweep(bowl(best=64), rows_per_microbatch=24))
-    assert (found.batch_size, found.rows_per_microbatch) == (64, 24)
-    assert found.gradient_accumulation_steps == 3
+    assert (found.batch_size, found.rows_per_microbatch) == (64, 16)
+    assert found.gradient_accumulation_steps == 4
     small = recommend(sweep(bowl(best=4), rows_per_microbatch=24))
     assert (small.rows_per_microbatch, small.gradient_accumulation_steps) == (4, 1)
 
@@ -215,3 +215,15 @@ def test_what_is_called_acceptable_is_within_the_margin_95_times_in_100():
     assert decided > 500
     assert wrong <= 0.05 * 600
     assert missed_best <= 0.05 * 600
+
+
+@pytest.mark.parametrize(("held", "rows", "steps"), [(38, 32, 4), (128, 128, 1), (1, 1, 128)])
+def test_rows_per_microbatch_times_accumulation_is_the_batch(held, rows, steps):
+    results = [
+        result(float(batch_size), batch_size=batch_size, seed=seed, rows_per_microbatch=held)
+        for batch_size in (128, 256)
+        for seed in (0, 1)
+    ]
+    (found,) = recommendations(results)
+    assert found.batch_size == 128
+    assert (found.rows_per_microbatch, found.gradient_accumulation_steps) == (rows, steps)

@@ -407,7 +407,10 @@ def _fastest(sizes: Sequence[int], speeds: dict[int, float | None]) -> int | Non
 
 
 def _rows_per_microbatch(curve: Curve, batch_size: int) -> int | None:
-    """The most rows that a trial of the curve held at once, at most the batch itself."""
+    """The largest part of the batch that a trial of the curve held at once and that divides it.
+
+    A trainer takes equal micro-batches: only a divisor times the accumulation steps is the batch.
+    """
     seen = [
         (cell.trial.batch_size == batch_size, rows)
         for cell in curve.cells
@@ -416,7 +419,9 @@ def _rows_per_microbatch(curve: Curve, batch_size: int) -> int | None:
     ]
     own = [rows for is_own, rows in seen if is_own]
     fitting = own or [rows for _, rows in seen]
-    return min(batch_size, max(fitting)) if fitting else None
+    if not fitting:
+        return None
+    return max(rows for rows in range(1, max(fitting) + 1) if batch_size % rows == 0)
 
 
 def _cost_fraction(curve: Curve) -> float | None:
