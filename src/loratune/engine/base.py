@@ -1,10 +1,12 @@
-"""What every engine offers: a trial in, records out, one after another, until it is finished.
+"""What every engine offers: trials in, records out, until there is nothing left to train.
 
-An engine writes nothing and knows no folder. It offers a `Snapshot` whenever its caller asks for
-one; whoever stores it may hand it back to a later engine, which goes on as if nothing had happened.
+An engine asks its `Feed` for trials whenever it has room for one, trains one or many of them at a
+time, and yields what happens. It writes nothing and knows no folder and no store. It offers a
+`Snapshot` of every trial under way whenever its feed asks for one; whoever stores it may hand it
+back to a later engine, which goes on as if nothing had happened.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,23 +49,58 @@ class Finished:
     adapter: "AdapterFiles | None"
 
 
-Event = Progress | Snapshot | Finished
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The trial could not be begun (a method that refuses its values, say); the others go on."""
+
+    trial_id: str
+    error: Exception
+
+
+Event = Progress | Snapshot | Finished | Failed
+
+
+class Feed(Protocol):
+    """Where an engine gets its trials from, and what it is told meanwhile."""
+
+    def waiting(self) -> Sequence[Trial]:
+        """The trials that may be begun now, in the plan's order; empty when all are given out."""
+        ...
+
+    def claim(self, trial: Trial) -> "Work | None":
+        """Take a waiting trial. None where somebody else trains it: it no longer waits."""
+        ...
+
+    def wants_snapshot(self) -> bool:
+        """Asked between updates: whether every trial under way is to be offered as a snapshot."""
+        ...
+
+    def is_dropped(self, trial_id: str) -> bool:
+        """Whether a claimed trial is no longer ours: the engine forgets it without a word."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A claimed trial, and where to go on with it if it was begun before."""
+
+    trial: Trial
+    snapshot: Snapshot | None = None
 
 
 class Engine(Protocol):
-    """Trains trials of one base model, one data set at a time."""
+    """Trains trials of one base model; which trials it takes, its workshop says."""
 
     @property
     def name(self) -> str:
         """`reference` or `packed`: provenance of every outcome."""
         ...
 
-    def train(
-        self, trial: Trial, *, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
-    ) -> Generator[Event]:
-        """Progress after every update, a snapshot whenever it is wanted, Finished at the end.
+    def train(self, feed: Feed) -> Generator[Event]:
+        """Train what waits in `feed` until nothing waits any more.
 
-        `wants_snapshot` is asked after every update. Closing the iterator before its end leaves
-        the base model as it was.
+        Yields Progress after every update of a trial, Snapshots when they are wanted, and Finished
+        or Failed once for every claimed trial that is not dropped. Closing the iterator before its
+        end leaves the base model as it was.
         """
         ...

@@ -110,3 +110,47 @@ class Method(Protocol):
             ModelError: a target is not a linear layer, or its weights are not finite.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTensors:
+    """One linear layer's adapter as plain float32 tensors: y = W x + scale (B A - B0 A0) x.
+
+    `a_RD` and `b_ER` are trained. `a0_RD` and `b0_ER` are frozen, of the same shapes, and None
+    where nothing is taken out of the base. `magnitude_E` is trained and DoRA's alone.
+    """
+
+    a_RD: Tensor
+    b_ER: Tensor
+    a0_RD: Tensor | None = None
+    b0_ER: Tensor | None = None
+    magnitude_E: Tensor | None = None
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """What a method offers beside `Method` so that many of its trials train over one base at once.
+
+    It must be the same method: `start` gives the numbers that `attach` puts in, `lr_factors` those
+    of `parameter_groups`, `export_layers` the files of `export`. A method without these trains on
+    the reference engine.
+    """
+
+    def start(
+        self, model: PreTrainedModel, trial: Trial, *, targets: Sequence[str]
+    ) -> dict[str, LayerTensors]:
+        """What each target starts from, in the order of `targets`, on any device.
+
+        Raises as `Method.attach` does; the model is not touched.
+        """
+        ...
+
+    def lr_factors(self, trial: Trial) -> Mapping[str, float]:
+        """What multiplies the learning rate of the groups "A", "B" and "other"; 1 where absent."""
+        ...
+
+    def export_layers(
+        self, model: PreTrainedModel, trial: Trial, layers: Mapping[str, LayerTensors]
+    ) -> AdapterFiles:
+        """The trained adapter in PEFT's format, as `Attached.export` gives it."""
+        ...
