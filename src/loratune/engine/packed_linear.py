@@ -361,15 +361,20 @@ class PackedGroup(nn.Module):
 
 
 @final
-class PackedLinear(nn.Module):
-    """Stands in a base model where one member of a `PackedGroup` stood.
+class PackedLinear(nn.Linear):
+    """Stands in a base model where one member of a `PackedGroup` stood, with that one's weight.
 
     Members are called in their order and with one and the same input, as every decoder's attention
     and gated MLP do; the engine checks its logits against the base's own before it trains.
     """
 
-    def __init__(self, group: PackedGroup, *, member: int, num_members: int) -> None:
-        super().__init__()
+    def __init__(
+        self, linear: nn.Linear, group: PackedGroup, *, member: int, num_members: int
+    ) -> None:
+        # Not nn.Linear's own, which would draw a weight: this one has its predecessor's.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
         # A list hides the group from named_modules: it stands in the model once a member.
         self._group = [group]
         self._member = member

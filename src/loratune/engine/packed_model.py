@@ -255,6 +255,7 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
         members = [linears[name] for name in shape.names]
         factors = [views(rows, slots.layout, index) for rows in slots.factors]
         gradient = views(slots.grads_AP, slots.layout, index)
+        magnitude = gradient.magnitude_AE
         at_m = slots.layout.m_offsets[index] - slots.layout.ends[1]
         outputs = slice(at_m, at_m + sum(shape.out_features))
         group = PackedGroup(
@@ -266,19 +267,19 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
             downs=[one.down_AKD for one in factors],
             ups=[one.up_ARE for one in factors],
             scale_A=slots.scale_A,
-            grad_down=gradient.down_AKD,
-            grad_up=gradient.up_ARE,
+            grad_down=_apart(gradient.down_AKD),
+            grad_up=_apart(gradient.up_ARE),
             gain_AE=None if slots.gain_AE is None else slots.gain_AE[:, outputs],
             inverse_norm_AE=None
             if slots.inverse_norm_AE is None
             else slots.inverse_norm_AE[:, outputs],
-            grad_magnitude=gradient.magnitude_AE,
+            grad_magnitude=None if magnitude is None else _apart(magnitude),
             step=step,
             dropout=None if step.keep_A is None else Dropout(salt=index),
         )
         for member, name in enumerate(shape.names):
             parent, _, own = name.rpartition(".")
-            packed = PackedLinear(group, member=member, num_members=len(members))
+            packed = PackedLinear(members[member], group, member=member, num_members=len(members))
             setattr(model.get_submodule(parent), own, packed)
 
 
@@ -292,6 +293,17 @@ def _side_by_side(members: Sequence[nn.Linear]) -> Tensor:
     ):
         one.weight.data = part
     return together
+
+
+def _apart(view: Tensor) -> Tensor:
+    """The same memory with a count of writes of its own.
+
+    autograd refuses a saved tensor that was written to, and views share one count: the backward of
+    one layer, writing its own gradients, would spoil those of the layers before it.
+    """
+    return torch.empty(0, dtype=view.dtype, device=view.device).set_(
+        view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
+    )
 
 
 def _check_rows(model: PreTrainedModel) -> list[tuple[list[int], Tensor]]:

@@ -149,9 +149,10 @@ class Slots:
         self.frozen_AP = rows(product, torch.float32) if corrected else None
         self.scale_A = torch.ones(num_slots, dtype=torch.float32, device=device)
         outputs = layout.ends[2] - layout.ends[1]
-        # m / norm and 1 / norm of every output; both one where a slot trains no magnitudes.
+        # m / norm and 1 / norm of every output. One and zero where a slot trains no magnitudes: its
+        # outputs stay as they are, and no gradient of m comes about.
         self.gain_AE = rows(outputs, torch.float32).fill_(1) if self.magnitudes else None
-        self.inverse_norm_AE = rows(outputs, torch.float32).fill_(1) if self.magnitudes else None
+        self.inverse_norm_AE = rows(outputs, torch.float32) if self.magnitudes else None
 
     def put(self, slot: int, row_P: Tensor, *, frozen_P: Tensor | None, scale: float) -> None:
         """Begin with an adapter: its parameters and what it takes out of the base; all else zero.
@@ -169,7 +170,7 @@ class Slots:
         self.scale_A[slot] = scale
         if self.gain_AE is not None and self.inverse_norm_AE is not None:
             self.gain_AE[slot] = 1
-            self.inverse_norm_AE[slot] = 1
+            self.inverse_norm_AE[slot] = 0
 
     def refresh(self, slot: int) -> None:
         """Write what layers multiply with from a slot's parameters: `engine.packed_linear`.
