@@ -4,8 +4,8 @@ It is registered with transformers as an attention implementation, so that every
 attention goes through transformers' interface works unchanged, its grouped heads and its sliding
 window included. What it needs to know of the rows comes as keyword arguments of the model's call.
 
-On CUDA from sm_80 on, in 16 bits: FlashAttention over the bounds of the rows (`torch.nn.attention.varlen`).
-Elsewhere: rows are spread out to one batch, padded on the right, and go through SDPA; what stands
+On CUDA from sm_80 on, in 16 bits: FlashAttention over the bounds of the rows. Elsewhere: rows are
+spread out to one batch, padded on the right, and go through SDPA; what stands
 behind a row is hidden from it by causality, and dropped when the rows are laid end to end again.
 
 Legend: M tokens end to end, B rows, T tokens of the longest, H heads, D their width.
@@ -16,15 +16,17 @@ Legend: M tokens end to end, B rows, T tokens of the longest, H heads, D their w
 # pyright: reportUnknownArgumentType=false
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 NAME = "loratune_packed"
+# Grouped heads came with torch 2.12; before, keys and values are repeated.
+KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
@@ -87,12 +89,10 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if _knows_groups():
+        if KNOWS_GROUPS:
             options["enable_gqa"] = True
         else:
             repeats = q.shape[1] // k.shape[1]
@@ -111,14 +111,6 @@ def _varlen(
         window_size=(back, 0),
         **options,
     )
-
-
-@cache
-def _knows_groups() -> bool:
-    """Whether the installed torch has grouped heads in varlen_attn (from 2.12 on)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _padded(

@@ -20,9 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loratune.engine.memory import sent
 from loratune.engine.optimizer import RowUpdate, settings_table
 from loratune.engine.routing import TILE_CUDA, Routing
 from loratune.engine.slots import Slots
+
+SHRINK = {"BN": 64, "num_warps": 4, "num_stages": 4}
+EXPAND = {"BN": 128, "num_warps": 4, "num_stages": 2}
+OUTER = {"BT": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
@@ -285,10 +290,8 @@ class TritonProducts:
             TWO=len(ws_AKN) == 2,
             BM=TILE_CUDA,
             BK=block_k,
-            BN=64,
             PRECISION=_precision(x_MN),
-            num_warps=4,
-            num_stages=4,
+            **SHRINK,
         )
         return hs
 
@@ -305,7 +308,7 @@ class TritonProducts:
         h, w = hs_MK[0], ws_AKN[0]
         num_features = w.shape[2]
         y_MN = h.new_empty(h.shape[0], num_features)
-        block_n = 64 if len(segments) > 2 else 128
+        block_n = 64 if len(segments) > 2 else EXPAND["BN"]
         _expand[(len(routing.tile_slot_T), triton.cdiv(num_features, block_n))](
             h,
             hs_MK[-1],
@@ -329,8 +332,8 @@ class TritonProducts:
             BK=_block(w.shape[1], most=64),
             BN=block_n,
             PRECISION=_precision(h),
-            num_warps=4,
-            num_stages=2,
+            num_warps=EXPAND["num_warps"],
+            num_stages=EXPAND["num_stages"],
         )
         return y_MN
 
@@ -348,7 +351,7 @@ class TritonProducts:
         h = hs_MK[0]
         num_slots, num_directions, num_features = into_AKN.shape
         block_k = _block(num_directions, most=64)
-        num_n_blocks = triton.cdiv(num_features, 64)
+        num_n_blocks = triton.cdiv(num_features, OUTER["BN"])
         num_chunks = len(routing.chunk_slot_C)
         size = num_directions * num_features
         parts = self._workspace(num_chunks * size, h.device)
@@ -375,12 +378,9 @@ class TritonProducts:
             num_n_blocks,
             TWO=len(hs_MK) == 2,
             SCALED=scale_A is not None,
-            BT=64,
             BK=block_k,
-            BN=64,
             PRECISION=_precision(h),
-            num_warps=4,
-            num_stages=3,
+            **OUTER,
         )
         _sum_chunks[(triton.cdiv(size, 1024), num_slots)](
             into_AKN,
@@ -503,10 +503,8 @@ def adamw_rows(slots: Slots, updates: Sequence[RowUpdate]) -> Tensor:
     """`engine.optimizer.update_rows` on CUDA, in four launches whatever the number of rows."""
     device = slots.params_AP.device
     size, (end_a, end_b, _) = slots.layout.size, slots.layout.ends
-    which = torch.tensor([one.slot for one in updates], dtype=torch.int32).to(
-        device, non_blocking=True
-    )
-    table = torch.tensor(settings_table(updates), dtype=torch.float32).to(device, non_blocking=True)
+    which = sent(torch.tensor([one.slot for one in updates], dtype=torch.int32), device)
+    table = sent(torch.tensor(settings_table(updates), dtype=torch.float32), device)
     block = 4096
     num_blocks = triton.cdiv(size, block)
     partial = torch.empty(len(updates), num_blocks, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""Giving memory back to a device."""
+"""Moving memory to a device, and giving it back."""
 
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false
@@ -6,6 +6,14 @@
 import gc
 
 import torch
+from torch import Tensor
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device. On CUDA from pinned memory: otherwise it waits for all that runs."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def release_memory(device: torch.device) -> None:

@@ -42,7 +42,7 @@ from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.dora_gains import DoraGains
 from loratune.engine.laying import StepRows, most_filler_rows
 from loratune.engine.loss import num_targets
-from loratune.engine.memory import release_memory
+from loratune.engine.memory import release_memory, sent
 from loratune.engine.optimizer import RowUpdate, update_rows
 from loratune.engine.packed_model import StepSize, group_targets, installed
 from loratune.engine.routing import alignment
@@ -490,7 +490,7 @@ class _Session:
         results, event = None, None
         if updates:
             norms_U = update_rows(self.slots, updates)
-            which = torch.tensor([one.slot for one in updates]).to(self.device, non_blocking=True)
+            which = sent(torch.tensor([one.slot for one in updates]), self.device)
             if self.gains is not None:
                 self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
             results, event = self._sent_home(

@@ -28,6 +28,7 @@ from loratune.data.rows import lay_end_to_end
 from loratune.engine.attention import NAME, has_varlen
 from loratune.engine.head import Targets, head_losses
 from loratune.engine.laying import StepRows, lay_out_step
+from loratune.engine.memory import sent
 from loratune.engine.packed_linear import Dropout, PackedGroup, PackedLinear, StepRouting
 from loratune.engine.routing import alignment, route
 from loratune.engine.slots import GroupShape, Slots, views
@@ -164,7 +165,7 @@ class PackedModel:
         return output.last_hidden_state[0], targets
 
     def _sent(self, array: Any) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return sent(torch.from_numpy(array), self._device)
 
 
 def group_targets(

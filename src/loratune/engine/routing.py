@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loratune.engine.memory import sent
+
 TILE_CUDA = 64
 TILE_CPU = 16
 # A gradient is summed over at most so many tokens by one kernel program, then over its chunks in
@@ -121,7 +123,7 @@ def route(
         token_slot,
     ]
     # One transfer; `Routing` holds views of it.
-    whole = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+    whole = sent(torch.from_numpy(np.concatenate(parts)), device)
     return Routing(*whole.split([len(part) for part in parts]))
 
 
