@@ -1,0 +1,540 @@
+"""The products of `engine.grouped` over ragged tiles, and AdamW over rows, as Triton kernels.
+
+Bound by memory traffic at the ranks that adapters have: `shrink` and `outer` read each large
+operand once, `expand` writes its result once, and a frozen correction (the second factor of a list)
+shares these passes. No atomics: every sum is in the same order at every repeat.
+
+A tile never crosses two slots, and what lies outside of it is not read, so that one slot's NaN
+reaches no other slot's tokens.
+
+Legend: A slots, M tokens, K directions a segment, N features, S segments, T tiles, C chunks.
+"""
+
+# triton has no types.
+# pyright: basic
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loratune.engine.optimizer import RowUpdate, settings_table
+from loratune.engine.routing import TILE_CUDA, Routing
+from loratune.engine.slots import Slots
+
+
+@triton.jit
+def _shrink(
+    x_ptr,
+    w_ptr,
+    w2_ptr,
+    h_ptr,
+    h2_ptr,
+    tile_slot,
+    tile_begin,
+    tile_end,
+    segments,
+    K,
+    N,
+    stride_x,
+    stride_wa,
+    stride_h,
+    num_k_blocks,
+    TWO: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    segment = tl.program_id(1) // num_k_blocks
+    k_block = tl.program_id(1) % num_k_blocks
+    slot = tl.load(tile_slot + tile)
+    begin = tl.load(tile_begin + tile)
+    end = tl.load(tile_end + tile)
+    if begin >= end:
+        return
+    rows = begin + tl.arange(0, BM)
+    is_row = rows < end
+    ks = k_block * BK + tl.arange(0, BK)
+    is_k = ks < K
+    acc = tl.zeros((BM, BK), dtype=tl.float32)
+    acc2 = tl.zeros((BM, BK), dtype=tl.float32)
+    if slot >= 0:
+        low = tl.load(segments + segment)
+        high = tl.load(segments + segment + 1)
+        base_w = slot.to(tl.int64) * stride_wa
+        x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
+        for n in range(low, high, BN):
+            ns = n + tl.arange(0, BN)
+            is_n = ns < high
+            x = tl.load(x_rows + ns[None, :], mask=is_row[:, None] & is_n[None, :], other=0.0)
+            at_w = base_w + ks[None, :] * N + ns[:, None]
+            w = tl.load(w_ptr + at_w, mask=is_k[None, :] & is_n[:, None], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            if TWO:
+                w2 = tl.load(w2_ptr + at_w, mask=is_k[None, :] & is_n[:, None], other=0.0)
+                acc2 = tl.dot(x, w2, acc2, input_precision=PRECISION)
+    at_h = rows.to(tl.int64)[:, None] * stride_h + segment * K + ks[None, :]
+    mask = is_row[:, None] & is_k[None, :]
+    tl.store(h_ptr + at_h, acc.to(h_ptr.dtype.element_ty), mask=mask)
+    if TWO:
+        tl.store(h2_ptr + at_h, acc2.to(h2_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _expand(
+    h_ptr,
+    h2_ptr,
+    w_ptr,
+    w2_ptr,
+    bias_ptr,
+    y_ptr,
+    tile_slot,
+    tile_begin,
+    tile_end,
+    segments,
+    num_segments,
+    K,
+    N,
+    stride_h,
+    stride_wa,
+    stride_y,
+    TWO: tl.constexpr,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n_block = tl.program_id(1)
+    slot = tl.load(tile_slot + tile)
+    begin = tl.load(tile_begin + tile)
+    end = tl.load(tile_end + tile)
+    if begin >= end:
+        return
+    rows = begin + tl.arange(0, BM)
+    is_row = rows < end
+    ns = n_block * BN + tl.arange(0, BN)
+    is_n = ns < N
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if slot >= 0:
+        # Segments are multiples of BN wide: a block lies within one.
+        segment = 0
+        for s in range(1, num_segments):
+            segment += (tl.load(segments + s) <= n_block * BN).to(tl.int32)
+        base_w = slot.to(tl.int64) * stride_wa
+        for k in range(0, K, BK):
+            ks = k + tl.arange(0, BK)
+            is_k = ks < K
+            at_h = rows.to(tl.int64)[:, None] * stride_h + segment * K + ks[None, :]
+            at_w = base_w + ks[:, None] * N + ns[None, :]
+            h_mask = is_row[:, None] & is_k[None, :]
+            w_mask = is_k[:, None] & is_n[None, :]
+            h = tl.load(h_ptr + at_h, mask=h_mask, other=0.0)
+            w = tl.load(w_ptr + at_w, mask=w_mask, other=0.0)
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
+            if TWO:
+                h2 = tl.load(h2_ptr + at_h, mask=h_mask, other=0.0)
+                w2 = tl.load(w2_ptr + at_w, mask=w_mask, other=0.0)
+                acc = tl.dot(h2, w2, acc, input_precision=PRECISION)
+    if BIAS:
+        acc += tl.load(bias_ptr + ns, mask=is_n, other=0.0).to(tl.float32)[None, :]
+    at_y = rows.to(tl.int64)[:, None] * stride_y + ns[None, :]
+    tl.store(y_ptr + at_y, acc.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_n[None, :])
+
+
+@triton.jit
+def _outer(
+    h_ptr,
+    h2_ptr,
+    x_ptr,
+    g_ptr,
+    part_ptr,
+    scale_ptr,
+    chunk_slot,
+    chunk_begin,
+    chunk_end,
+    slot_chunk,
+    is_fresh,
+    segments,
+    num_segments,
+    K,
+    N,
+    stride_h,
+    stride_x,
+    stride_ga,
+    num_n_blocks,
+    TWO: tl.constexpr,
+    SCALED: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    chunk = tl.program_id(1)
+    n_block = tl.program_id(0) % num_n_blocks
+    k_block = tl.program_id(0) // num_n_blocks
+    slot = tl.load(chunk_slot + chunk)
+    if slot < 0:
+        return
+    begin = tl.load(chunk_begin + chunk)
+    end = tl.load(chunk_end + chunk)
+    ns = n_block * BN + tl.arange(0, BN)
+    is_n = ns < N
+    ks = k_block * BK + tl.arange(0, BK)
+    is_k = ks < K
+    segment = 0
+    for s in range(1, num_segments):
+        segment += (tl.load(segments + s) <= n_block * BN).to(tl.int32)
+    acc = tl.zeros((BK, BN), dtype=tl.float32)
+    for t in range(begin, end, BT):
+        rows = t + tl.arange(0, BT)
+        is_row = rows < end
+        at_h = rows.to(tl.int64)[None, :] * stride_h + segment * K + ks[:, None]
+        h_mask = is_row[None, :] & is_k[:, None]
+        h = tl.load(h_ptr + at_h, mask=h_mask, other=0.0)
+        if TWO:
+            h = (h.to(tl.float32) + tl.load(h2_ptr + at_h, mask=h_mask, other=0.0)).to(
+                h_ptr.dtype.element_ty
+            )
+        at_x = rows.to(tl.int64)[:, None] * stride_x + ns[None, :]
+        x = tl.load(x_ptr + at_x, mask=is_row[:, None] & is_n[None, :], other=0.0)
+        acc = tl.dot(h, x, acc, input_precision=PRECISION)
+    if SCALED:
+        acc *= tl.load(scale_ptr + slot)
+    inside = ks[:, None] * N + ns[None, :]
+    mask = is_k[:, None] & is_n[None, :]
+    first = tl.load(slot_chunk + slot)
+    last = tl.load(slot_chunk + slot + 1)
+    if last - first == 1:
+        at_g = g_ptr + slot.to(tl.int64) * stride_ga + inside
+        if tl.load(is_fresh + slot) == 0:
+            acc += tl.load(at_g, mask=mask, other=0.0)
+        tl.store(at_g, acc, mask=mask)
+    else:
+        tl.store(part_ptr + chunk.to(tl.int64) * K * N + inside, acc, mask=mask)
+
+
+@triton.jit
+def _sum_chunks(
+    g_ptr,
+    part_ptr,
+    slot_chunk,
+    is_fresh,
+    size,
+    stride_ga,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.program_id(1)
+    first = tl.load(slot_chunk + slot)
+    last = tl.load(slot_chunk + slot + 1)
+    if last - first < 2:
+        return
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    at_g = g_ptr + slot.to(tl.int64) * stride_ga + at
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    if tl.load(is_fresh + slot) == 0:
+        acc = tl.load(at_g, mask=mask, other=0.0)
+    for chunk in range(first, last):
+        acc += tl.load(part_ptr + tl.cast(chunk, tl.int64) * size + at, mask=mask, other=0.0)
+    tl.store(at_g, acc, mask=mask)
+
+
+class TritonProducts:
+    """`engine.grouped.GroupedProducts` on CUDA.
+
+    `allocate_parts` gives the float32 workspace of at least that many numbers in which the chunks
+    of a slot wait for their sum.
+    """
+
+    def __init__(self) -> None:
+        self._segments: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._parts: dict[torch.device, Tensor] = {}
+
+    def shrink(
+        self, x_MN: Tensor, ws_AKN: Sequence[Tensor], routing: Routing, segments: Sequence[int]
+    ) -> list[Tensor]:
+        """See `engine.grouped.GroupedProducts`."""
+        w = ws_AKN[0]
+        num_directions = w.shape[1]
+        num_segments = len(segments) - 1
+        block_k = _block(num_directions, most=64 if len(ws_AKN) == 2 else 128)
+        num_k_blocks = triton.cdiv(num_directions, block_k)
+        hs = [x_MN.new_empty(x_MN.shape[0], num_segments * num_directions) for _ in ws_AKN]
+        _shrink[(len(routing.tile_slot_T), num_segments * num_k_blocks)](
+            x_MN,
+            w,
+            ws_AKN[-1],
+            hs[0],
+            hs[-1],
+            routing.tile_slot_T,
+            routing.tile_begin_T,
+            routing.tile_end_T,
+            self._bounds(segments, x_MN.device),
+            num_directions,
+            w.shape[2],
+            x_MN.stride(0),
+            w.stride(0),
+            hs[0].stride(0),
+            num_k_blocks,
+            TWO=len(ws_AKN) == 2,
+            BM=TILE_CUDA,
+            BK=block_k,
+            BN=64,
+            PRECISION=_precision(x_MN),
+            num_warps=4,
+            num_stages=4,
+        )
+        return hs
+
+    def expand(
+        self,
+        hs_MK: Sequence[Tensor],
+        ws_AKN: Sequence[Tensor],
+        routing: Routing,
+        segments: Sequence[int],
+        *,
+        bias_N: Tensor | None = None,
+    ) -> Tensor:
+        """See `engine.grouped.GroupedProducts`."""
+        h, w = hs_MK[0], ws_AKN[0]
+        num_features = w.shape[2]
+        y_MN = h.new_empty(h.shape[0], num_features)
+        block_n = 64 if len(segments) > 2 else 128
+        _expand[(len(routing.tile_slot_T), triton.cdiv(num_features, block_n))](
+            h,
+            hs_MK[-1],
+            w,
+            ws_AKN[-1],
+            h if bias_N is None else bias_N,
+            y_MN,
+            routing.tile_slot_T,
+            routing.tile_begin_T,
+            routing.tile_end_T,
+            self._bounds(segments, h.device),
+            len(segments) - 1,
+            w.shape[1],
+            num_features,
+            h.stride(0),
+            w.stride(0),
+            y_MN.stride(0),
+            TWO=len(ws_AKN) == 2,
+            BIAS=bias_N is not None,
+            BM=TILE_CUDA,
+            BK=_block(w.shape[1], most=64),
+            BN=block_n,
+            PRECISION=_precision(h),
+            num_warps=4,
+            num_stages=2,
+        )
+        return y_MN
+
+    def outer(
+        self,
+        hs_MK: Sequence[Tensor],
+        x_MN: Tensor,
+        routing: Routing,
+        segments: Sequence[int],
+        *,
+        into_AKN: Tensor,
+        scale_A: Tensor | None,
+    ) -> None:
+        """See `engine.grouped.GroupedProducts`."""
+        h = hs_MK[0]
+        num_slots, num_directions, num_features = into_AKN.shape
+        block_k = _block(num_directions, most=64)
+        num_n_blocks = triton.cdiv(num_features, 64)
+        num_chunks = len(routing.chunk_slot_C)
+        size = num_directions * num_features
+        parts = self._workspace(num_chunks * size, h.device)
+        bounds = self._bounds(segments, h.device)
+        _outer[(num_n_blocks * triton.cdiv(num_directions, block_k), num_chunks)](
+            h,
+            hs_MK[-1],
+            x_MN,
+            into_AKN,
+            parts,
+            into_AKN if scale_A is None else scale_A,
+            routing.chunk_slot_C,
+            routing.chunk_begin_C,
+            routing.chunk_end_C,
+            routing.slot_chunk_A,
+            routing.is_fresh_A,
+            bounds,
+            len(segments) - 1,
+            num_directions,
+            num_features,
+            h.stride(0),
+            x_MN.stride(0),
+            into_AKN.stride(0),
+            num_n_blocks,
+            TWO=len(hs_MK) == 2,
+            SCALED=scale_A is not None,
+            BT=64,
+            BK=block_k,
+            BN=64,
+            PRECISION=_precision(h),
+            num_warps=4,
+            num_stages=3,
+        )
+        _sum_chunks[(triton.cdiv(size, 1024), num_slots)](
+            into_AKN,
+            parts,
+            routing.slot_chunk_A,
+            routing.is_fresh_A,
+            size,
+            into_AKN.stride(0),
+            BLOCK=1024,
+        )
+
+    def _bounds(self, segments: Sequence[int], device: torch.device) -> Tensor:
+        key = (tuple(segments), device)
+        if key not in self._segments:
+            self._segments[key] = torch.tensor(segments, dtype=torch.int32, device=device)
+        return self._segments[key]
+
+    def _workspace(self, size: int, device: torch.device) -> Tensor:
+        """One buffer for all layers: they use it one after another, on one stream."""
+        known = self._parts.get(device)
+        if known is None or known.numel() < size:
+            known = self._parts[device] = torch.empty(size, dtype=torch.float32, device=device)
+        return known
+
+
+def _block(size: int, *, most: int) -> int:
+    """A power of two from 16, which the matrix units need, to `most`."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _precision(operand: Tensor) -> str:
+    return "ieee" if operand.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def _square_sums(g_ptr, slots_ptr, partial_ptr, size, stride_g, num_blocks, BLOCK: tl.constexpr):
+    which = tl.program_id(1)
+    block = tl.program_id(0)
+    slot = tl.load(slots_ptr + which)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(g_ptr + slot.to(tl.int64) * stride_g + at, mask=at < size, other=0.0)
+    tl.store(partial_ptr + which * num_blocks + block, tl.sum(g * g))
+
+
+@triton.jit
+def _adamw(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    trained_ptr,
+    correction_ptr,
+    frozen_ptr,
+    slots_ptr,
+    settings_ptr,
+    norms_ptr,
+    scale_ptr,
+    size,
+    end_a,
+    end_b,
+    stride_row,
+    stride_factors,
+    NUM_SETTINGS: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    which = tl.program_id(1)
+    slot = tl.load(slots_ptr + which).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    row = slot * stride_row + at
+    s = settings_ptr + which * NUM_SETTINGS
+    region = (at >= end_a).to(tl.int32) + (at >= end_b).to(tl.int32)
+    lr = tl.load(s + region)
+    eps = tl.load(s + 3 + region)
+    decay = tl.load(s + 6 + region)
+    beta1, one_less_beta1 = tl.load(s + 9), tl.load(s + 10)
+    beta2, one_less_beta2 = tl.load(s + 11), tl.load(s + 12)
+    correct1, correct2 = tl.load(s + 13), tl.load(s + 14)
+    norm = tl.load(norms_ptr + which)
+    if not (norm < float("inf")):  # NaN too: the trial has diverged, or its loss scale is too large
+        return
+    clip = tl.minimum(tl.load(s + 15) / (norm + 1e-6), 1.0)
+
+    g = tl.load(g_ptr + row, mask=mask, other=0.0) * tl.load(s + 16) * clip
+    p = tl.load(p_ptr + row, mask=mask, other=0.0)
+    m = tl.load(m_ptr + row, mask=mask, other=0.0)
+    v = tl.load(v_ptr + row, mask=mask, other=0.0)
+    p -= decay * p
+    m = beta1 * m + one_less_beta1 * g
+    v = beta2 * v + one_less_beta2 * g * g
+    p -= lr * correct1 * m / (tl.sqrt(v) * correct2 + eps)
+    tl.store(p_ptr + row, p, mask=mask)
+    tl.store(m_ptr + row, m, mask=mask)
+    tl.store(v_ptr + row, v, mask=mask)
+
+    scale = tl.where(at >= end_a, tl.load(scale_ptr + slot), 1.0)
+    product = at < end_b
+    factor = slot * stride_factors + at
+    if CORRECTED:
+        frozen = tl.load(frozen_ptr + factor, mask=product, other=0.0)
+        difference = scale * (p - frozen)
+        is_a = at < end_a
+        tl.store(
+            trained_ptr + factor,
+            tl.where(is_a, difference, scale * p).to(trained_ptr.dtype.element_ty),
+            mask=product,
+        )
+        # A0 was written when the trial began.
+        tl.store(
+            correction_ptr + factor,
+            difference.to(correction_ptr.dtype.element_ty),
+            mask=product & (at >= end_a),
+        )
+    else:
+        tl.store(trained_ptr + factor, (scale * p).to(trained_ptr.dtype.element_ty), mask=product)
+
+
+def adamw_rows(slots: Slots, updates: Sequence[RowUpdate]) -> Tensor:
+    """`engine.optimizer.update_rows` on CUDA, in four launches whatever the number of rows."""
+    device = slots.params_AP.device
+    size, (end_a, end_b, _) = slots.layout.size, slots.layout.ends
+    which = torch.tensor([one.slot for one in updates], dtype=torch.int32).to(
+        device, non_blocking=True
+    )
+    table = torch.tensor(settings_table(updates), dtype=torch.float32).to(device, non_blocking=True)
+    block = 4096
+    num_blocks = triton.cdiv(size, block)
+    partial = torch.empty(len(updates), num_blocks, dtype=torch.float32, device=device)
+    _square_sums[(num_blocks, len(updates))](
+        slots.grads_AP, which, partial, size, slots.grads_AP.stride(0), num_blocks, BLOCK=block
+    )
+    norms = partial.sum(dim=1).sqrt() * table[:, 16]
+    trained = slots.factors[0]
+    block = 1024
+    _adamw[(triton.cdiv(size, block), len(updates))](
+        slots.params_AP,
+        slots.grads_AP,
+        slots.first_AP,
+        slots.second_AP,
+        trained,
+        slots.factors[-1],
+        trained if slots.frozen_AP is None else slots.frozen_AP,
+        which,
+        table,
+        norms,
+        slots.scale_A,
+        size,
+        end_a,
+        end_b,
+        slots.params_AP.stride(0),
+        trained.stride(0),
+        NUM_SETTINGS=table.shape[1],
+        CORRECTED=slots.frozen_AP is not None,
+        BLOCK=block,
+    )
+    return norms

@@ -1,0 +1,439 @@
+"""A linear layer of the frozen base under the adapters of many trials, forward and backward.
+
+    y = bias + gain * (W x + up (down x'))        x' is x, or x after the adapter's dropout
+
+Each token goes through its own slot's factors. `down` and `up` are lists of one or two pairs. The
+first is the trained one, in the form in which it multiplies: A (or A - A0) and scale B'. The second
+is the correction of the methods that start from a part of the base,
+
+    scale (B A - B0 A0) = (scale B) (A - A0) + (scale (B - B0)) A0,
+
+written as differences, because in 16 bits A - A0 keeps what A would round away. `gain` is DoRA's
+m / |W + scale B A|, one for every other method and absent where no trial of a pack needs it.
+
+Layers that read the same input (query, key and value; gate and up) are one group: one product with
+their weights side by side, one pass over the input for all of their adapters.
+
+The gradients of A, B and m do not travel through autograd: they are summed into float32 buffers
+that outlive a step, since a batch may be spread over several. The operator says so to the compiler
+(`mutates_args`). The input always requires a gradient, or nothing would call the backward.
+
+Legend: A slots, M tokens, D in, E out (all members of a group), R rank, K = members x R.
+"""
+
+# torch is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from loratune.engine.grouped import GroupedProducts, TiledProducts
+from loratune.engine.routing import Routing
+
+
+@cache
+def products_on(device_type: str) -> GroupedProducts:
+    """The implementation of the low-rank products on a kind of device."""
+    if device_type != "cuda":
+        return TiledProducts()
+    from loratune.engine.kernels import TritonProducts  # Triton is there with CUDA alone.
+
+    return TritonProducts()
+
+
+@torch.library.custom_op("loratune::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    x_adapter: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scale: Tensor,
+    gain: Tensor | None,
+    inverse_norm: Tensor | None,
+    grad_down: Tensor,
+    grad_up: Tensor,
+    grad_magnitude: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y_ME, and for the backward H_MK, the correction's H_MK, W x' + up (down x') before the gain.
+
+    Args:
+        x: M x D.
+        x_adapter: what the adapters see, where it is not x.
+        weight: E x D; None leaves the base's product out.
+        bias: E.
+        downs: one or two of A x K x D.
+        ups: one or two of A x R x E.
+        scale: A; multiplies the gradient of B.
+        gain, inverse_norm: A x E, DoRA's m / norm and 1 / norm.
+        grad_down, grad_up, grad_magnitude: float32 buffers like down, up and gain.
+        routing: the tensors of a `Routing`.
+        segments: bounds of the members in E.
+    """
+    routes, products = Routing(*routing), products_on(x.device.type)
+    seen = x if x_adapter is None else x_adapter
+    hs = products.shrink(seen, downs, routes, [0, seen.shape[1]])
+    plain = gain is None
+    y = products.expand(hs, ups, routes, segments, bias_N=bias if plain else None)
+    if weight is not None:
+        # One rounding of base and adapter together, and no pass over y for their sum.
+        torch.addmm(y, x if plain else seen, weight.t(), out=y)
+    none = x.new_empty(0)
+    h, correction = hs[0], hs[1] if len(hs) == 2 else none
+    if gain is None:
+        return y, h, correction, none
+    before = y
+    y = (before * _of_tokens(gain, routes)).to(before.dtype)
+    if x_adapter is not None and weight is not None:
+        # DoRA drops features for the part that it rescales, not for the base's own output.
+        y = torch.addmm(y, x - x_adapter, weight.t())
+    if bias is not None:
+        y += bias
+    return y, h, correction, before
+
+
+@packed_linear.register_fake
+def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
+    x: Tensor,
+    x_adapter: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scale: Tensor,
+    gain: Tensor | None,
+    inverse_norm: Tensor | None,
+    grad_down: Tensor,
+    grad_up: Tensor,
+    grad_magnitude: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], ups[0].shape[2])
+    hs = [x.new_empty(x.shape[0], down.shape[1]) for down in downs]
+    return (
+        y,
+        hs[0],
+        hs[1] if len(hs) == 2 else x.new_empty(0),
+        x.new_empty(0) if gain is None else torch.empty_like(y),
+    )
+
+
+@torch.library.custom_op(
+    "loratune::packed_linear_backward",
+    mutates_args=("grad_down", "grad_up", "grad_magnitude"),
+)
+def packed_linear_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    x_adapter: Tensor | None,
+    h: Tensor,
+    correction: Tensor,
+    before: Tensor,
+    weight: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scale: Tensor,
+    gain: Tensor | None,
+    inverse_norm: Tensor | None,
+    grad_down: Tensor,
+    grad_up: Tensor,
+    grad_magnitude: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """dL/dx and dL/dx' (empty where x' is x); adds the adapters' gradients to their buffers."""
+    routes, products = Routing(*routing), products_on(x.device.type)
+    seen = x if x_adapter is None else x_adapter
+    grad_base = grad_y
+    if gain is not None:
+        assert inverse_norm is not None
+        assert grad_magnitude is not None
+        ones = grad_y.new_zeros(grad_y.shape[0], 16)  # 16: what matrix units need
+        ones[:, 0] = 1
+        _add_magnitudes(
+            products, ones, grad_y * before, routes, into=grad_magnitude, scale_AE=inverse_norm
+        )
+        grad_y = (grad_y * _of_tokens(gain, routes)).to(grad_y.dtype)
+    whole = [0, seen.shape[1]]
+    grad_hs = products.shrink(grad_y, ups, routes, segments)
+    products.outer(grad_hs[:1], seen, routes, whole, into_AKN=grad_down, scale_A=None)
+    hs = [h] if correction.numel() == 0 else [h, correction]
+    products.outer(hs, grad_y, routes, segments, into_AKN=grad_up, scale_A=scale)
+    grad_seen = products.expand(grad_hs, downs, routes, whole)
+    none = x.new_empty(0)
+    if x_adapter is None:
+        if weight is not None:
+            torch.addmm(grad_seen, grad_y, weight, out=grad_seen)
+        return grad_seen, none
+    if weight is None:
+        return torch.zeros_like(x), grad_seen
+    if gain is None:
+        return grad_y @ weight, grad_seen
+    through_base = grad_base @ weight
+    torch.addmm(grad_seen, grad_y, weight, out=grad_seen)
+    return through_base, grad_seen - through_base
+
+
+@packed_linear_backward.register_fake
+def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
+    grad_y: Tensor,
+    x: Tensor,
+    x_adapter: Tensor | None,
+    h: Tensor,
+    correction: Tensor,
+    before: Tensor,
+    weight: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scale: Tensor,
+    gain: Tensor | None,
+    inverse_norm: Tensor | None,
+    grad_down: Tensor,
+    grad_up: Tensor,
+    grad_magnitude: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if x_adapter is None else torch.empty_like(x)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    x, x_adapter, weight, _, downs, ups, scale, gain, inverse_norm, *rest = inputs
+    grad_down, grad_up, grad_magnitude, routing, segments = rest
+    _, h, correction, before = output
+    ctx.counts = len(downs), len(routing)
+    ctx.segments = segments
+    ctx.save_for_backward(
+        x,
+        x_adapter,
+        h,
+        correction,
+        before,
+        weight,
+        scale,
+        gain,
+        inverse_norm,
+        grad_down,
+        grad_up,
+        grad_magnitude,
+        *downs,
+        *ups,
+        *routing,
+    )
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    num_factors, num_routes = ctx.counts
+    saved = ctx.saved_tensors
+    x, x_adapter, h, correction, before, weight, scale, gain, inverse_norm = saved[:9]
+    grad_down, grad_up, grad_magnitude = saved[9:12]
+    downs, ups = list(saved[12 : 12 + num_factors]), list(saved[12 + num_factors : -num_routes])
+    assert grad_y is not None
+    grad_x, grad_seen = packed_linear_backward(
+        grad_y.contiguous(),
+        x,
+        x_adapter,
+        h,
+        correction,
+        before,
+        weight,
+        downs,
+        ups,
+        scale,
+        gain,
+        inverse_norm,
+        grad_down,
+        grad_up,
+        grad_magnitude,
+        list(saved[-num_routes:]),
+        ctx.segments,
+    )
+    nothing = [None] * 6
+    return (
+        grad_x,
+        None if x_adapter is None else grad_seen,
+        None,
+        None,
+        [None] * num_factors,
+        [None] * num_factors,
+        *nothing,
+        [None] * num_routes,
+        None,
+    )
+
+
+packed_linear.register_autograd(_backward, setup_context=_setup)
+
+
+def _of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
+    """Each token's own slot's gain; one for filler."""
+    slots_M = routing.token_slot_M.long()
+    picked = gain_AE.index_select(0, slots_M.clamp(min=0))
+    return torch.where((slots_M >= 0)[:, None], picked, 1)
+
+
+def _add_magnitudes(
+    products: GroupedProducts,
+    ones: Tensor,
+    product_ME: Tensor,
+    routing: Routing,
+    *,
+    into: Tensor,
+    scale_AE: Tensor,
+) -> None:
+    """Sum over a slot's tokens of dL/dy * (W x + ...), over the norm: the gradient of m."""
+    sums = torch.zeros(into.shape[0], 16, into.shape[1], dtype=torch.float32, device=into.device)
+    products.outer([ones], product_ME, routing, [0, into.shape[1]], into_AKN=sums, scale_A=None)
+    into.masked_fill_(routing.is_fresh_A.view(-1, 1) != 0, 0)
+    into += sums[:, 0] * scale_AE
+
+
+@final
+class PackedGroup(nn.Module):
+    """Linear layers that read one input, under one set of slots. Called by its first member.
+
+    `weight` is the members' weights side by side, E x D. All tensors are views of the pack's.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_ED: Tensor | None,
+        bias_E: Tensor | None,
+        segments: Sequence[int],
+        downs: Sequence[Tensor],
+        ups: Sequence[Tensor],
+        scale_A: Tensor,
+        grad_down: Tensor,
+        grad_up: Tensor,
+        gain_AE: Tensor | None,
+        inverse_norm_AE: Tensor | None,
+        grad_magnitude: Tensor | None,
+        step: "StepRouting",
+        dropout: "Dropout | None",
+    ) -> None:
+        super().__init__()
+        self.weight_ED = weight_ED
+        self.bias_E = bias_E
+        self.segments = list(segments)
+        self.downs, self.ups = list(downs), list(ups)
+        self.scale_A = scale_A
+        self.grad_down, self.grad_up = grad_down, grad_up
+        self.gain_AE, self.inverse_norm_AE = gain_AE, inverse_norm_AE
+        self.grad_magnitude = grad_magnitude
+        self.step = step
+        self.dropout = dropout
+        self.pending: tuple[Tensor, ...] | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The members' outputs, each 1 x M x its width."""
+        x_MD = x.view(-1, x.shape[-1])
+        # Features are dropped while training, which is when gradients are wanted.
+        drops = self.dropout is not None and torch.is_grad_enabled()
+        y_ME, *_ = packed_linear(
+            x_MD,
+            self.dropout(x_MD, self.step) if drops else None,
+            self.weight_ED,
+            self.bias_E,
+            self.downs,
+            self.ups,
+            self.scale_A,
+            self.gain_AE,
+            self.inverse_norm_AE,
+            self.grad_down,
+            self.grad_up,
+            self.grad_magnitude,
+            self.step.routing,
+            self.segments,
+        )
+        widths = [high - low for low, high in zip(self.segments, self.segments[1:], strict=False)]
+        return y_ME.view(*x.shape[:-1], -1).split(widths, dim=-1)
+
+
+@final
+class PackedLinear(nn.Linear):
+    """Stands in a base model where one member of a `PackedGroup` stood, with that one's weight.
+
+    Members are called in their order and with one and the same input, as every decoder's attention
+    and gated MLP do; the engine checks its logits against the base's own before it trains.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, group: PackedGroup, *, member: int, num_members: int
+    ) -> None:
+        # Not nn.Linear's own, which would draw a weight: this one has its predecessor's.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        # A list hides the group from named_modules: it stands in the model once a member.
+        self._group = [group]
+        self._member = member
+        self._is_last = member + 1 == num_members
+
+    def forward(self, x: Tensor) -> Tensor:
+        """1 x M x D to 1 x M x E."""
+        group = self._group[0]
+        if self._member == 0:
+            group.pending = group(x)
+        assert group.pending is not None
+        y = group.pending[self._member]
+        if self._is_last:
+            group.pending = None
+        return y
+
+
+class StepRouting:
+    """What all packed layers of a model ask about the step under way; written by the engine.
+
+    `routing` are the tensors of a `Routing`. `token_key_M` (int32) is a number of each token's own
+    (trial's seed, row, position), `keep_A` the share of features that a slot's dropout keeps.
+    """
+
+    def __init__(self) -> None:
+        self.routing: list[Tensor] = []
+        self.token_key_M: Tensor | None = None
+        self.keep_A: Tensor | None = None
+
+
+@final
+class Dropout(nn.Module):
+    """Dropout whose mask is a pure function of trial, row, position, layer and feature.
+
+    So a trial drops the same numbers whoever its neighbours are, wherever its batch is cut, and
+    after a resume. The hash is the finaliser of MurmurHash3 in 32 bits; torch's integers wrap.
+    """
+
+    def __init__(self, *, salt: int) -> None:
+        super().__init__()
+        self._salt = salt
+
+    def forward(self, x_MD: Tensor, step: StepRouting) -> Tensor:
+        """x with each feature zeroed with its slot's probability, the others scaled up."""
+        assert step.token_key_M is not None
+        assert step.keep_A is not None
+        features_D = torch.arange(x_MD.shape[1], dtype=torch.int32, device=x_MD.device)
+        mixed_MD = _mix(step.token_key_M[:, None] ^ _mix(features_D + self._salt)[None, :])
+        uniform_MD = (mixed_MD & 0x7FFFFF).to(torch.float32) / 0x800000
+        slots_M = step.routing[-1].long()
+        keep_M = torch.where(slots_M >= 0, step.keep_A[slots_M.clamp(min=0)], 1.0)
+        scaled_MD = (x_MD / keep_M[:, None]).to(x_MD.dtype)
+        return torch.where(uniform_MD < keep_M[:, None], scaled_MD, 0)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser on int32; shifts are made logical by a mask."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * -2048144789  # 0x85ebca6b as int32
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * -1028477387  # 0xc2b2ae35 as int32
+    return x ^ ((x >> 16) & 0xFFFF)
