@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
 from loratune.engine.base import Engine, Event, Failed, Finished, Progress, Work
+from loratune.engine.packed import PackedEngine
 from loratune.models.load import Base
+from loratune.planning.packing import PackShape
 from loratune.records import Trial
 from measure import Advance
+from model_shapes import TARGETS
 
 
 def packed_engine(
@@ -18,15 +21,19 @@ def packed_engine(
     num_slots: int,
     tokens_per_step: int,
     rank: int,
-) -> Engine:
+    method: str,
+) -> PackedEngine:
     """The packed engine as `loratune run` makes it. The one place that knows its constructor."""
-    from loratune.engine.packed import PackedEngine  # pyright: ignore[reportMissingImports]
-    from loratune.planning.packing import PackShape  # pyright: ignore[reportMissingImports]
-
     return PackedEngine(
         base,
         {data.facts.fingerprint: data},
-        shape=PackShape(num_slots=num_slots, tokens_per_step=tokens_per_step, rank=rank),
+        shape=PackShape(
+            num_slots=num_slots,
+            tokens_per_step=tokens_per_step,
+            rank=rank,
+            magnitudes=method == "dora",
+        ),
+        targets=TARGETS,
     )
 
 
@@ -49,6 +56,10 @@ class ListFeed:
         """See `engine.base.Feed`."""
         self._waiting.remove(trial)
         return Work(trial)
+
+    def is_begun(self, trial: Trial) -> bool:
+        """Never: no snapshot is ever asked for."""
+        return False
 
     def wants_snapshot(self) -> bool:
         """Never."""

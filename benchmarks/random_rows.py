@@ -63,6 +63,11 @@ def gsm8k_like_rows(shape: Shape, *, num_rows: int = NUM_ROWS, seed: int = 0) ->
     return _rows(shape, lengths + generator.integers(-8, 8, size=num_rows), seed=seed)
 
 
+def mean_gsm8k_tokens() -> float:
+    """The mean length of `gsm8k_like_rows`."""
+    return sum(length * num for length, num in GSM8K_LENGTHS.items()) / sum(GSM8K_LENGTHS.values())
+
+
 def long_trial(
     data: PreparedData,
     *,

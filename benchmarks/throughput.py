@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from loratune.data.prepare import PreparedData
 from loratune.models.load import Base
 from loratune.planning.cost import H100, flops_per_token, trial_cost
+from loratune.planning.packing import PackShape
 from loratune.planning.targets import matched_linears
 from many_adapters import packed, packed_engine, planned_memory_bytes
 from measure import (
@@ -42,9 +43,10 @@ from measure import (
     synchronise,
     time_updates,
 )
-from model_shapes import SHAPES, TARGETS, Shape, random_base
+from model_shapes import SHAPES, TARGETS, Shape
 from one_adapter import peft_compiled, peft_eager
-from random_rows import equal_rows, gsm8k_like_rows, long_trial
+from random_model import random_base
+from random_rows import equal_rows, gsm8k_like_rows, long_trial, mean_gsm8k_tokens
 
 SECTIONS = (
     "matmul",
@@ -101,6 +103,7 @@ class Result:
     num_updates: int | None = None
     rows_per_microbatch: int | None = None
     tokens_per_step: int | None = None
+    num_slots: int | None = None
     error: str | None = None
 
 
@@ -113,9 +116,11 @@ def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
     def single(what: str, batch_size: int, **changes: Any) -> Case:
         return Case(what, shape.name, 1, batch_size, **changes)
 
-    def pack(batch_size: int, *, most: int = MOST_ADAPTERS, **changes: Any) -> Case:
-        num = options.adapters or _num_adapters(shape, batch_size, options)
-        return Case(PACKED, shape.name, min(num, most), batch_size, **changes)
+    def pack(
+        batch_size: int, *, most: int = MOST_ADAPTERS, rows: str = "equal", **changes: Any
+    ) -> Case:
+        num = options.adapters or _num_adapters(shape, batch_size, options, rows=rows)
+        return Case(PACKED, shape.name, min(num, most), batch_size, rows=rows, **changes)
 
     # At rank 128 the optimizer alone takes 5 GiB an adapter of the 7b shape.
     few = 4 if shape.name == "7b" else 32
@@ -151,10 +156,16 @@ def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
     return list(dict.fromkeys(chosen))
 
 
-def _num_adapters(shape: Shape, batch_size: int, options: argparse.Namespace) -> int:
-    """As many adapters as fill a step with one batch each, within reason."""
+def _num_adapters(
+    shape: Shape, batch_size: int, options: argparse.Namespace, *, rows: str = "equal"
+) -> int:
+    """As many adapters as fill a step with one batch each, within reason.
+
+    Where lengths vary a quarter more: whoever does not fit into a step comes first in the next.
+    """
     tokens = options.tokens_per_step or shape.tokens_per_step
-    full = tokens // (shape.row_tokens * batch_size)
+    row_tokens = shape.row_tokens if rows == "equal" else mean_gsm8k_tokens() / 1.25
+    full = int(tokens / (row_tokens * batch_size))
     return max(FEWEST_ADAPTERS, min(MOST_ADAPTERS, full))
 
 
@@ -172,6 +183,7 @@ class Bench:
         self._shape: Shape | None = None
         self._base: Base | None = None
         self._data = dict[str, PreparedData]()
+        self._pack: PackShape | None = None
 
     def measure(self, case: Case) -> Result:
         """One case. Out of memory or broken is a result too."""
@@ -269,7 +281,8 @@ class Bench:
             mean_attended_tokens=facts.sum_squared_tokens / facts.num_tokens,
             target_share=facts.num_target_tokens / facts.num_tokens,
         )
-        is_packed = case.what == PACKED
+        # What was allocated in the end: out of memory, the engine goes on in a smaller pack.
+        pack = self._pack if case.what == PACKED else None
         return Result(
             case,
             self.device_name,
@@ -281,14 +294,15 @@ class Bench:
             peak_memory_bytes=peak_memory_bytes(self.device),
             planned_memory_bytes=(
                 planned_memory_bytes()
-                if is_packed
+                if pack is not None
                 else self._planned_alone(case, data, rows_per_microbatch=rows_per_microbatch)
             ),
             first_step_seconds=speed.first_seconds,
             seconds_measured=speed.seconds,
             num_updates=speed.num_updates,
-            rows_per_microbatch=None if is_packed else rows_per_microbatch,
-            tokens_per_step=self._tokens_per_step(shape) if is_packed else None,
+            rows_per_microbatch=None if pack is not None else rows_per_microbatch,
+            tokens_per_step=None if pack is None else pack.tokens_per_step,
+            num_slots=None if pack is None else pack.num_slots,
         )
 
     def _planned_alone(
@@ -341,9 +355,11 @@ class Bench:
                     num_slots=case.num_adapters,
                     tokens_per_step=self._tokens_per_step(SHAPES[case.shape]),
                     rank=case.rank,
+                    method=case.method,
                 )
                 trials = [self._trial(case, data, slot=slot) for slot in range(case.num_adapters)]
                 yield stack.enter_context(packed(engine, data, trials))
+                self._pack = engine.shape
 
     def _trial(self, case: Case, data: PreparedData, *, slot: int) -> Any:
         return long_trial(
@@ -480,7 +496,9 @@ def _note(one: Result) -> str:
     if one.rows_per_microbatch not in (None, one.case.batch_size):
         return f"{one.rows_per_microbatch} rows at once"
     if one.tokens_per_step is not None:
-        return f"{one.tokens_per_step} tokens a step"
+        text = f"{one.tokens_per_step} tokens a step"
+        short = one.num_slots is not None and one.num_slots < one.case.num_adapters
+        return f"{text}, only {one.num_slots} slots fit" if short else text
     return ""
 
 
