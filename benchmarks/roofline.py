@@ -86,7 +86,7 @@ def layer_kernels(shape: Shape, *, rank: int, tokens_per_step: int) -> Iterator[
     attended = ROW_TOKENS * w
     yield Kernel("attention", 2 * attended, ELEMENT * (w + 2 * k + w))
     yield Kernel("attention", 5 * attended, ELEMENT * (2 * (w + 2 * k) + 2 * w))
-    # Twice a layer: residual and branch in, their sum and its norm out; backward: three in, one out.
+    # Twice a layer: residual and branch in, sum and norm out; backward: three in, one out.
     for _ in range(2):
         yield Kernel("elementwise", 0, ELEMENT * 4 * h)
         yield Kernel("elementwise", 0, ELEMENT * 4 * h)
