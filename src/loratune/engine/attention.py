@@ -4,7 +4,7 @@ It is registered with transformers as an attention implementation, so that every
 attention goes through transformers' interface works unchanged, its grouped heads and its sliding
 window included. What it needs to know of the rows comes as keyword arguments of the model's call.
 
-On CUDA from sm_80 on: FlashAttention over the bounds of the rows (`torch.nn.attention.varlen`).
+On CUDA from sm_80 on, in 16 bits: FlashAttention over the bounds of the rows (`torch.nn.attention.varlen`).
 Elsewhere: rows are spread out to one batch, padded on the right, and go through SDPA; what stands
 behind a row is hidden from it by causality, and dropped when the rows are laid end to end again.
 
@@ -27,9 +27,13 @@ from transformers import AttentionInterface
 NAME = "loratune_packed"
 
 
-def has_varlen(device: torch.device) -> bool:
-    """Whether FlashAttention over bounds runs on a device: CUDA from sm_80 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether FlashAttention over bounds runs: on CUDA from sm_80 on, in 16 bits."""
+    return (
+        device.type == "cuda"
+        and dtype != torch.float32
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def packed_attention(

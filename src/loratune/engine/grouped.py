@@ -81,7 +81,7 @@ class TiledProducts:
         x_TIN = _tiles(x_MN)
         hs = list[Tensor]()
         for w_AKN in ws_AKN:
-            w_TKN = _of_tiles(w_AKN, routing)
+            w_TKN = _of_tiles(w_AKN, routing, count=len(x_TIN))
             parts = [
                 torch.bmm(x_TIN[:, :, low:high], w_TKN[:, :, low:high].transpose(1, 2))
                 for low, high in pairwise(segments)
@@ -101,7 +101,8 @@ class TiledProducts:
         """See `GroupedProducts`."""
         total: Tensor | None = None
         for h_MK, w_AKN in zip(hs_MK, ws_AKN, strict=True):
-            h_TIK, w_TKN = _tiles(h_MK), _of_tiles(w_AKN, routing)
+            h_TIK = _tiles(h_MK)
+            w_TKN = _of_tiles(w_AKN, routing, count=len(h_TIK))
             rank = w_AKN.shape[1]
             parts = [
                 torch.bmm(h_TIK[:, :, i * rank : (i + 1) * rank], w_TKN[:, :, low:high])
@@ -128,8 +129,9 @@ class TiledProducts:
         h_TIK, x_TIN = _tiles(h_MK), _tiles(x_MN)
         into_AKN.masked_fill_(routing.is_fresh_A.view(-1, 1, 1) != 0, 0)
         # What filler gives is dropped here, not multiplied by zero: it may be NaN.
-        real_T = routing.tile_slot_T >= 0
-        slots = routing.tile_slot_T[real_T].long()
+        slots_T = routing.tile_slot_T[: len(x_TIN)]
+        real_T = slots_T >= 0
+        slots = slots_T[real_T].long()
         rank = into_AKN.shape[1]
         for i, (low, high) in enumerate(pairwise(segments)):
             h_of_segment = h_TIK[:, :, i * rank : (i + 1) * rank]
@@ -147,8 +149,8 @@ def _tiles(x_MN: Tensor) -> Tensor:
     return x_MN.view(-1, TILE_CPU, x_MN.shape[1])
 
 
-def _of_tiles(w_AKN: Tensor, routing: Routing) -> Tensor:
-    """Each tile's own slot's factors; zeros for filler."""
-    slots_T = routing.tile_slot_T.long()
+def _of_tiles(w_AKN: Tensor, routing: Routing, *, count: int) -> Tensor:
+    """The own slot's factors of each of the `count` tiles that hold tokens; zeros for filler."""
+    slots_T = routing.tile_slot_T[:count].long()
     picked_TKN = w_AKN.index_select(0, slots_T.clamp(min=0))
     return torch.where((slots_T >= 0)[:, None, None], picked_TKN, 0)

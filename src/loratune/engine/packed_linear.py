@@ -86,10 +86,10 @@ def packed_linear(
     if weight is not None:
         # One rounding of base and adapter together, and no pass over y for their sum.
         torch.addmm(y, x if plain else seen, weight.t(), out=y)
-    none = x.new_empty(0)
-    h, correction = hs[0], hs[1] if len(hs) == 2 else none
+    # An operator may not return one tensor twice: each absent one is its own.
+    h, correction = hs[0], hs[1] if len(hs) == 2 else x.new_empty(0)
     if gain is None:
-        return y, h, correction, none
+        return y, h, correction, x.new_empty(0)
     before = y
     y = (before * _of_tokens(gain, routes)).to(before.dtype)
     if x_adapter is not None and weight is not None:

@@ -136,7 +136,7 @@ class PackedModel:
         self._step.token_key_M = self._sent(laid.token_keys)
         input_ids, position_ids = self._sent(laid.input_ids), self._sent(laid.position_ids)
         where: dict[str, Any] = {"longest_row": self._longest_row}
-        if has_varlen(self._device):
+        if has_varlen(self._device, self._model.dtype):
             where["row_bounds"] = self._sent(laid.row_bounds)
         else:
             counts = np.diff(laid.row_bounds)
