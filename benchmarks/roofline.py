@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from model_shapes import SHAPES, Shape
 
-# Measured on an H100 SXM: a bfloat16 product of 8192 x 8192 matrices, a copy within the device.
+# Measured on one H100: a bfloat16 product of 8192 x 8192 matrices, a copy within the device.
 FLOPS_PER_SECOND = 780e12
 BYTES_PER_SECOND = 3.0e12
 

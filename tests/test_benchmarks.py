@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from loratune.engine.base import Event, Progress
+from loratune.data.order import row_order
+from loratune.engine.base import Event, Failed, Progress
 from loratune.planning.cost import flops_per_token
 from loratune.planning.targets import matched_linears
 
@@ -82,23 +83,19 @@ def test_a_turn_of_the_pack_counts_the_rows_of_all_its_trials(benchmark_module: 
     assert {num_rows for num_rows, _ in turns} == {6}
     # 3 trials x 75 turns x 2 rows: each of 50 rows is seen 9 times (3 epochs of each trial).
     first, last = (
-        sum(
-            int(data.train.lengths[row])
-            for trial in trials
-            for row in many.row_order(trial.seed, num_rows=50, start=start, count=2)
-            if trial is trials[0]
-        )
+        int(data.train.lengths[row_order(trials[0].seed, num_rows=50, start=start, count=2)].sum())
         for start in (0, 150)
     )
     assert sum(tokens for _, tokens in turns) == 9 * data.facts.num_tokens - first + last
 
 
-def test_a_failed_or_finished_trial_ends_a_measurement(benchmark_module: Any):
+def test_a_failed_trial_ends_a_measurement_with_its_error(benchmark_module: Any):
     many, rows = benchmark_module("many_adapters"), benchmark_module("random_rows")
     data = rows.equal_rows(benchmark_module("model_shapes").SHAPES["tiny"], num_rows=4)
     trials = [rows.long_trial(data, slot=0, batch_size=1, rank=4)]
-    with pytest.raises(RuntimeError, match="nothing to train"):
-        many.advance_by_events(iter(()), data, trials)()
+    failed = Failed(trials[0].trial_id, ValueError("refused"))
+    with pytest.raises(ValueError, match="refused"):
+        many.advance_by_events(iter([failed]), data, trials)()
 
 
 @pytest.mark.parametrize("name", ["135m", "0.6b", "1b", "7b"])
