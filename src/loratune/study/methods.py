@@ -7,6 +7,7 @@ is imported only when a trial of it is trained.
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -196,7 +197,10 @@ def _checked(method: str, key: str, option: Option, value: object) -> OptionValu
             raise StudyError(f"{where}; expected one of {', '.join(map(str, option.choices))}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise StudyError(f"{where}; expected a number")
-    elif not math.isfinite(value) or (option.minimum is not None and value < option.minimum):
+    # Not finite, or a whole number that no float holds.
+    elif not abs(value) <= sys.float_info.max or (
+        option.minimum is not None and value < option.minimum
+    ):
         raise StudyError(f"{where}; expected a number of at least {option.minimum}")
     if isinstance(option.default, float) and isinstance(value, int):
         return float(value)  # 16 and 16.0 are one choice and must give one trial id
