@@ -473,8 +473,9 @@ class Study(Section):
     model: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         description="* hub id, local folder, file.gguf, or demo:1m | demo:4m | demo:12m | demo:28m"
     )
-    precision: Literal["bfloat16", "float16", "float32"] = Field(
-        description="of the frozen base; adapters and optimizer state are float32"
+    precision: Literal["bfloat16", "float16", "float32", "nf4", "int8"] = Field(
+        description="of the frozen base (nf4 and int8 with bitsandbytes on a CUDA device); "
+        "adapters and optimizer state are float32"
     )
     data: Data
     protocol: Annotated[tuple[Protocol, ...], BeforeValidator(_listed)] = Field(
