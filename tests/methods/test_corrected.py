@@ -177,9 +177,9 @@ def test_factors_are_computed_once_for_trials_that_share_them(method):
     calls = list[str]()
     real = corrected._checked
 
-    def counted(name: str, weight: Tensor, factorise: corrected.Factorise):
+    def counted(name: str, layer: torch.nn.Linear, factorise: corrected.Factorise):
         calls.append(name)
-        return real(name, weight, factorise)
+        return real(name, layer, factorise)
 
     def starts(**changes: Any) -> dict[str, Tensor]:
         attached, _ = attach(model, method, **changes)
@@ -215,9 +215,9 @@ def test_a_pack_that_goes_back_and_forth_between_methods_computes_each_start_onc
     calls = list[str]()
     real = corrected._checked
 
-    def counted(name: str, weight: Tensor, factorise: corrected.Factorise):
+    def counted(name: str, layer: torch.nn.Linear, factorise: corrected.Factorise):
         calls.append(name)
-        return real(name, weight, factorise)
+        return real(name, layer, factorise)
 
     def start(method: str, **changes: Any) -> None:
         trial = make_trial(method, targets=("q_proj",), **changes)

@@ -179,6 +179,7 @@ def cases() -> list[Any]:
     wrong_scale = [(method, "scale") for method in PACKABLE]
     corrected = [(m, what) for m in ("pissa", "milora", "olora") for what in ("rank", "nan")]
     others = [("dora", "nan"), ("dora", "zeros"), ("loraplus", "ratio"), ("pissa", "niter")]
+    others += [(method, "quantised") for method in ("pissa", "milora", "olora", "dora")]
     no_layer = [(method, "target") for method in PACKABLE]
     return [*wrong_scale, *corrected, *others, *no_layer]
 
@@ -196,6 +197,10 @@ def test_start_refuses_what_attach_refuses_in_the_same_words(method, what):
         trial = replace(trial, method=MethodChoice(method, ((what, 0.0),)))
     elif what == "target":
         expected, targets = ModelError, [*targets, "model.norm"]
+    elif what == "quantised":  # as bitsandbytes leaves a layer: integers, packed or not
+        expected = ModelError
+        packed = torch.ones(48, 32, dtype=torch.int8)
+        model.get_submodule(UP).weight = torch.nn.Parameter(packed, requires_grad=False)
     else:
         expected = ModelError
         with torch.no_grad():

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from loratune.errors import ModelError, StudyError
 from loratune.methods.base import LayerTensors
-from loratune.methods.peft_adapter import linear_layers
+from loratune.methods.peft_adapter import exact_weight, linear_layers
 from loratune.records import Trial
 
 # A0_RD and B0_ER such that scale B0 A0 is the part that the method takes out of W_ED.
@@ -42,11 +42,11 @@ def start_corrected(
 
     Raises:
         StudyError: the rank is above the smaller side of a target's weight.
-        ModelError: a target is not a linear layer or its weight is not finite.
+        ModelError: a target is not a linear layer, or its weight is quantised or not finite.
     """
     layers = linear_layers(model, targets)
     for name, layer in layers.items():
-        smaller = min(layer.weight.shape)
+        smaller = min(layer.in_features, layer.out_features)
         if trial.rank > smaller:
             raise StudyError(
                 f"{trial.method.name}: rank={trial.rank} is above {smaller}, the number of "
@@ -105,14 +105,14 @@ def _factors_of(layer: nn.Linear, name: str, trial: Trial, factorise: Factorise)
     if key not in known.factors:
         while len(known.factors) >= NUM_REMEMBERED:
             known.factors.popitem(last=False)
-        known.factors[key] = _checked(name, weight, factorise)
+        known.factors[key] = _checked(name, layer, factorise)
     known.factors.move_to_end(key)
     return known.factors[key]
 
 
 @torch.no_grad()
-def _checked(name: str, weight_ED: Tensor, factorise: Factorise) -> Factors:
-    exact_ED = weight_ED.detach().float()
+def _checked(name: str, layer: nn.Linear, factorise: Factorise) -> Factors:
+    exact_ED = exact_weight(layer, name)
     if not bool(torch.isfinite(exact_ED).all()):
         raise ModelError(f"the weight of {name} is not finite; load the base model anew")
     a0_RD, b0_ER = factorise(exact_ED, name)

@@ -23,7 +23,7 @@ from loratune.errors import ModelError
 from loratune.methods.base import LayerTensors
 from loratune.methods.lora import start_lora
 from loratune.methods.lora_method import LoraMethod
-from loratune.methods.peft_adapter import linear_layers
+from loratune.methods.peft_adapter import exact_weight, linear_layers
 from loratune.records import Trial
 
 
@@ -34,13 +34,13 @@ def start_dora(
     """LoRA's start; B is zero, so that the magnitudes are the norms of W alone, in float32.
 
     Raises:
-        ModelError: a target is not a linear layer, or its weight is not finite or has a row of
-            zeros, which has no direction.
+        ModelError: a target is not a linear layer, or its weight is quantised, not finite or has
+            a row of zeros, which has no direction.
     """
     started = start_lora(model, trial, targets)
     for name, layer in linear_layers(model, targets).items():
         # PEFT's own call, so that its quotient m / ||W|| starts at exactly one.
-        norm_E = cast("Tensor", torch.linalg.norm(layer.weight.float(), dim=1))
+        norm_E = cast("Tensor", torch.linalg.norm(exact_weight(layer, name), dim=1))
         if not bool(torch.isfinite(norm_E).all()):
             raise ModelError(f"the weight of {name} is not finite; load the base model anew")
         if not bool((norm_E > 0).all()):

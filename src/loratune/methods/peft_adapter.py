@@ -3,7 +3,8 @@
 PEFT gives the layers and the files; every number that an adapter starts from is put in by us, in
 float32, because PEFT draws from torch's global random state and rounds what it draws to the base's
 precision. How PEFT mixes precisions: the layer's input is cast to the adapter's float32, base
-output and adapter output are added in float32, and the sum is rounded once to the base's.
+output and adapter output are added in float32, and the sum is rounded once to the base's. Over a
+quantised base it rounds the adapter's output to 16 bits before it adds.
 """
 
 # PEFT's classes carry no complete types; the values that leave this file do.
@@ -149,6 +150,20 @@ def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def whole(number: float) -> float | int:
     """16 for 16.0, because other readers of PEFT's files take alpha for a whole number."""
     return int(number) if number == int(number) else number
+
+
+def exact_weight(layer: nn.Linear, name: str) -> Tensor:
+    """A layer's weight W_ED in float32, for a method that computes with it.
+
+    Raises:
+        ModelError: it is quantised, so that the numbers in it are not weights.
+    """
+    if not layer.weight.is_floating_point():
+        raise ModelError(
+            f"the weight of {name} is quantised ({layer.weight.dtype}); "
+            "load the base in bfloat16, float16 or float32 for this method"
+        )
+    return layer.weight.detach().float()
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
