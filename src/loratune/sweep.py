@@ -430,7 +430,7 @@ class _Heartbeat:
         while not self._done.wait(HEARTBEAT_SECONDS):
             # A store that can't be reached now may be reached again before the claim expires.
             with suppress(StoreError):
-                if not self._store.heartbeat(self._attempt):
+                if self._store.heartbeat([self._attempt]):
                     self.lost = True
                     return
 
