@@ -1,6 +1,6 @@
-"""A feed over a list of trials, for tests of engines."""
+"""A feed for engine tests: trials from a list, and what to answer to the engine's questions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratune.engine.base import Snapshot, Work
@@ -9,26 +9,35 @@ from loratune.records import Trial
 
 @dataclass
 class ListFeed:
-    """Gives out its trials; `snapshots` are what some go on from, `dropped` those taken away."""
+    """Gives out `trials` in their order, each with its snapshot where there is one.
+
+    `taken` are the ids of trials that somebody else trains; `claimed` notes what was given out.
+    """
 
     trials: Sequence[Trial]
-    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    snapshots: Mapping[str, Snapshot | None] = field(default_factory=dict[str, Snapshot | None])
+    taken: frozenset[str] = frozenset()
     wants: Callable[[], bool] = lambda: False
-    dropped: set[str] = field(default_factory=set)
-    given: list[str] = field(default_factory=list)
+    drops: Callable[[str], bool] = lambda trial_id: False
+    claimed: list[str] = field(default_factory=list[str])
+    _given: set[str] = field(default_factory=set[str])
 
-    def waiting(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.trial_id not in self.given]
+    def waiting(self) -> Sequence[Trial]:
+        return [trial for trial in self.trials if trial.trial_id not in self._given]
 
-    def claim(self, trial: Trial) -> Work:
-        self.given.append(trial.trial_id)
+    def claim(self, trial: Trial) -> Work | None:
+        assert trial.trial_id not in self._given, "a trial is claimed once"
+        self._given.add(trial.trial_id)
+        if trial.trial_id in self.taken:
+            return None
+        self.claimed.append(trial.trial_id)
         return Work(trial, self.snapshots.get(trial.trial_id))
 
     def is_begun(self, trial: Trial) -> bool:
-        return trial.trial_id in self.snapshots
+        return self.snapshots.get(trial.trial_id) is not None
 
     def wants_snapshot(self) -> bool:
         return self.wants()
 
     def is_dropped(self, trial_id: str) -> bool:
-        return trial_id in self.dropped
+        return self.drops(trial_id)

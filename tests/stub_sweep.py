@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratune.engine.base import Event, Finished, Progress, Snapshot
+from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot, Work
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100
 from loratune.planning.shapes import declared_model_facts
@@ -71,23 +71,33 @@ class StubEngine:
     name: str = "stub"
     seconds_per_update: float = 0.0
     trained: list[str] = field(default_factory=list)
-    statuses: Mapping[str, str] = field(default_factory=dict)
     fails: Callable[[Trial], bool] = lambda trial: False
 
-    def train(
-        self, trial: Trial, *, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
-    ) -> Generator[Event]:
+    def train(self, feed: Feed) -> Generator[Event]:
+        while waiting := feed.waiting():
+            work = feed.claim(waiting[0])
+            if work is not None:
+                yield from self._train(work, feed)
+
+    def _train(self, work: Work, feed: Feed) -> Generator[Event]:
+        trial = work.trial
         self.trained.append(trial.trial_id)
-        first = snapshot.update if snapshot is not None else 0
+        first = work.snapshot.update if work.snapshot is not None else 0
         for update in range(first, trial.num_updates):
             time.sleep(self.seconds_per_update)
             if self.fails(trial):
                 raise RuntimeError("the stub broke")
             yield Progress(trial.trial_id, update, trial.batch_size, number(trial, str(update)))
-            if wants_snapshot():
+            if feed.is_dropped(trial.trial_id):
+                return
+            if feed.wants_snapshot():
                 yield Snapshot(trial.trial_id, update + 1, {}, {})
-        adapter: Any = StubAdapter(trial.trial_id)
-        yield Finished(stub_outcome(trial), adapter)
+        yield stub_finished(trial)
+
+
+def stub_finished(trial: Trial) -> Finished:
+    adapter: Any = StubAdapter(trial.trial_id)
+    return Finished(stub_outcome(trial), adapter)
 
 
 def stub_outcome(trial: Trial) -> Outcome:

@@ -441,7 +441,7 @@ def test_data_whose_fields_cannot_be_told_lists_the_columns(loratune, furnished,
 def test_answers_are_given_where_torch_cannot_be_imported(finished, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     for arguments in (["recommend"], ["results"], ["cells"], ["compare"], ["report"]):
         command = [sys.executable, "-m", "loratune.cli", *arguments, str(finished)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -57,7 +57,7 @@ def test_killed_at_twenty_random_moments_the_table_is_that_of_an_undisturbed_run
     chance = random.Random(7)
     out = tmp_path / "killed"
     command = [sys.executable, str(PROGRAM), str(out), "0.02"]
-    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path])}
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment)
     while process.poll() is None and not (out / "loratune.db").exists():
@@ -217,7 +217,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
     command = [sys.executable, str(PROGRAM), str(tmp_path), "0.5"]
-    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path])}
     process = subprocess.Popen(command, env=environment)
     try:
         deadline = time.monotonic() + 60

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from feeds import ListFeed
 from loratune.data.prepare import PreparedData, fingerprint
 from loratune.data.rows import EncodedRows, lay_end_to_end
 from loratune.engine.base import Finished, Progress, Snapshot
@@ -133,11 +134,11 @@ def train(
     made = ReferenceEngine(
         base or tiny_base(),
         {trial.data_fingerprint: data},
-        tokens_per_microbatch=tokens_per_microbatch,
+        tokens_per_microbatch=lambda _: tokens_per_microbatch,
         **engine,
     )
     updates = list[int]()
-    for event in made.train(trial, snapshot=snapshot, wants_snapshot=lambda: False):
+    for event in made.train(ListFeed([trial], {trial.trial_id: snapshot})):
         if isinstance(event, Progress):
             updates.append(event.update)
         if isinstance(event, Finished):

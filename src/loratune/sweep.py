@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loratune.analyse.cells import Cell, make_cells
-from loratune.engine.base import Engine, Finished, Progress, Snapshot
+from loratune.engine.base import Engine, Failed, Finished, Progress, Snapshot, Work
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder, replace_folder, working_folder
 from loratune.planning.build import Plan
@@ -272,8 +272,8 @@ class _Loop:
         def wants_snapshot() -> bool:
             return self.should_stop() or self.clock() - last_snapshot >= self.snapshot_seconds
 
-        engine = self.workshop.engine(trial)
-        events = engine.train(trial, snapshot=snapshot, wants_snapshot=wants_snapshot)
+        feed = _OneTrial(Work(trial, snapshot), wants_snapshot)
+        events = self.workshop.engine(trial).train(feed)
         with closing(events):
             for event in events:
                 match event:
@@ -289,6 +289,8 @@ class _Loop:
                         if event.adapter is not None and self._wants_adapters():
                             self._keep(trial, event.adapter)
                         return event.outcome
+                    case Failed():
+                        raise event.error
         raise AssertionError(f"the engine ended {trial.trial_id} without an outcome")
 
     def _keep(self, trial: Trial, adapter: "AdapterFiles") -> None:
@@ -379,6 +381,27 @@ class _Loop:
         return self.store.results(self.study.study, with_losses=False, every_score=every_score)
 
 
+@dataclass
+class _OneTrial:
+    """A feed of one trial."""
+
+    work: Work
+    wants_snapshot: Callable[[], bool]
+    given: bool = False
+
+    def waiting(self) -> tuple[Trial, ...]:
+        return () if self.given else (self.work.trial,)
+
+    def claim(self, trial: Trial) -> Work:
+        assert trial == self.work.trial
+        self.given = True
+        return self.work
+
+    def is_dropped(self, trial_id: str) -> bool:
+        assert trial_id == self.work.trial.trial_id
+        return False  # The loop itself stops a trial that was taken over.
+
+
 class _TakenOver(Exception):
     """Another process holds the trial now."""
 
@@ -407,7 +430,7 @@ class _Heartbeat:
         while not self._done.wait(HEARTBEAT_SECONDS):
             # A store that can't be reached now may be reached again before the claim expires.
             with suppress(StoreError):
-                if not self._store.heartbeat(self._attempt):
+                if self._store.heartbeat([self._attempt]):
                     self.lost = True
                     return
 

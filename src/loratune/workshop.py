@@ -267,7 +267,7 @@ class ReferenceWorkshop:
         """See `sweep.Workshop`."""
         base = self._base_of(trial)
         rows = self._survey.prepared
-        return ReferenceEngine(base, rows, tokens_per_microbatch=self._tokens_per_microbatch(trial))
+        return ReferenceEngine(base, rows, tokens_per_microbatch=self._tokens_per_microbatch)
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
         """See `sweep.Workshop`."""

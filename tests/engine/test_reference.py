@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from feeds import ListFeed
 from loratune.data.order import row_order
 from loratune.data.rows import pad_rows
-from loratune.engine.base import Finished, Snapshot
+from loratune.engine.base import Finished, Progress, Snapshot
 from loratune.engine.loss import mean_token_loss
 from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
@@ -308,8 +309,10 @@ def test_going_on_from_any_snapshot_is_bit_equal(tmp_path, method):
     data = random_data(40)
     trial = tiny_trial(data, method=method, batch_size=4, dropout=0.1, max_grad_norm=1.0)
     base = tiny_base()
-    engine = ReferenceEngine(base, {trial.data_fingerprint: data}, tokens_per_microbatch=40)
-    events = list(engine.train(trial, snapshot=None, wants_snapshot=lambda: True))
+    engine = ReferenceEngine(
+        base, {trial.data_fingerprint: data}, tokens_per_microbatch=lambda _: 40
+    )
+    events = list(engine.train(ListFeed([trial], wants=lambda: True)))
     finished = events[-1]
     assert isinstance(finished, Finished)
     assert finished.adapter is not None
@@ -343,13 +346,39 @@ def test_a_snapshot_file_that_is_torn_counts_as_none(tmp_path):
     assert load_snapshot(path) is None
 
 
+def test_trials_of_one_feed_train_one_after_another_as_each_does_alone():
+    data = random_data(40)
+    trials = [
+        replace(tiny_trial(data, method=method, dropout=0.1), trial_id=f"trial-{method}")
+        for method in ("pissa", "lora", "dora", "adalora")
+    ]
+    alone = {trial.trial_id: train(trial, data)[0] for trial in trials}
+    feed = ListFeed(
+        trials, taken=frozenset(["trial-lora"]), drops=lambda trial_id: trial_id == "trial-dora"
+    )
+    engine = ReferenceEngine(
+        tiny_base(), {data.facts.fingerprint: data}, tokens_per_microbatch=lambda _: 10_000
+    )
+    events = list(engine.train(feed))
+    finished = [event.outcome for event in events if isinstance(event, Finished)]
+    assert feed.claimed == ["trial-pissa", "trial-dora", "trial-adalora"]
+    assert [outcome.trial_id for outcome in finished] == ["trial-pissa", "trial-adalora"]
+    # The dropped one is forgotten after its first update.
+    assert sum(isinstance(one, Progress) and one.trial_id == "trial-dora" for one in events) == 1
+    for outcome in finished:
+        assert outcome.losses == alone[outcome.trial_id].losses
+        assert outcome.validation_loss == alone[outcome.trial_id].validation_loss
+
+
 def test_closing_an_unfinished_trial_leaves_the_base_as_it_was():
     data = random_data(40)
     base = tiny_base()
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     trial = tiny_trial(data, method="pissa")
-    engine = ReferenceEngine(base, {trial.data_fingerprint: data}, tokens_per_microbatch=99)
-    events = engine.train(trial, snapshot=None, wants_snapshot=lambda: False)
+    engine = ReferenceEngine(
+        base, {trial.data_fingerprint: data}, tokens_per_microbatch=lambda _: 99
+    )
+    events = engine.train(ListFeed([trial]))
     next(events)
     events.close()
     after = base.model.state_dict()
@@ -481,8 +510,10 @@ def test_weights_gradients_and_adams_state_are_float32_over_a_bfloat16_base(meth
     base = tiny_base()
     _move(base, torch.bfloat16)
     trial = tiny_trial(data, method=method, precision="bfloat16", steps=10)
-    engine = ReferenceEngine(base, {trial.data_fingerprint: data}, tokens_per_microbatch=99)
-    events = list(engine.train(trial, snapshot=None, wants_snapshot=lambda: True))
+    engine = ReferenceEngine(
+        base, {trial.data_fingerprint: data}, tokens_per_microbatch=lambda _: 99
+    )
+    events = list(engine.train(ListFeed([trial], wants=lambda: True)))
     finished = events[-1]
     assert isinstance(finished, Finished)
     assert finished.outcome.status == "done"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from feeds import ListFeed
 from loratune.engine.base import Finished, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from loratune.models.load import Base
@@ -42,8 +43,10 @@ def test_going_on_from_a_snapshot_on_cuda_is_bit_equal(method):
     data = random_data(40)
     base = cuda_base(torch.bfloat16)
     trial = tiny_trial(data, method=method, precision="bfloat16", batch_size=4, dropout=0.1)
-    engine = ReferenceEngine(base, {trial.data_fingerprint: data}, tokens_per_microbatch=40)
-    events = list(engine.train(trial, snapshot=None, wants_snapshot=lambda: True))
+    engine = ReferenceEngine(
+        base, {trial.data_fingerprint: data}, tokens_per_microbatch=lambda _: 40
+    )
+    events = list(engine.train(ListFeed([trial], wants=lambda: True)))
     snapshot = next(event for event in events if isinstance(event, Snapshot) and event.update == 5)
     finished = events[-1]
     assert isinstance(finished, Finished)

@@ -44,7 +44,7 @@ def work(file: Path, tell: Tell, *, numbers: Sequence[int]) -> None:
                 attempt = store.claim(name, provenance=PROVENANCE)
                 if attempt is None:
                     break  # another worker has it
-                store.heartbeat(attempt)
+                store.heartbeat([attempt])
                 # The first trial fails once before it succeeds.
                 fails = number == 0 and found is None
                 found = outcome(number, status="failed" if fails else "done")

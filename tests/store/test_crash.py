@@ -18,7 +18,7 @@ NURSERY = Path(__file__).with_name("nursery.py")
 def nursery(*arguments: str | Path) -> Any:
     ran = subprocess.run(
         [sys.executable, NURSERY, *arguments],
-        env={**os.environ, "PYTHONPATH": str(NURSERY.parent.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(NURSERY.parent.parent), *sys.path])},
         capture_output=True,
         text=True,
         check=False,

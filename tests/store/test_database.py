@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from loratune.errors import StoreError
 from loratune.records import Outcome, Prediction
+from loratune.store import database
 from loratune.store.database import CLAIM_EXPIRY_SECONDS, Store, open_store
 from loratune.store.workers import Worker, this_worker
 from store.samples import (
@@ -248,7 +249,7 @@ def test_a_final_outcome_stands_for_ever(store: Store, status: Any, clock: Clock
     clock.advance(10 * CLAIM_EXPIRY_SECONDS)
     assert store.claim("trial-1", provenance=PROVENANCE) is None
     assert not store.finish(attempt, outcome(1, validation_loss=9.0))
-    assert not store.heartbeat(attempt)
+    assert store.heartbeat([attempt]) == {attempt}
     assert not store.release(attempt)
     assert store.outcome("trial-1") == outcome(1, status=status)
 
@@ -279,6 +280,25 @@ def test_an_outcome_of_another_trial_is_refused(store: Store) -> None:
     assert store.finish(attempt, outcome(1))
 
 
+def test_results_of_a_few_trials_are_those_of_all_and_of_no_other_study(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_IDS_PER_QUERY", 2)
+    add(store, 5, 4, 3, 2, 1)
+    add(store, 9, name="other")
+    store.finish(claim(store, 4), replace(outcome(4), status="failed"))
+    store.finish(claim(store, 4), outcome(4))
+    store.finish(claim(store, 1), outcome(1))
+    claim(store, 3)
+    for number in (1, 4):
+        store.add_score(f"trial-{number}", score(), PREDICTIONS)
+    whole = store.results("study")
+    few = store.results("study", trial_ids=["trial-1", "trial-3", "trial-9", "trial-4", "trial-1"])
+    assert few == tuple(whole[index] for index in (1, 2, 4))
+    assert few[0].scores
+    assert store.results("study", trial_ids=[]) == ()
+
+
 def test_an_attempt_expires_by_its_heartbeat(tmp_path: Path, clock: Clock) -> None:
     file = tmp_path / "loratune.db"
     with (
@@ -289,18 +309,37 @@ def test_an_attempt_expires_by_its_heartbeat(tmp_path: Path, clock: Clock) -> No
         attempt = claim(far, 1)
         clock.advance(CLAIM_EXPIRY_SECONDS)
         assert near.claim("trial-1", provenance=PROVENANCE) is None
-        assert far.heartbeat(attempt)
+        assert not far.heartbeat([attempt])
         clock.advance(CLAIM_EXPIRY_SECONDS)
         assert statuses(near) == ["running"]
         clock.advance(0.001)
         assert statuses(near) == ["planned"]
         taken = claim(near, 1)
         # The far worker was only slow. It learns that it lost, and writes nothing.
-        assert not far.heartbeat(attempt)
+        assert far.heartbeat([attempt]) == {attempt}
         assert not far.finish(attempt, outcome(1, validation_loss=7.0))
         assert far.outcome("trial-1") is None
         assert near.finish(taken, outcome(1))
         assert [one.end_kind for one in near.attempts("trial-1")] == ["lost", "finished"]
+
+
+def test_one_heartbeat_beats_for_every_attempt_and_names_those_that_were_lost(
+    tmp_path: Path, clock: Clock
+) -> None:
+    file = tmp_path / "loratune.db"
+    with (
+        open_store(file, create=True, clock=clock, worker=lambda: ELSEWHERE) as far,
+        open_store(file, create=True, clock=clock) as near,
+    ):
+        add(far, 1, 2, 3)
+        attempts = [claim(far, number) for number in (1, 2, 3)]
+        clock.advance(CLAIM_EXPIRY_SECONDS + 1)
+        claim(near, 2)
+        clock.advance(CLAIM_EXPIRY_SECONDS - 1)
+        assert far.heartbeat(attempts) == {attempts[1]}
+        assert far.heartbeat([]) == frozenset()
+        clock.advance(CLAIM_EXPIRY_SECONDS - 1)
+        assert statuses(far) == ["running", "planned", "running"]
 
 
 def test_a_slow_worker_whose_trial_nobody_took_may_still_finish(store: Store, clock: Clock) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
-from loratune.engine.base import Event, Finished, Progress, Snapshot
+from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot
 from loratune.engine.divergence import DivergenceWatch, last_tenth
 from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
 from loratune.methods import load_method
@@ -41,8 +41,8 @@ from loratune.records import Outcome, Trial
 class ReferenceEngine:
     """Trains one trial after another on one resident base.
 
-    `data` is keyed by data fingerprint; `tokens_per_microbatch` bounds what goes through the model
-    at once (padding counted) and is halved when the device runs out of memory.
+    `data` is keyed by data fingerprint; `tokens_per_microbatch` bounds what of a trial goes through
+    the model at once (padding counted) and is halved when the device runs out of memory.
     """
 
     name = "reference"
@@ -52,7 +52,7 @@ class ReferenceEngine:
         base: Base,
         data: Mapping[str, PreparedData],
         *,
-        tokens_per_microbatch: int,
+        tokens_per_microbatch: Callable[[Trial], int],
         find_method: Callable[[str], Method] = load_method,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -62,13 +62,20 @@ class ReferenceEngine:
         self._find_method = find_method
         self._clock = clock
 
-    def train(
-        self, trial: Trial, *, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
-    ) -> Generator[Event]:
-        """See `engine.base.Engine`. Out of memory, the trial starts again with half the tokens."""
+    def train(self, feed: Feed) -> Generator[Event]:
+        """See `engine.base.Engine`. What a trial raises ends the training: it alone is under way.
+
+        Out of memory, a trial starts again with half the tokens.
+        """
+        while waiting := feed.waiting():
+            work = feed.claim(waiting[0])
+            if work is not None:
+                yield from self._train(work.trial, work.snapshot, feed)
+
+    def _train(self, trial: Trial, snapshot: Snapshot | None, feed: Feed) -> Generator[Event]:
         rows = self._data[trial.data_fingerprint]
         longest = int(rows.train.lengths.max())
-        budget = self._tokens_per_microbatch
+        budget = self._tokens_per_microbatch(trial)
         started = self._clock()
         while True:
             run = _Run(
@@ -80,7 +87,7 @@ class ReferenceEngine:
                 clock=self._clock,
             )
             try:
-                yield from run.events(snapshot, wants_snapshot)
+                yield from run.events(snapshot, feed)
                 return
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
@@ -134,9 +141,7 @@ class _Run:
         self.account = _Account()
         self._pad_id = cast("int", base.tokenizer.pad_token_id)
 
-    def events(
-        self, snapshot: Snapshot | None, wants_snapshot: Callable[[], bool]
-    ) -> Generator[Event]:
+    def events(self, snapshot: Snapshot | None, feed: Feed) -> Generator[Event]:
         trial, base = self.trial, self.base
         if base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(base.device)
@@ -160,7 +165,9 @@ class _Run:
                 if reason is not None:
                     yield Finished(self._outcome("diverged", update=update, reason=reason), None)
                     return
-                if update + 1 < trial.num_updates and wants_snapshot():
+                if feed.is_dropped(trial.trial_id):
+                    return
+                if update + 1 < trial.num_updates and feed.wants_snapshot():
                     yield self._snapshot(update + 1, attached, optimizer)
             validation_loss = self._validation_loss(attached)
             self.account.seconds = before + self.clock() - since

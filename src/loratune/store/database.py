@@ -15,11 +15,12 @@ attempts, outcomes, scores and artifacts. Provisional trials have no place here.
 *Attempts.* Training a trial begins with `claim`, one compare-and-set statement that inserts an
 attempt if the trial has no open attempt and no final outcome. At most one attempt of a trial is
 open. Only the worker that claimed it may write to it: it beats at least every half minute or so
-(`heartbeat`), and ends it once, by `finish` or `release`. An open attempt is dead when its last
-heartbeat is older than CLAIM_EXPIRY_SECONDS, or when its process ran on this machine and is gone;
-the next claim then ends it as "lost" and takes over. A worker whose attempt was lost learns so from
-the False of its next call, which has written nothing; it should drop the trial. Workers on several
-machines need clocks that agree to well under CLAIM_EXPIRY_SECONDS.
+(`heartbeat`, one call for all that it holds), and ends it once, by `finish` or `release`. An open
+attempt is dead when its last heartbeat is older than CLAIM_EXPIRY_SECONDS, or when its process ran
+on this machine and is gone; the next claim then ends it as "lost" and takes over. A worker whose
+attempt was lost learns so from the answer to its next call, which has written nothing; it should
+drop the trial. Workers on several machines need clocks that agree to well under
+CLAIM_EXPIRY_SECONDS.
 
 *Outcomes.* `finish` writes the outcome and ends the attempt in one transaction. An outcome never
 changes. Statuses in records.FINAL_STATUSES stand for ever: such a trial cannot be claimed again,
@@ -59,13 +60,13 @@ schema, at the same moment; one of them then fails with a StoreError and can be 
 
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -110,6 +111,8 @@ from loratune.store.workers import Worker, is_gone, this_worker
 CLAIM_EXPIRY_SECONDS = 120.0
 # SQLite before 3.32 takes at most 999 bound values in a statement.
 _IDS_PER_QUERY = 900
+
+_T = TypeVar("_T")
 
 SelectOn = Literal["validation_loss", "validation_accuracy", "test"]
 
@@ -234,7 +237,7 @@ class Store:
                 unchanged = (
                     newest.text == text and newest.select_on == select_on and newest.asks == asked
                 )
-                rows = connection.execute(_trial_bodies(newest.study_id)).all()
+                rows = connection.execute(_trial_bodies(newest.study_id, None)).all()
                 if unchanged and [(row.trial_id, row.body) for row in rows] == list(bodies.items()):
                     return
             known = _bodies_of(connection, list(bodies))
@@ -307,7 +310,7 @@ class Store:
         """
         with self._reading() as connection:
             row = self._study(connection, study)
-            found = connection.execute(_trial_bodies(row.study_id)).all()
+            found = connection.execute(_trial_bodies(row.study_id, None)).all()
         return tuple(codec.trial_from_json(trial.body) for trial in found)
 
     # Attempts and outcomes
@@ -374,10 +377,20 @@ class Store:
                 select(tables.attempts.c.attempt_id).where(mine, is_open)
             ).scalar_one()
 
-    def heartbeat(self, attempt: int) -> bool:
-        """Say that the attempt's worker lives. False: the attempt has ended, drop the trial."""
+    def heartbeat(self, attempts: Collection[int]) -> frozenset[int]:
+        """Say that the attempts' worker lives. Those given back have ended: drop their trials."""
+        ours, ended, now = tables.attempts.c, set[int](), self._clock()
         with self._writing() as connection:
-            return self._update_open(connection, attempt, heartbeat_at=self._clock())
+            for some in _chunks(attempts):
+                mine = ours.attempt_id.in_(some)
+                connection.execute(
+                    update(tables.attempts)
+                    .where(mine, ours.ended_at.is_(None))
+                    .values(heartbeat_at=now)
+                )
+                gone = select(ours.attempt_id).where(mine, ours.ended_at.is_not(None))
+                ended.update(connection.execute(gone).scalars())
+        return frozenset(ended)
 
     def release(self, attempt: int) -> bool:
         """Give the trial back without an outcome (interrupted). False: it had ended already."""
@@ -481,7 +494,12 @@ class Store:
             return tuple(codec.provenance_from_json(row.provenance) for row in rows)
 
     def results(
-        self, study: str, *, with_losses: bool = True, every_score: bool = False
+        self,
+        study: str,
+        *,
+        trial_ids: Collection[str] | None = None,
+        with_losses: bool = True,
+        every_score: bool = False,
     ) -> tuple[TrialResult, ...]:
         """Every trial of the study in its order, with all that is known of it at this moment.
 
@@ -492,6 +510,7 @@ class Store:
 
         Args:
             study: its name.
+            trial_ids: only those of the study's trials, without reading the others.
             with_losses: False leaves `losses` and `grad_norms` of the outcomes empty. They are a
                 number for each update: millions, in a large study.
             every_score: True gives the newest score of each (task, split, task version, grader,
@@ -506,29 +525,15 @@ class Store:
             row = self._study(connection, study)
             select_on: SelectOn = row.select_on
             asked = None if row.asks is None else {ScoreKey(*key) for key in json.loads(row.asks)}
-            bodies = connection.execute(_trial_bodies(row.study_id)).all()
-            mine = tables.study_trials.c.study_id == row.study_id
-            newest = select(func.max(tables.outcomes.c.attempt_id)).group_by(
-                tables.outcomes.c.trial_id
-            )
-            ended = connection.execute(
-                select(*columns, tables.attempts.c.provenance)
-                .join(tables.attempts, tables.attempts.c.attempt_id == tables.outcomes.c.attempt_id)
-                .join(
-                    tables.study_trials,
-                    tables.study_trials.c.trial_id == tables.outcomes.c.trial_id,
-                )
-                .where(mine, tables.outcomes.c.attempt_id.in_(newest))
-            ).all()
-            holders = connection.execute(
-                select(tables.attempts)
-                .join(
-                    tables.study_trials,
-                    tables.study_trials.c.trial_id == tables.attempts.c.trial_id,
-                )
-                .where(mine, tables.attempts.c.ended_at.is_(None))
-            ).all()
-            records = _scores(connection, mine)
+            bodies = list[Row[Any]]()
+            ended = list[Row[Any]]()
+            holders = list[Row[Any]]()
+            records = list[ScoreRecord]()
+            for some in [None] if trial_ids is None else _chunks(trial_ids):
+                bodies += connection.execute(_trial_bodies(row.study_id, some)).all()
+                ended += connection.execute(_newest_outcomes(row.study_id, columns, some)).all()
+                holders += connection.execute(_open_attempts(row.study_id, some)).all()
+                records += _scores(connection, row.study_id, some)
         # Many attempts share one provenance.
         engines: dict[str, str] = {}
         for found in (*ended, *holders):
@@ -548,7 +553,7 @@ class Store:
             key = _score_key(record.score) if every_score else (record.score.task,)
             scored.setdefault(record.trial_id, {})[key] = record.score
         results: list[TrialResult] = []
-        for planned in bodies:
+        for planned in sorted(bodies, key=lambda body: body.position):
             trial_id: str = planned.trial_id
             outcome, engine = finished.get(trial_id, (None, None))
             if trial_id in running:
@@ -607,7 +612,7 @@ class Store:
         """
         with self._reading() as connection:
             row = self._study(connection, study)
-            return _scores(connection, tables.study_trials.c.study_id == row.study_id)
+            return _scores(connection, row.study_id, None)
 
     def predictions(self, score_id: int) -> tuple[Prediction, ...]:
         """The answers that a score counts, by question; empty where none were stored."""
@@ -768,14 +773,52 @@ def _newest_study(name: str) -> Executable:
     )
 
 
-def _trial_bodies(study_id: int) -> Executable:
-    """(trial id, canonical JSON) of a study's trials in their order, as the study writes them."""
+def _of_study(
+    study_id: int, column: ColumnElement[str], trial_ids: Sequence[str] | None
+) -> ColumnElement[bool]:
+    """That a row joined to `study_trials` is of the study and, if given, one of these trials."""
+    mine = tables.study_trials.c.study_id == study_id
+    # Said of the table that is read: its index on trials then finds the rows.
+    return mine if trial_ids is None else and_(mine, column.in_(trial_ids))
+
+
+def _trial_bodies(study_id: int, trial_ids: Sequence[str] | None) -> Executable:
+    """(position, trial id, canonical JSON) of trials in their order, as the study writes them."""
     shared, own = tables.trials, tables.study_trials
     return (
-        select(shared.c.trial_id, func.coalesce(own.c.body, shared.c.body).label("body"))
+        select(
+            own.c.position,
+            shared.c.trial_id,
+            func.coalesce(own.c.body, shared.c.body).label("body"),
+        )
         .join(own, own.c.trial_id == shared.c.trial_id)
-        .where(own.c.study_id == study_id)
+        .where(_of_study(study_id, own.c.trial_id, trial_ids))
         .order_by(own.c.position)
+    )
+
+
+def _newest_outcomes(
+    study_id: int, columns: Sequence[ColumnElement[Any]], trial_ids: Sequence[str] | None
+) -> Executable:
+    """The columns of each trial's newest outcome, and the provenance of its attempt."""
+    ours, attempts, own = tables.outcomes, tables.attempts, tables.study_trials
+    newest = select(func.max(ours.c.attempt_id)).group_by(ours.c.trial_id)
+    if trial_ids is not None:
+        newest = newest.where(ours.c.trial_id.in_(trial_ids))
+    return (
+        select(*columns, attempts.c.provenance)
+        .join(attempts, attempts.c.attempt_id == ours.c.attempt_id)
+        .join(own, own.c.trial_id == ours.c.trial_id)
+        .where(own.c.study_id == study_id, ours.c.attempt_id.in_(newest))
+    )
+
+
+def _open_attempts(study_id: int, trial_ids: Sequence[str] | None) -> Executable:
+    ours, own = tables.attempts, tables.study_trials
+    return (
+        select(ours)
+        .join(own, own.c.trial_id == ours.c.trial_id)
+        .where(_of_study(study_id, ours.c.trial_id, trial_ids), ours.c.ended_at.is_(None))
     )
 
 
@@ -789,9 +832,9 @@ def _inserted_id(connection: Connection, statement: Insert) -> int:
 def _bodies_of(connection: Connection, trial_ids: Sequence[str]) -> dict[str, str]:
     """The canonical JSON of those of the trials that are in the database."""
     bodies: dict[str, str] = {}
-    for start in range(0, len(trial_ids), _IDS_PER_QUERY):
+    for some in _chunks(trial_ids):
         query = select(tables.trials.c.trial_id, tables.trials.c.body).where(
-            tables.trials.c.trial_id.in_(trial_ids[start : start + _IDS_PER_QUERY])
+            tables.trials.c.trial_id.in_(some)
         )
         bodies.update((row.trial_id, row.body) for row in connection.execute(query))
     return bodies
@@ -801,12 +844,14 @@ def _is_artifact(trial_id: str, kind: str) -> ColumnElement[bool]:
     return and_(tables.artifacts.c.trial_id == trial_id, tables.artifacts.c.kind == kind)
 
 
-def _scores(connection: Connection, of_study: ColumnElement[bool]) -> tuple[ScoreRecord, ...]:
+def _scores(
+    connection: Connection, study_id: int, trial_ids: Sequence[str] | None
+) -> tuple[ScoreRecord, ...]:
     """The scores of a study's trials, oldest first."""
     query = (
         select(tables.scores)
         .join(tables.study_trials, tables.study_trials.c.trial_id == tables.scores.c.trial_id)
-        .where(of_study)
+        .where(_of_study(study_id, tables.scores.c.trial_id, trial_ids))
         .order_by(tables.scores.c.score_id)
     )
     return tuple(
@@ -818,6 +863,13 @@ def _scores(connection: Connection, of_study: ColumnElement[bool]) -> tuple[Scor
         )
         for row in connection.execute(query)
     )
+
+
+def _chunks(values: Collection[_T]) -> Iterator[list[_T]]:
+    """The values, each once, in lists that one statement can take."""
+    listed = list(dict.fromkeys(values))
+    for start in range(0, len(listed), _IDS_PER_QUERY):
+        yield listed[start : start + _IDS_PER_QUERY]
 
 
 def _outcome(row: Row[Any], names: Sequence[str]) -> Outcome:
