@@ -1,4 +1,4 @@
-"""The products of `engine.grouped` over ragged tiles, and AdamW over rows, as Triton kernels.
+"""Triton kernels: the products of `engine.grouped` over ragged tiles, AdamW over rows, token losses.
 
 Bound by memory traffic at the ranks that adapters have: `shrink` and `outer` read each large
 operand once, `expand` writes its result once, and a frozen correction (the second factor of a list)
@@ -47,6 +47,7 @@ def _shrink(
     stride_wa,
     stride_h,
     num_k_blocks,
+    ALIGNED: tl.constexpr,
     TWO: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -70,6 +71,10 @@ def _shrink(
     if slot >= 0:
         low = tl.load(segments + segment)
         high = tl.load(segments + segment + 1)
+        if ALIGNED:
+            # Or the mask could end anywhere, and every number would be loaded by itself.
+            low = tl.multiple_of(low, 16)
+            high = tl.multiple_of(high, 16)
         base_w = slot.to(tl.int64) * stride_wa
         x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
         for n in range(low, high, BN):
@@ -250,6 +255,64 @@ def _sum_chunks(
     tl.store(at_g, acc, mask=mask)
 
 
+@triton.jit
+def _token_losses(
+    logits_ptr,
+    labels_ptr,
+    weights_ptr,
+    losses_ptr,
+    V,
+    stride,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0)
+    row = logits_ptr + token.to(tl.int64) * stride
+    label = tl.load(labels_ptr + token)
+    largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for v in range(0, V, BLOCK):
+        at = v + tl.arange(0, BLOCK)
+        x = tl.load(row + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, x)
+        # Nothing but -inf so far: nothing to rescale.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - shift) + tl.exp(x - shift)
+        largest = larger
+    top = tl.max(largest, axis=0)
+    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    tl.store(losses_ptr + token, log_sum - tl.load(row + label).to(tl.float32))
+    if GRADIENT:
+        weight = tl.load(weights_ptr + token)
+        for v in range(0, V, BLOCK):
+            at = v + tl.arange(0, BLOCK)
+            x = tl.load(row + at, mask=at < V, other=float("-inf")).to(tl.float32)
+            g = (tl.exp(x - log_sum) - tl.where(at == label, 1.0, 0.0)) * weight
+            tl.store(row + at, g.to(logits_ptr.dtype.element_ty), mask=at < V)
+
+
+def token_losses(
+    logits_LV: Tensor, labels_L: Tensor, weights_L: Tensor, *, with_gradient: bool
+) -> Tensor:
+    """float32[L] losses in nats; with the gradient, it is written over the logits.
+
+    Softmax in float32, the logits read twice (the second time mostly from cache).
+    """
+    losses_L = torch.empty(len(labels_L), dtype=torch.float32, device=logits_LV.device)
+    _token_losses[(len(labels_L),)](
+        logits_LV,
+        labels_L,
+        weights_L,
+        losses_L,
+        logits_LV.shape[1],
+        logits_LV.stride(0),
+        GRADIENT=with_gradient,
+        BLOCK=4096,
+        num_warps=8,
+    )
+    return losses_L
+
+
 class TritonProducts:
     """`engine.grouped.GroupedProducts` on CUDA.
 
@@ -259,7 +322,7 @@ class TritonProducts:
 
     def __init__(self) -> None:
         self._segments: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self._parts: dict[torch.device, Tensor] = {}
+        self._parts: dict[torch.device, list[Tensor]] = {}
 
     def shrink(
         self, x_MN: Tensor, ws_AKN: Sequence[Tensor], routing: Routing, segments: Sequence[int]
@@ -287,6 +350,7 @@ class TritonProducts:
             w.stride(0),
             hs[0].stride(0),
             num_k_blocks,
+            ALIGNED=all(bound % 16 == 0 for bound in segments),
             TWO=len(ws_AKN) == 2,
             BM=TILE_CUDA,
             BK=block_k,
@@ -399,11 +463,14 @@ class TritonProducts:
         return self._segments[key]
 
     def _workspace(self, size: int, device: torch.device) -> Tensor:
-        """One buffer for all layers: they use it one after another, on one stream."""
-        known = self._parts.get(device)
-        if known is None or known.numel() < size:
-            known = self._parts[device] = torch.empty(size, dtype=torch.float32, device=device)
-        return known
+        """One buffer for all layers: they use it one after another, on one stream.
+
+        Smaller ones are kept: a captured step goes on using the one that it was captured with.
+        """
+        known = self._parts.setdefault(device, [])
+        if not known or known[-1].numel() < size:
+            known.append(torch.empty(size, dtype=torch.float32, device=device))
+        return known[-1]
 
 
 def _block(size: int, *, most: int) -> int:

@@ -179,6 +179,22 @@ def _longest_row(data: Mapping[str, PreparedData]) -> int:
     return max(int(rows.lengths.max()) for rows in sets)
 
 
+@dataclass(frozen=True, eq=False)
+class _RowSizes:
+    """Tokens, and tokens with loss, of every training row: int64[num_rows]."""
+
+    lengths: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: EncodedRows) -> "_RowSizes":
+        """A row's first token has no loss, whatever its mask says."""
+        counted = rows.is_target.copy()
+        counted[rows.offsets[:-1]] = False
+        before = np.concatenate([[0], np.cumsum(counted)])
+        return cls(rows.lengths, before[rows.offsets[1:]] - before[rows.offsets[:-1]])
+
+
 @dataclass(eq=False)
 class _Seat:
     """A trial in a slot: where it is in its data, and what it has done.
@@ -190,6 +206,7 @@ class _Seat:
     slot: int
     trial: Trial
     data: PreparedData
+    sizes: "_RowSizes"
     method: Packable
     lr_factors: tuple[float, float, float]
     frozen_P: Tensor | None
@@ -218,8 +235,8 @@ class _Seat:
             start=update * trial.batch_size,
             count=trial.last_batch_size if is_last else trial.batch_size,
         )
-        self.lengths = self.data.train.lengths[self.batch]
-        self.targets = num_targets(self.data.train, self.batch)
+        self.lengths = self.sizes.lengths[self.batch]
+        self.targets = int(self.sizes.targets[self.batch].sum())
 
     @property
     def is_through(self) -> bool:
@@ -308,6 +325,7 @@ class _Session:
         # overflow takes a batch back before the next one is trained on.
         lags = self.device.type == "cuda" and base.model.dtype != torch.float16
         self.depth = 1 if lags else 0
+        self.sizes = {name: _RowSizes.of(one.train) for name, one in data.items()}
         rows = sum(len(one.train) for one in data.values())
         tokens = sum(int(one.train.lengths.sum()) for one in data.values())
         self.mean_row_tokens = tokens / rows
@@ -432,6 +450,7 @@ class _Session:
             slot=free[0],
             trial=trial,
             data=self.data[trial.data_fingerprint],
+            sizes=self.sizes[trial.data_fingerprint],
             method=method,
             lr_factors=(
                 factors.get("A", 1.0),

@@ -16,7 +16,7 @@ Legend: M tokens of a step, V vocabulary.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from transformers import PreTrainedModel
 from loratune.data.rows import lay_end_to_end
 from loratune.engine.attention import NAME, has_varlen
 from loratune.engine.head import Targets, head_losses
-from loratune.engine.laying import StepRows, lay_out_step
+from loratune.engine.laying import LaidOut, StepRows, lay_out_step
 from loratune.engine.memory import sent
 from loratune.engine.packed_linear import Dropout, PackedGroup, PackedLinear, StepRouting
-from loratune.engine.routing import alignment, route
+from loratune.engine.replay import Replay
+from loratune.engine.routing import Routing, alignment, route
 from loratune.engine.slots import GroupShape, Slots, views
 from loratune.errors import ModelError
 from loratune.methods.resident import Resident
@@ -48,7 +49,7 @@ LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e
 class StepSize:
     """Sizes that every step is filled up to, so that what is compiled once serves all steps.
 
-    None: every step is as large as its rows.
+    On CUDA it is also captured once (`engine.replay`). None: a step is as large as its rows.
     """
 
     num_tokens: int
@@ -65,14 +66,16 @@ class PackedModel:
         step: StepRouting,
         *,
         longest_row: int,
-        compiled: bool,
     ) -> None:
         self._model = model
         self._slots = slots
         self._step = step
         self._longest_row = longest_row
-        self._compiled = compiled
         self._device = slots.params_AP.device
+        self._lengths: list[int] = []
+        self._replays: dict[tuple[StepSize, bool], Replay] = {}
+        # One pool of memory: captured steps run one after another.
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         head: Any = model.get_output_embeddings()
         self._head_VD: Tensor = head.weight
         self._head_bias: Tensor | None = getattr(head, "bias", None)
@@ -82,41 +85,54 @@ class PackedModel:
 
         Each slot's summed token losses in nats, unweighted, are added to float64 `into_A`.
         """
-        hidden_MD, targets = self._hidden(rows, size)
+        laid, inputs = self._laid(rows, size)
+        targets = self._targets(laid)
+        replay = self._replay(size, backward=True)
+        if replay is not None:
+            embedded_MD, hidden_MD = None, replay.forward(inputs)
+        else:
+            embedded_MD, hidden_MD = self._body([sent(one, self._device) for one in inputs], size)
         nll_L, grad_MD = head_losses(
             hidden_MD.detach(),
             self._head_VD,
             self._head_bias,
             targets,
             with_gradient=True,
-            compiled=self._compiled,
         )
         into_A.index_add_(0, targets.slots_L, nll_L.to(into_A.dtype))
         assert grad_MD is not None
-        torch.autograd.backward(hidden_MD, grad_MD)
+        if replay is not None:
+            replay.backward(grad_MD)
+        else:
+            torch.autograd.grad(hidden_MD, cast("Tensor", embedded_MD), grad_MD)
 
     @torch.no_grad()
     def loss_sum(self, rows: StepRows, *, size: StepSize | None = None) -> Tensor:
         """float64: the summed token losses in nats of all rows; gradients are not touched."""
-        hidden_MD, targets = self._hidden(rows, size)
+        laid, inputs = self._laid(rows, size)
+        replay = self._replay(size, backward=False)
+        if replay is not None:
+            hidden_MD = replay.forward(inputs)
+        else:
+            _, hidden_MD = self._body([sent(one, self._device) for one in inputs], size)
         nll_L, _ = head_losses(
             hidden_MD,
             self._head_VD,
             self._head_bias,
-            targets,
+            self._targets(laid),
             with_gradient=False,
-            compiled=self._compiled,
         )
         return nll_L.double().sum()
 
     @torch.no_grad()
     def logits(self, rows: StepRows) -> Tensor:
         """float32[M, V] at every token, filler included."""
-        hidden_MD, _ = self._hidden(rows, None)
+        _, inputs = self._laid(rows, None)
+        _, hidden_MD = self._body([sent(one, self._device) for one in inputs], None)
         return functional.linear(hidden_MD, self._head_VD, self._head_bias).float()
 
-    def _hidden(self, rows: StepRows, size: StepSize | None) -> tuple[Tensor, Targets]:
-        """Last hidden states M x D, and where the losses fall."""
+    def _laid(self, rows: StepRows, size: StepSize | None) -> tuple[LaidOut, list[Tensor]]:
+        """The step as arrays, and what the body takes of it: on the CPU, of fixed sizes."""
         laid = lay_out_step(
             rows,
             num_slots=self._slots.num_slots,
@@ -125,47 +141,84 @@ class PackedModel:
             num_tokens=None if size is None else size.num_tokens,
             num_rows=None if size is None else size.num_rows,
         )
-        num_tokens = len(laid.input_ids)
-        routing = route(
+        routing, self._lengths = route(
             laid.counts,
             fresh=[slot in rows.fresh for slot in range(self._slots.num_slots)],
-            num_tokens=num_tokens,
+            num_tokens=len(laid.input_ids),
             fixed_size=size is not None,
             device=self._device,
         )
-        self._step.routing = routing.tensors()
-        self._step.token_key_M = self._sent(laid.token_keys)
-        input_ids, position_ids = self._sent(laid.input_ids), self._sent(laid.position_ids)
-        where: dict[str, Any] = {"longest_row": self._longest_row}
+        arrays = [
+            np.stack([laid.input_ids, laid.position_ids]),
+            np.concatenate([routing, laid.token_keys, laid.row_bounds]),
+        ]
+        return laid, [torch.from_numpy(one) for one in arrays]
+
+    def _targets(self, laid: LaidOut) -> Targets:
+        return Targets(
+            *(
+                sent(torch.from_numpy(one), self._device)
+                for one in (laid.index, laid.labels, laid.slots, laid.weights)
+            )
+        )
+
+    def _body(self, inputs: Sequence[Tensor], size: StepSize | None) -> tuple[Tensor, Tensor]:
+        """Embedded tokens, 1 x M x D, and last hidden states, M x D."""
+        tokens, whole = inputs
+        num_tokens = tokens.shape[1]
+        num_routing = sum(self._lengths)
+        routing, keys, bounds = whole.split(
+            [num_routing, num_tokens, len(whole) - num_routing - num_tokens]
+        )
+        self._step.routing = Routing.of(routing, self._lengths).tensors()
+        self._step.token_key_M = keys
+        where: dict[str, Any]
         if has_varlen(self._device, self._model.dtype):
-            where["row_bounds"] = self._sent(laid.row_bounds)
+            where = {"row_bounds": bounds, "longest_row": self._longest_row}
         else:
-            counts = np.diff(laid.row_bounds)
-            row_of = np.repeat(np.arange(len(counts)), counts)
-            within = np.arange(num_tokens) - np.repeat(laid.row_bounds[:-1], counts)
+            counts = bounds.diff()
             longest = int(counts.max())
+            row_of = torch.repeat_interleave(counts)
+            starts_M = bounds[:-1].long()[row_of]
+            within = torch.arange(num_tokens, device=self._device) - starts_M
             where = {
                 "longest_row": longest,
-                "padded_index_M": self._sent(row_of * longest + within),
+                "padded_index_M": row_of * longest + within,
                 "num_rows": len(counts),
             }
-        embedded = self._model.get_input_embeddings()(input_ids[None])
+        embedded = self._model.get_input_embeddings()(tokens[:1])
         if torch.is_grad_enabled():
             # Or the first layer's backward, which collects its adapters' gradients, is not called.
             embedded.requires_grad_(True)
         output: Any = self._model.base_model(
-            inputs_embeds=embedded, position_ids=position_ids[None], use_cache=False, **where
+            inputs_embeds=embedded, position_ids=tokens[1:], use_cache=False, **where
         )
-        targets = Targets(
-            index_L=self._sent(laid.index),
-            labels_L=self._sent(laid.labels),
-            slots_L=self._sent(laid.slots),
-            weights_L=self._sent(laid.weights),
-        )
-        return output.last_hidden_state[0], targets
+        return embedded, output.last_hidden_state[0]
 
-    def _sent(self, array: Any) -> Tensor:
-        return sent(torch.from_numpy(array), self._device)
+    def _replay(self, size: StepSize | None, *, backward: bool) -> Replay | None:
+        """The captured body for steps of a size; None where nothing is captured."""
+        if size is None or self._device.type != "cuda":
+            return None
+        key = (size, backward)
+        if key not in self._replays:
+            lengths = self._lengths
+            nothing = StepRows(
+                rows=lay_end_to_end([], []),
+                slots=np.zeros(0, dtype=np.int64),
+                weights=np.zeros(0),
+                keys=np.zeros(0, dtype=np.int64),
+                fresh=frozenset(),
+            )
+            _, example = self._laid(nothing, size)
+            assert self._lengths == lengths
+            self._replays[key] = Replay(
+                lambda buffers: self._body(buffers, size),
+                example,
+                backward=backward,
+                device=self._device,
+                pool=self._pool,
+            )
+        return self._replays[key]
 
 
 def group_targets(
@@ -228,7 +281,7 @@ def installed(
         slots: every slot's factors zero.
         keep_A: the share of features that each slot's dropout keeps; None: no trial drops any.
         longest_row: no row of any step is longer.
-        compile_blocks: compile the decoder's blocks and the head's loss.
+        compile_blocks: compile the decoder's blocks.
 
     Raises:
         ModelError: the family computes something that the packed form does not.
@@ -237,7 +290,7 @@ def installed(
     expected = _check_rows(model)
     step = StepRouting()
     step.keep_A = keep_A
-    packed = PackedModel(model, slots, step, longest_row=longest_row, compiled=compile_blocks)
+    packed = PackedModel(model, slots, step, longest_row=longest_row)
     try:
         _replace_linears(model, slots, step)
         model.config._attn_implementation = NAME  # transformers' own setting

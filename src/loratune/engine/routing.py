@@ -22,8 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratune.engine.memory import sent
-
 TILE_CUDA = 64
 TILE_CPU = 16
 # A gradient is summed over at most so many tokens by one kernel program, then over its chunks in
@@ -50,6 +48,11 @@ class Routing:
     slot_chunk_A: Tensor
     is_fresh_A: Tensor
     token_slot_M: Tensor
+
+    @classmethod
+    def of(cls, whole: Tensor, lengths: Sequence[int]) -> "Routing":
+        """Views of what `route` gave, sent to a device in one piece."""
+        return cls(*whole.split(list(lengths)))
 
     def tensors(self) -> list[Tensor]:
         """The fields in order: what `Routing(*tensors)` takes."""
@@ -83,7 +86,7 @@ def route(
     num_tokens: int,
     fixed_size: bool,
     device: torch.device,
-) -> Routing:
+) -> tuple[NDArray[np.int32], list[int]]:
     """The routing of a step in which slot a has `counts[a]` tokens, slot after slot.
 
     Args:
@@ -92,7 +95,10 @@ def route(
         num_tokens: M, the tokens of the step, filler included.
         fixed_size: make tensors of the sizes that any step of M tokens needs, with empty tiles
             and chunks at their ends.
-        device: where the tensors go.
+        device: where it is to be used: tiles and alignment depend on it.
+
+    Returns:
+        The fields of a `Routing` end to end, and the length of each; see `Routing.of`.
     """
     tile, align = tile_size(device), alignment(device)
     sizes = np.asarray(counts, dtype=np.int64)
@@ -122,9 +128,7 @@ def route(
         begun.astype(np.int32),
         token_slot,
     ]
-    # One transfer; `Routing` holds views of it.
-    whole = sent(torch.from_numpy(np.concatenate(parts)), device)
-    return Routing(*whole.split([len(part) for part in parts]))
+    return np.concatenate(parts), [len(part) for part in parts]
 
 
 def _cut(spans: Sequence[tuple[int, int, int]], size: int) -> list[tuple[int, int, int]]:
