@@ -7,7 +7,7 @@ shares these passes. No atomics: every sum is in the same order at every repeat.
 A tile never crosses two slots, and what lies outside of it is not read, so that one slot's NaN
 reaches no other slot's tokens.
 
-Legend: A slots, M tokens, K directions a segment, N features, S segments, T tiles, C chunks.
+Legend: A slots, M tokens, K directions, N features, T tiles, C chunks.
 """
 
 # triton has no types.
@@ -40,14 +40,12 @@ def _shrink(
     tile_slot,
     tile_begin,
     tile_end,
-    segments,
     K,
     N,
     stride_x,
     stride_wa,
+    stride_wk,
     stride_h,
-    num_k_blocks,
-    ALIGNED: tl.constexpr,
     TWO: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -55,8 +53,6 @@ def _shrink(
     PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    segment = tl.program_id(1) // num_k_blocks
-    k_block = tl.program_id(1) % num_k_blocks
     slot = tl.load(tile_slot + tile)
     begin = tl.load(tile_begin + tile)
     end = tl.load(tile_end + tile)
@@ -64,30 +60,24 @@ def _shrink(
         return
     rows = begin + tl.arange(0, BM)
     is_row = rows < end
-    ks = k_block * BK + tl.arange(0, BK)
+    ks = tl.program_id(1) * BK + tl.arange(0, BK)
     is_k = ks < K
     acc = tl.zeros((BM, BK), dtype=tl.float32)
     acc2 = tl.zeros((BM, BK), dtype=tl.float32)
     if slot >= 0:
-        low = tl.load(segments + segment)
-        high = tl.load(segments + segment + 1)
-        if ALIGNED:
-            # Or the mask could end anywhere, and every number would be loaded by itself.
-            low = tl.multiple_of(low, 16)
-            high = tl.multiple_of(high, 16)
         base_w = slot.to(tl.int64) * stride_wa
         x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
-        for n in range(low, high, BN):
+        for n in range(0, N, BN):
             ns = n + tl.arange(0, BN)
-            is_n = ns < high
+            is_n = ns < N
             x = tl.load(x_rows + ns[None, :], mask=is_row[:, None] & is_n[None, :], other=0.0)
-            at_w = base_w + ks[None, :] * N + ns[:, None]
+            at_w = base_w + ks[None, :] * stride_wk + ns[:, None]
             w = tl.load(w_ptr + at_w, mask=is_k[None, :] & is_n[:, None], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             if TWO:
                 w2 = tl.load(w2_ptr + at_w, mask=is_k[None, :] & is_n[:, None], other=0.0)
                 acc2 = tl.dot(x, w2, acc2, input_precision=PRECISION)
-    at_h = rows.to(tl.int64)[:, None] * stride_h + segment * K + ks[None, :]
+    at_h = rows.to(tl.int64)[:, None] * stride_h + ks[None, :]
     mask = is_row[:, None] & is_k[None, :]
     tl.store(h_ptr + at_h, acc.to(h_ptr.dtype.element_ty), mask=mask)
     if TWO:
@@ -105,12 +95,11 @@ def _expand(
     tile_slot,
     tile_begin,
     tile_end,
-    segments,
-    num_segments,
     K,
     N,
     stride_h,
     stride_wa,
+    stride_wk,
     stride_y,
     TWO: tl.constexpr,
     BIAS: tl.constexpr,
@@ -120,7 +109,6 @@ def _expand(
     PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    n_block = tl.program_id(1)
     slot = tl.load(tile_slot + tile)
     begin = tl.load(tile_begin + tile)
     end = tl.load(tile_end + tile)
@@ -128,20 +116,16 @@ def _expand(
         return
     rows = begin + tl.arange(0, BM)
     is_row = rows < end
-    ns = n_block * BN + tl.arange(0, BN)
+    ns = tl.program_id(1) * BN + tl.arange(0, BN)
     is_n = ns < N
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if slot >= 0:
-        # Segments are multiples of BN wide: a block lies within one.
-        segment = 0
-        for s in range(1, num_segments):
-            segment += (tl.load(segments + s) <= n_block * BN).to(tl.int32)
         base_w = slot.to(tl.int64) * stride_wa
         for k in range(0, K, BK):
             ks = k + tl.arange(0, BK)
             is_k = ks < K
-            at_h = rows.to(tl.int64)[:, None] * stride_h + segment * K + ks[None, :]
-            at_w = base_w + ks[:, None] * N + ns[None, :]
+            at_h = rows.to(tl.int64)[:, None] * stride_h + ks[None, :]
+            at_w = base_w + ks[:, None] * stride_wk + ns[None, :]
             h_mask = is_row[:, None] & is_k[None, :]
             w_mask = is_k[:, None] & is_n[None, :]
             h = tl.load(h_ptr + at_h, mask=h_mask, other=0.0)
@@ -170,13 +154,12 @@ def _outer(
     chunk_end,
     slot_chunk,
     is_fresh,
-    segments,
-    num_segments,
     K,
     N,
     stride_h,
     stride_x,
     stride_ga,
+    stride_gk,
     num_n_blocks,
     TWO: tl.constexpr,
     SCALED: tl.constexpr,
@@ -197,14 +180,11 @@ def _outer(
     is_n = ns < N
     ks = k_block * BK + tl.arange(0, BK)
     is_k = ks < K
-    segment = 0
-    for s in range(1, num_segments):
-        segment += (tl.load(segments + s) <= n_block * BN).to(tl.int32)
     acc = tl.zeros((BK, BN), dtype=tl.float32)
     for t in range(begin, end, BT):
         rows = t + tl.arange(0, BT)
         is_row = rows < end
-        at_h = rows.to(tl.int64)[None, :] * stride_h + segment * K + ks[:, None]
+        at_h = rows.to(tl.int64)[None, :] * stride_h + ks[:, None]
         h_mask = is_row[None, :] & is_k[:, None]
         h = tl.load(h_ptr + at_h, mask=h_mask, other=0.0)
         if TWO:
@@ -216,16 +196,16 @@ def _outer(
         acc = tl.dot(h, x, acc, input_precision=PRECISION)
     if SCALED:
         acc *= tl.load(scale_ptr + slot)
-    inside = ks[:, None] * N + ns[None, :]
     mask = is_k[:, None] & is_n[None, :]
     first = tl.load(slot_chunk + slot)
     last = tl.load(slot_chunk + slot + 1)
     if last - first == 1:
-        at_g = g_ptr + slot.to(tl.int64) * stride_ga + inside
+        at_g = g_ptr + slot.to(tl.int64) * stride_ga + ks[:, None] * stride_gk + ns[None, :]
         if tl.load(is_fresh + slot) == 0:
             acc += tl.load(at_g, mask=mask, other=0.0)
         tl.store(at_g, acc, mask=mask)
     else:
+        inside = ks[:, None] * N + ns[None, :]
         tl.store(part_ptr + chunk.to(tl.int64) * K * N + inside, acc, mask=mask)
 
 
@@ -236,7 +216,9 @@ def _sum_chunks(
     slot_chunk,
     is_fresh,
     size,
+    N,
     stride_ga,
+    stride_gk,
     BLOCK: tl.constexpr,
 ):
     slot = tl.program_id(1)
@@ -246,7 +228,7 @@ def _sum_chunks(
         return
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    at_g = g_ptr + slot.to(tl.int64) * stride_ga + at
+    at_g = g_ptr + slot.to(tl.int64) * stride_ga + (at // N) * stride_gk + at % N
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     if tl.load(is_fresh + slot) == 0:
         acc = tl.load(at_g, mask=mask, other=0.0)
@@ -314,102 +296,90 @@ def token_losses(
 
 
 class TritonProducts:
-    """`engine.grouped.GroupedProducts` on CUDA.
-
-    `allocate_parts` gives the float32 workspace of at least that many numbers in which the chunks
-    of a slot wait for their sum.
-    """
+    """`engine.grouped.GroupedProducts` on CUDA."""
 
     def __init__(self) -> None:
-        self._segments: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        # Float32 workspaces in which the chunks of a slot wait for their sum.
         self._parts: dict[torch.device, list[Tensor]] = {}
 
     def shrink(
-        self, x_MN: Tensor, ws_AKN: Sequence[Tensor], routing: Routing, segments: Sequence[int]
-    ) -> list[Tensor]:
+        self,
+        x_MN: Tensor,
+        ws_AKN: Sequence[Tensor],
+        routing: Routing,
+        *,
+        into: Sequence[Tensor],
+    ) -> None:
         """See `engine.grouped.GroupedProducts`."""
         w = ws_AKN[0]
-        num_directions = w.shape[1]
-        num_segments = len(segments) - 1
+        _, num_directions, num_features = w.shape
         block_k = _block(num_directions, most=64 if len(ws_AKN) == 2 else 128)
-        num_k_blocks = triton.cdiv(num_directions, block_k)
-        hs = [x_MN.new_empty(x_MN.shape[0], num_segments * num_directions) for _ in ws_AKN]
-        _shrink[(len(routing.tile_slot_T), num_segments * num_k_blocks)](
+        _shrink[(len(routing.tile_slot_T), triton.cdiv(num_directions, block_k))](
             x_MN,
             w,
             ws_AKN[-1],
-            hs[0],
-            hs[-1],
+            into[0],
+            into[-1],
             routing.tile_slot_T,
             routing.tile_begin_T,
             routing.tile_end_T,
-            self._bounds(segments, x_MN.device),
             num_directions,
-            w.shape[2],
+            num_features,
             x_MN.stride(0),
             w.stride(0),
-            hs[0].stride(0),
-            num_k_blocks,
-            ALIGNED=all(bound % 16 == 0 for bound in segments),
+            w.stride(1),
+            into[0].stride(0),
             TWO=len(ws_AKN) == 2,
             BM=TILE_CUDA,
             BK=block_k,
             PRECISION=_precision(x_MN),
             **SHRINK,
         )
-        return hs
 
     def expand(
         self,
         hs_MK: Sequence[Tensor],
         ws_AKN: Sequence[Tensor],
         routing: Routing,
-        segments: Sequence[int],
         *,
+        into_MN: Tensor,
         bias_N: Tensor | None = None,
-    ) -> Tensor:
+    ) -> None:
         """See `engine.grouped.GroupedProducts`."""
         h, w = hs_MK[0], ws_AKN[0]
         num_features = w.shape[2]
-        y_MN = h.new_empty(h.shape[0], num_features)
-        block_n = 64 if len(segments) > 2 else EXPAND["BN"]
-        _expand[(len(routing.tile_slot_T), triton.cdiv(num_features, block_n))](
+        _expand[(len(routing.tile_slot_T), triton.cdiv(num_features, EXPAND["BN"]))](
             h,
             hs_MK[-1],
             w,
             ws_AKN[-1],
             h if bias_N is None else bias_N,
-            y_MN,
+            into_MN,
             routing.tile_slot_T,
             routing.tile_begin_T,
             routing.tile_end_T,
-            self._bounds(segments, h.device),
-            len(segments) - 1,
             w.shape[1],
             num_features,
             h.stride(0),
             w.stride(0),
-            y_MN.stride(0),
+            w.stride(1),
+            into_MN.stride(0),
             TWO=len(ws_AKN) == 2,
             BIAS=bias_N is not None,
             BM=TILE_CUDA,
             BK=_block(w.shape[1], most=64),
-            BN=block_n,
             PRECISION=_precision(h),
-            num_warps=EXPAND["num_warps"],
-            num_stages=EXPAND["num_stages"],
+            **EXPAND,
         )
-        return y_MN
 
     def outer(
         self,
         hs_MK: Sequence[Tensor],
         x_MN: Tensor,
         routing: Routing,
-        segments: Sequence[int],
         *,
         into_AKN: Tensor,
-        scale_A: Tensor | None,
+        scale_A: Tensor | None = None,
     ) -> None:
         """See `engine.grouped.GroupedProducts`."""
         h = hs_MK[0]
@@ -419,7 +389,6 @@ class TritonProducts:
         num_chunks = len(routing.chunk_slot_C)
         size = num_directions * num_features
         parts = self._workspace(num_chunks * size, h.device)
-        bounds = self._bounds(segments, h.device)
         _outer[(num_n_blocks * triton.cdiv(num_directions, block_k), num_chunks)](
             h,
             hs_MK[-1],
@@ -432,13 +401,12 @@ class TritonProducts:
             routing.chunk_end_C,
             routing.slot_chunk_A,
             routing.is_fresh_A,
-            bounds,
-            len(segments) - 1,
             num_directions,
             num_features,
             h.stride(0),
             x_MN.stride(0),
             into_AKN.stride(0),
+            into_AKN.stride(1),
             num_n_blocks,
             TWO=len(hs_MK) == 2,
             SCALED=scale_A is not None,
@@ -452,15 +420,11 @@ class TritonProducts:
             routing.slot_chunk_A,
             routing.is_fresh_A,
             size,
+            num_features,
             into_AKN.stride(0),
+            into_AKN.stride(1),
             BLOCK=1024,
         )
-
-    def _bounds(self, segments: Sequence[int], device: torch.device) -> Tensor:
-        key = (tuple(segments), device)
-        if key not in self._segments:
-            self._segments[key] = torch.tensor(segments, dtype=torch.int32, device=device)
-        return self._segments[key]
 
     def _workspace(self, size: int, device: torch.device) -> Tensor:
         """One buffer for all layers: they use it one after another, on one stream.

@@ -343,11 +343,10 @@ class _Session:
             torch.cuda.reset_peak_memory_stats(device)
         began = False
         try:
-            groups = group_targets(
-                self.base.model, self.targets, device=device, dropout=shape.dropout
-            )
+            # With dropout every layer drops features of its own.
+            groups = group_targets(self.base.model, self.targets, apart=shape.dropout)
             # Each layer alone, as in a snapshot, which any later pack can take up.
-            self.single = group_targets(self.base.model, self.targets, device=device, dropout=True)
+            self.single = group_targets(self.base.model, self.targets, apart=True)
             layout = lay_out(groups, rank=shape.rank, magnitudes=shape.magnitudes)
             self.slots = Slots(
                 layout,

@@ -30,6 +30,7 @@ Legend: A slots, M tokens, D in, E out (all members of a group), R rank, K = mem
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -53,16 +54,11 @@ def products_on(device_type: str) -> GroupedProducts:
 def packed_linear(
     x: Tensor,
     x_adapter: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     bias: Tensor | None,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
-    scale: Tensor,
     gain: Tensor | None,
-    inverse_norm: Tensor | None,
-    grad_down: Tensor,
-    grad_up: Tensor,
-    grad_magnitude: Tensor | None,
     routing: Sequence[Tensor],
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,31 +67,37 @@ def packed_linear(
     Args:
         x: M x D.
         x_adapter: what the adapters see, where it is not x.
-        weight: E x D; None leaves the base's product out.
+        weight: E x D.
         bias: E.
         downs: one or two of A x K x D.
         ups: one or two of A x R x E.
-        scale: A; multiplies the gradient of B.
-        gain, inverse_norm: A x E, DoRA's m / norm and 1 / norm.
-        grad_down, grad_up, grad_magnitude: float32 buffers like down, up and gain.
+        gain: A x E, DoRA's m / norm.
         routing: the tensors of a `Routing`.
         segments: bounds of the members in E.
     """
     routes, products = Routing(*routing), products_on(x.device.type)
     seen = x if x_adapter is None else x_adapter
-    hs = products.shrink(seen, downs, routes, [0, seen.shape[1]])
     plain = gain is None
-    y = products.expand(hs, ups, routes, segments, bias_N=bias if plain else None)
-    if weight is not None:
-        # One rounding of base and adapter together, and no pass over y for their sum.
-        torch.addmm(y, x if plain else seen, weight.t(), out=y)
+    hs = [x.new_empty(len(x), down.shape[1]) for down in downs]
+    products.shrink(seen, downs, routes, into=hs)
+    y = x.new_empty(len(x), weight.shape[0])
+    for ranks, outputs in _members(ups[0], segments):
+        products.expand(
+            [h[:, ranks] for h in hs],
+            [up[:, :, outputs] for up in ups],
+            routes,
+            into_MN=y[:, outputs],
+            bias_N=bias[outputs] if plain and bias is not None else None,
+        )
+    # One rounding of base and adapter together, and no pass over y for their sum.
+    torch.addmm(y, x if plain else seen, weight.t(), out=y)
     # An operator may not return one tensor twice: each absent one is its own.
     h, correction = hs[0], hs[1] if len(hs) == 2 else x.new_empty(0)
     if gain is None:
         return y, h, correction, x.new_empty(0)
     before = y
     y = (before * _of_tokens(gain, routes)).to(before.dtype)
-    if x_adapter is not None and weight is not None:
+    if x_adapter is not None:
         # DoRA drops features for the part that it rescales, not for the base's own output.
         y = torch.addmm(y, x - x_adapter, weight.t())
     if bias is not None:
@@ -107,20 +109,15 @@ def packed_linear(
 def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
     x: Tensor,
     x_adapter: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     bias: Tensor | None,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
-    scale: Tensor,
     gain: Tensor | None,
-    inverse_norm: Tensor | None,
-    grad_down: Tensor,
-    grad_up: Tensor,
-    grad_magnitude: Tensor | None,
     routing: Sequence[Tensor],
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape[0], ups[0].shape[2])
+    y = x.new_empty(x.shape[0], weight.shape[0])
     hs = [x.new_empty(x.shape[0], down.shape[1]) for down in downs]
     return (
         y,
@@ -132,13 +129,13 @@ def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
 
 @torch.library.custom_op("loratune::packed_linear_backward", mutates_args=())
 def packed_linear_backward(
-    grad_y: Tensor,
+    grads_y: Sequence[Tensor],
     x: Tensor,
     x_adapter: Tensor | None,
     h: Tensor,
     correction: Tensor,
     before: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scale: Tensor,
@@ -150,48 +147,71 @@ def packed_linear_backward(
     routing: Sequence[Tensor],
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """dL/dx and dL/dx' (empty where x' is x); adds the adapters' gradients to their buffers."""
+    """dL/dx and dL/dx' (empty where x' is x); adds the adapters' gradients to their buffers.
+
+    Args, beyond those of `packed_linear` and what it returns:
+        grads_y: M x each member's width.
+        scale: A; multiplies the gradient of B.
+        inverse_norm: A x E, DoRA's 1 / norm.
+        grad_down, grad_up, grad_magnitude: float32 buffers like down, up and gain; written to.
+    """
     routes, products = Routing(*routing), products_on(x.device.type)
     seen = x if x_adapter is None else x_adapter
-    grad_base = grad_y
-    if gain is not None:
-        assert inverse_norm is not None
-        assert grad_magnitude is not None
-        ones = grad_y.new_zeros(grad_y.shape[0], 16)  # 16: what matrix units need
-        ones[:, 0] = 1
-        _add_magnitudes(
-            products, ones, grad_y * before, routes, into=grad_magnitude, scale_AE=inverse_norm
-        )
-        grad_y = (grad_y * _of_tokens(gain, routes)).to(grad_y.dtype)
-    whole = [0, seen.shape[1]]
-    grad_hs = products.shrink(grad_y, ups, routes, segments)
-    products.outer(grad_hs[:1], seen, routes, whole, into_AKN=grad_down, scale_A=None)
     hs = [h] if correction.numel() == 0 else [h, correction]
-    products.outer(hs, grad_y, routes, segments, into_AKN=grad_up, scale_A=scale)
-    grad_seen = products.expand(grad_hs, downs, routes, whole)
-    none = x.new_empty(0)
-    if x_adapter is None:
-        if weight is not None:
-            torch.addmm(grad_seen, grad_y, weight, out=grad_seen)
-        return grad_seen, none
-    if weight is None:
-        return torch.zeros_like(x), grad_seen
-    if gain is None:
-        return grad_y @ weight, grad_seen
-    through_base = grad_base @ weight
-    torch.addmm(grad_seen, grad_y, weight, out=grad_seen)
-    return through_base, grad_seen - through_base
+    grad_hs = [torch.empty_like(one) for one in hs]
+    grads = list(grads_y)
+    members = _members(ups[0], segments)
+    for index, (ranks, outputs) in enumerate(members):
+        grad = grads[index]
+        if gain is not None:
+            assert inverse_norm is not None
+            assert grad_magnitude is not None
+            _add_magnitudes(
+                products,
+                grad * before[:, outputs],
+                routes,
+                into=grad_magnitude[:, outputs],
+                scale_AE=inverse_norm[:, outputs],
+            )
+            grad = grads[index] = (grad * _of_tokens(gain[:, outputs], routes)).to(grad.dtype)
+        products.shrink(
+            grad,
+            [up[:, :, outputs] for up in ups],
+            routes,
+            into=[one[:, ranks] for one in grad_hs],
+        )
+        products.outer(
+            [one[:, ranks] for one in hs],
+            grad,
+            routes,
+            into_AKN=grad_up[:, :, outputs],
+            scale_A=scale,
+        )
+    products.outer(grad_hs[:1], seen, routes, into_AKN=grad_down)
+    grad_seen = torch.empty_like(x)
+    products.expand(grad_hs, downs, routes, into_MN=grad_seen)
+    parts = [weight[outputs] for _, outputs in members]
+    if x_adapter is None or gain is not None:
+        for grad, part in zip(grads, parts, strict=True):
+            torch.addmm(grad_seen, grad, part, out=grad_seen)
+        if x_adapter is None:
+            return grad_seen, x.new_empty(0)
+    # Through the base's own output, which has seen x and knows no gain.
+    grad_x = torch.zeros_like(x)
+    for grad, part in zip(grads_y, parts, strict=True):
+        torch.addmm(grad_x, grad, part, out=grad_x)
+    return grad_x, grad_seen if gain is None else grad_seen - grad_x
 
 
 @packed_linear_backward.register_fake
 def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
-    grad_y: Tensor,
+    grads_y: Sequence[Tensor],
     x: Tensor,
     x_adapter: Tensor | None,
     h: Tensor,
     correction: Tensor,
     before: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scale: Tensor,
@@ -206,73 +226,69 @@ def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
     return torch.empty_like(x), x.new_empty(0) if x_adapter is None else torch.empty_like(x)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    x, x_adapter, weight, _, downs, ups, scale, gain, inverse_norm, *rest = inputs
-    grad_down, grad_up, grad_magnitude, routing, segments = rest
-    _, h, correction, before = output
-    ctx.counts = len(downs), len(routing)
-    ctx.segments = segments
-    ctx.save_for_backward(
-        x,
-        x_adapter,
-        h,
-        correction,
-        before,
-        weight,
-        scale,
-        gain,
-        inverse_norm,
-        grad_down,
-        grad_up,
-        grad_magnitude,
-        *downs,
-        *ups,
-        *routing,
-    )
+class _PackedLinears(torch.autograd.Function):
+    """The two operators as one function with an output for each member.
+
+    Not the operator's own autograd: its one output would be split, and the members' gradients laid
+    side by side again by a pass over all of them.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, x_adapter: Tensor | None, group: "PackedGroup"
+    ) -> tuple[Tensor, ...]:
+        """The members' outputs, M x each one's width."""
+        routing = group.step.routing
+        y, h, correction, before = packed_linear(
+            x,
+            x_adapter,
+            group.weight_ED,
+            group.bias_E,
+            group.downs,
+            group.ups,
+            group.gain_AE,
+            routing,
+            group.segments,
+        )
+        ctx.save_for_backward(x, x_adapter, h, correction, before)
+        ctx.group, ctx.routing = group, routing
+        widths = [high - low for low, high in pairwise(group.segments)]
+        return y.split(widths, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Through x and x'; the group's gradients go to their buffers."""
+        x, x_adapter, h, correction, before = ctx.saved_tensors
+        group = ctx.group
+        grad_x, grad_seen = packed_linear_backward(
+            [grad.contiguous() for grad in grads],
+            x,
+            x_adapter,
+            h,
+            correction,
+            before,
+            group.weight_ED,
+            group.downs,
+            group.ups,
+            group.scale_A,
+            group.gain_AE,
+            group.inverse_norm_AE,
+            group.grad_down,
+            group.grad_up,
+            group.grad_magnitude,
+            ctx.routing,
+            group.segments,
+        )
+        return grad_x, None if x_adapter is None else grad_seen, None
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    num_factors, num_routes = ctx.counts
-    saved = ctx.saved_tensors
-    x, x_adapter, h, correction, before, weight, scale, gain, inverse_norm = saved[:9]
-    grad_down, grad_up, grad_magnitude = saved[9:12]
-    downs, ups = list(saved[12 : 12 + num_factors]), list(saved[12 + num_factors : -num_routes])
-    assert grad_y is not None
-    grad_x, grad_seen = packed_linear_backward(
-        grad_y.contiguous(),
-        x,
-        x_adapter,
-        h,
-        correction,
-        before,
-        weight,
-        downs,
-        ups,
-        scale,
-        gain,
-        inverse_norm,
-        grad_down,
-        grad_up,
-        grad_magnitude,
-        list(saved[-num_routes:]),
-        ctx.segments,
-    )
-    nothing = [None] * 6
-    return (
-        grad_x,
-        None if x_adapter is None else grad_seen,
-        None,
-        None,
-        [None] * num_factors,
-        [None] * num_factors,
-        *nothing,
-        [None] * num_routes,
-        None,
-    )
-
-
-packed_linear.register_autograd(_backward, setup_context=_setup)
+def _members(up_ARE: Tensor, segments: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Each member's columns of H, and its outputs."""
+    rank = up_ARE.shape[1]
+    return [
+        (slice(index * rank, (index + 1) * rank), slice(low, high))
+        for index, (low, high) in enumerate(pairwise(segments))
+    ]
 
 
 def _of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
@@ -284,7 +300,6 @@ def _of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
 
 def _add_magnitudes(
     products: GroupedProducts,
-    ones: Tensor,
     product_ME: Tensor,
     routing: Routing,
     *,
@@ -292,8 +307,10 @@ def _add_magnitudes(
     scale_AE: Tensor,
 ) -> None:
     """Sum over a slot's tokens of dL/dy * (W x + ...), over the norm: the gradient of m."""
-    sums = torch.zeros(into.shape[0], 16, into.shape[1], dtype=torch.float32, device=into.device)
-    products.outer([ones], product_ME, routing, [0, into.shape[1]], into_AKN=sums, scale_A=None)
+    ones = product_ME.new_zeros(len(product_ME), 16)  # 16: what matrix units need
+    ones[:, 0] = 1
+    sums = torch.zeros(len(into), 16, into.shape[1], dtype=torch.float32, device=into.device)
+    products.outer([ones], product_ME, routing, into_AKN=sums)
     into.masked_fill_(routing.is_fresh_A.view(-1, 1) != 0, 0)
     into += sums[:, 0] * scale_AE
 
@@ -308,7 +325,7 @@ class PackedGroup(nn.Module):
     def __init__(
         self,
         *,
-        weight_ED: Tensor | None,
+        weight_ED: Tensor,
         bias_E: Tensor | None,
         segments: Sequence[int],
         downs: Sequence[Tensor],
@@ -340,24 +357,9 @@ class PackedGroup(nn.Module):
         x_MD = x.view(-1, x.shape[-1])
         # Features are dropped while training, which is when gradients are wanted.
         drops = self.dropout is not None and torch.is_grad_enabled()
-        y_ME, *_ = packed_linear(
-            x_MD,
-            self.dropout(x_MD, self.step) if drops else None,
-            self.weight_ED,
-            self.bias_E,
-            self.downs,
-            self.ups,
-            self.scale_A,
-            self.gain_AE,
-            self.inverse_norm_AE,
-            self.grad_down,
-            self.grad_up,
-            self.grad_magnitude,
-            self.step.routing,
-            self.segments,
-        )
-        widths = [high - low for low, high in zip(self.segments, self.segments[1:], strict=False)]
-        return y_ME.view(*x.shape[:-1], -1).split(widths, dim=-1)
+        x_adapter = self.dropout(x_MD, self.step) if drops else None
+        ys = _PackedLinears.apply(x_MD, x_adapter, self)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
 @final

@@ -39,8 +39,6 @@ from loratune.models.targets import block_linears, decoder_blocks
 
 # Layers of these names read the same input wherever they stand side by side.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# CUDA kernels work on so many outputs at a time, which must not cross two members of a group.
-OUTPUTS_PER_BLOCK = 64
 # How far the packed logits may lie from the base's own, relative to their largest: rounding.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -222,18 +220,15 @@ class PackedModel:
 
 
 def group_targets(
-    model: nn.Module, targets: Sequence[str], *, device: torch.device, dropout: bool
+    model: nn.Module, targets: Sequence[str], *, apart: bool
 ) -> tuple[GroupShape, ...]:
-    """The target layers as groups that read one input, in model order.
-
-    With dropout every layer is a group of its own: each drops features of its own.
-    """
+    """The target layers as groups that read one input, in model order; each alone if `apart`."""
     linears = block_linears(model)
     left = dict.fromkeys(targets)
     groups: list[GroupShape] = []
     while left:
         first = next(iter(left))
-        names = (first,) if dropout else _siblings(first, left, linears, device=device)
+        names = (first,) if apart else _siblings(first, left, linears)
         for name in names:
             del left[name]
         groups.append(
@@ -247,7 +242,7 @@ def group_targets(
 
 
 def _siblings(
-    name: str, left: Mapping[str, None], linears: Mapping[str, nn.Linear], *, device: torch.device
+    name: str, left: Mapping[str, None], linears: Mapping[str, nn.Linear]
 ) -> tuple[str, ...]:
     parent, _, own = name.rpartition(".")
     for family in SIBLINGS:
@@ -255,12 +250,7 @@ def _siblings(
         if own != family[0] or any(one not in left for one in names):
             continue
         members = [linears[one] for one in names]
-        blocks = all(one.out_features % OUTPUTS_PER_BLOCK == 0 for one in members)
-        if (
-            len({(one.in_features, one.bias is None) for one in members}) == 1
-            and all(type(one) is nn.Linear for one in members)
-            and (blocks or device.type != "cuda")
-        ):
+        if len({(one.in_features, one.bias is None) for one in members}) == 1:
             return names
     return (name,)
 
@@ -296,6 +286,8 @@ def installed(
         model.config._attn_implementation = NAME  # transformers' own setting
         _compare(packed, model, expected, slots)
         if compile_blocks:
+            # One more for each size of a step, kind of block, and training or not.
+            torch._dynamo.reset()  # torch's documented call
             for block in decoder_blocks(model):
                 block.compile(dynamic=False)
         yield packed
