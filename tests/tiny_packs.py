@@ -157,6 +157,7 @@ class Steps:
     """What a packed engine handed to its model and optimizer, trial by trial."""
 
     rows: list[tuple[StepRows, dict[int, str]]] = field(default_factory=list[Any])
+    starts: dict[str, dict[str, LayerTensors]] = field(default_factory=dict[str, Any])
     gradients: dict[str, list[dict[str, LayerTensors]]] = field(default_factory=dict[str, Any])
 
     def of(self, trial_id: str) -> list[tuple[bytes, int]]:
@@ -176,11 +177,26 @@ class Steps:
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """Notes every step's rows and every update's gradient from here on."""
+    """Notes every trial's start, every step's rows and every update's gradient from here on."""
     steps = Steps()
     sessions = list[Any]()
     launch, train_step = packed_module._Session._launch, PackedModel.train_step
-    update_rows = packed_module.update_rows
+    update_rows, put = packed_module.update_rows, packed_module._Session._seat
+
+    def own(session: Any, seat: Any, row_P: torch.Tensor) -> dict[str, LayerTensors]:
+        return from_row(
+            row_P,
+            session.slots.layout,
+            rank=seat.trial.rank,
+            frozen_P=seat.frozen_P,
+            magnitudes=seat.has_magnitudes,
+        )
+
+    def noted_seat(session: Any, work: Any) -> None:
+        put(session, work)
+        (seat,) = [one for one in session.seats.values() if one.trial is work.trial]
+        row_P = session.slots.params_AP[seat.slot]
+        steps.starts.setdefault(work.trial.trial_id, own(session, seat, row_P))
 
     def noted_launch(session: Any) -> bool:
         sessions[:] = [session]
@@ -194,16 +210,11 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Steps:
     def noted_update(slots: Any, updates: Any) -> torch.Tensor:
         for one in updates:
             seat = sessions[0].seats[one.slot]
-            layers = from_row(
-                slots.grads_AP[one.slot],
-                slots.layout,
-                rank=seat.trial.rank,
-                frozen_P=None,
-                magnitudes=seat.has_magnitudes,
-            )
+            layers = own(sessions[0], seat, slots.grads_AP[one.slot])
             steps.gradients.setdefault(seat.trial.trial_id, []).append(layers)
         return update_rows(slots, updates)
 
+    monkeypatch.setattr(packed_module._Session, "_seat", noted_seat)
     monkeypatch.setattr(packed_module._Session, "_launch", noted_launch)
     monkeypatch.setattr(PackedModel, "train_step", noted_step)
     monkeypatch.setattr(packed_module, "update_rows", noted_update)
