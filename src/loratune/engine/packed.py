@@ -467,13 +467,13 @@ class _Session:
             row_P, seat.frozen_P = to_row(layers, layout), frozen_row(layers, layout)
             self.slots.put(seat.slot, row_P, frozen_P=seat.frozen_P, scale=trial.scale)
             seat.begin_batch(0)
+            if self.gains is not None and seat.has_magnitudes:
+                self.gains.refresh([seat.slot])
         else:
             self._restore(seat, work.snapshot, free)
         self.slots.refresh(seat.slot)
         if self.keep_A is not None:
             self.keep_A[seat.slot] = 1 - trial.dropout
-        if self.gains is not None and seat.has_magnitudes:
-            self.gains.refresh([seat.slot])
         self.seats[seat.slot] = seat
 
     # One step -----------------------------------------------------------------------------------
@@ -757,15 +757,20 @@ class _Session:
             # Part of the state: a decomposition that is computed again may differ in its last bits.
             rows["frozen"] = seat.frozen_P
         own = self._own_layout(seat)
+        tensors = {
+            name: row.cpu().clone()
+            if name == "loss"
+            else re_lay(row.cpu(), slots.layout, own, rank=trial.rank)
+            for name, row in rows.items()
+        }
+        if seat.has_magnitudes:
+            # They were worked out together with other trials', whose number moves their last bits.
+            for name, rows_AE in self._gains():
+                tensors[name] = _re_lay_outputs(rows_AE[slot].cpu(), slots.layout, own)
         return Snapshot(
             trial_id=trial.trial_id,
             update=seat.update,
-            tensors={
-                name: row.cpu().clone()
-                if name == "loss"
-                else re_lay(row.cpu(), slots.layout, own, rank=trial.rank)
-                for name, row in rows.items()
-            },
+            tensors=tensors,
             facts={
                 **seat.account.facts(),
                 "engine": PackedEngine.name,
@@ -791,9 +796,9 @@ class _Session:
         seat.rows_done = cast("int", facts["rows_done"])
         own = self._own_layout(seat)
         rows = {
-            name: re_lay(row, own, layout, rank=trial.rank)
-            for name, row in snapshot.tensors.items()
-            if name != "loss"
+            name: re_lay(snapshot.tensors[name], own, layout, rank=trial.rank)
+            for name in ("params", "first", "second", "grads", "frozen")
+            if name in snapshot.tensors
         }
         seat.frozen_P = rows.get("frozen")
         slots, slot = self.slots, seat.slot
@@ -803,6 +808,16 @@ class _Session:
         if "grads" in rows:
             slots.grads_AP[slot].copy_(_filled(rows["grads"], layout))
         self.loss_A[slot] = snapshot.tensors["loss"][0].to(self.device)
+        if seat.has_magnitudes:
+            for name, rows_AE in self._gains():
+                rows_AE[slot].copy_(_re_lay_outputs(snapshot.tensors[name], own, layout))
+
+    def _gains(self) -> list[tuple[str, Tensor]]:
+        """DoRA's factors of all slots, by their names in snapshots."""
+        gain_AE, inverse_norm_AE = self.slots.gain_AE, self.slots.inverse_norm_AE
+        assert gain_AE is not None
+        assert inverse_norm_AE is not None
+        return [("gain", gain_AE), ("inverse_norm", inverse_norm_AE)]
 
     def _park(self) -> list[Work]:
         """Every seat as work to go on with, at the beginning of its batch under way."""
@@ -817,6 +832,12 @@ class _Session:
 def _filled(row_P: Tensor, layout: RowLayout) -> Tensor:
     """A row without m as one with: zeros at its end."""
     return torch.cat([row_P, row_P.new_zeros(layout.size - len(row_P))])
+
+
+def _re_lay_outputs(values_E: Tensor, source: RowLayout, target: RowLayout) -> Tensor:
+    """A number for each output, laid out as m is in one layout, in another."""
+    row_P = torch.cat([values_E.new_zeros(source.ends[1]), values_E])
+    return re_lay(row_P, source, target, rank=0)[target.ends[1] :].clone()
 
 
 def _row_keys(seed: int, place: int, count: int) -> NDArray[np.int64]:

@@ -245,7 +245,9 @@ def from_row(
     frozen_P: Tensor | None,
     magnitudes: bool,
 ) -> dict[str, LayerTensors]:
-    """A row on the CPU as a trial's tensors of its own rank, layer by layer."""
+    """A row on the CPU as a trial's tensors of its own rank, layer by layer; all are copies."""
+    # Not contiguous(), which hands a transposed matrix of rank 1 out as a view of the row.
+    dense = torch.contiguous_format
     layers = dict[str, LayerTensors]()
     for index, shape in enumerate(layout.groups):
         part = views(row_P[None], layout, index)
@@ -256,9 +258,11 @@ def from_row(
             magnitude = part.magnitude_AE
             layers[name] = LayerTensors(
                 a_RD=part.down_AKD[0, ranks].clone(),
-                b_ER=part.up_ARE[0, :rank, low:high].T.contiguous(),
+                b_ER=part.up_ARE[0, :rank, low:high].T.clone(memory_format=dense),
                 a0_RD=None if frozen is None else frozen.down_AKD[0, ranks].clone(),
-                b0_ER=None if frozen is None else frozen.up_ARE[0, :rank, low:high].T.contiguous(),
+                b0_ER=None
+                if frozen is None
+                else frozen.up_ARE[0, :rank, low:high].T.clone(memory_format=dense),
                 magnitude_E=magnitude[0, low:high].clone()
                 if magnitudes and magnitude is not None
                 else None,
