@@ -141,12 +141,12 @@ def run(
 
     Raises:
         LoratuneError: the request is wrong; nothing was written.
-        sweep.Interrupted: `should_stop` said so; the same call goes on.
+        training.Interrupted: `should_stop` said so; the same call goes on.
     """
     from loratune.sweep import run_sweep
-    from loratune.workshop import ReferenceWorkshop, choose_device
+    from loratune.workshop import LocalWorkshop, choose_device
 
-    workshop = ReferenceWorkshop(
+    workshop = LocalWorkshop(
         loaded,
         choose_device(device),
         gradient_checkpointing=gradient_checkpointing,

@@ -396,7 +396,7 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
 @contextmanager
 def _stoppable() -> Generator[Callable[[], bool]]:
     """Ctrl-C once: stop at the next update, with a snapshot. Twice: stop at once."""
-    from loratune.sweep import Interrupted
+    from loratune.training import Interrupted
 
     asked = False
 
