@@ -33,6 +33,9 @@ class ListFeed:
         self.claimed.append(trial.trial_id)
         return Work(trial, self.snapshots.get(trial.trial_id))
 
+    def is_begun(self, trial: Trial) -> bool:
+        return self.snapshots.get(trial.trial_id) is not None
+
     def wants_snapshot(self) -> bool:
         return self.wants()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loratune import training
-from loratune.engine.base import Progress
+from loratune.engine.base import Progress, Snapshot
 from loratune.errors import StoreError
 from loratune.records import Outcome, ScoreKey, Trial, TrialResult
 from loratune.store.database import Store, open_store
@@ -133,6 +133,32 @@ def test_stopping_snapshots_all_under_way_gives_it_back_and_going_on_starts_from
     assert sweep.statuses() == {"done": NUM_TRIALS}
     assert table(sweep) == table(sweep_stub(tmp_path / "undisturbed"))
     assert not list((tmp_path / "snapshots").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+def test_stopping_does_not_wait_for_a_snapshot_that_the_engine_does_not_offer(tmp_path):
+    class Withholds(StubPack):
+        def train(self, feed):
+            for event in super().train(feed):
+                if not isinstance(event, Snapshot) or event.trial_id != self.trained[0]:
+                    yield event
+
+    loaded = stub_study()
+    watcher = StopsAfter(11)
+    pack = Withholds()
+    with pytest.raises(Interrupted):
+        sweep_stub(
+            tmp_path,
+            loaded,
+            workshop=StubWorkshop(loaded, pack),
+            watcher=watcher,
+            should_stop=watcher.should_stop,
+        )
+    # The third step had begun, and a fourth let the engine say that it has no more to offer.
+    assert watcher.left >= 11 - 21
+    kept = {path.stem for path in (tmp_path / "snapshots").glob("*")}
+    assert kept == watcher.under_way - {pack.trained[0]}
+    assert sweep_stub(tmp_path, loaded).statuses() == {"done": NUM_TRIALS}
 
 
 class Updates(Silent):

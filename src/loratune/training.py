@@ -208,6 +208,9 @@ class _StoreFeed:
         self._round_began = self._round_ended = training.clock()
         self._pause = training.snapshot_seconds
         self._stopping = False
+        # The engine was to offer snapshots because we stop, and has offered those that it has.
+        self._has_offered = False
+        self._begun = {path.stem for path in training.folder.snapshots()}
 
     # What an engine asks --------------------------------------------------------------------------
 
@@ -223,11 +226,14 @@ class _StoreFeed:
         path = training.folder.snapshot(trial.trial_id)
         return Work(trial, training.workshop.load_snapshot(path) if path.is_file() else None)
 
+    def is_begun(self, trial: Trial) -> bool:
+        return trial.trial_id in self._begun
+
     def wants_snapshot(self) -> bool:
         if self._owing is not None:
             # The engine goes on without a snapshot of some trials: they have nothing to lose.
-            self._owing = set()
             self._end_round()
+            self._has_offered = self._stopping
         training = self._training
         due = training.clock() - self._round_ended >= self._pause
         if not due and not self._is_asked_to_stop():
@@ -268,8 +274,9 @@ class _StoreFeed:
             self._owing &= set(self.under_way)
             if not self._owing:
                 self._end_round()
-                if self._stopping and self.under_way:
-                    self.stop_if_asked()
+                self._has_offered = self._stopping
+        if self._has_offered and self.under_way:
+            self.stop_if_asked()
 
     def _take(self, event: Event, claimed: _Claimed) -> None:
         training, trial = self._training, claimed.trial

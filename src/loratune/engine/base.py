@@ -71,6 +71,10 @@ class Feed(Protocol):
         """Take a waiting trial. None where somebody else trains it: it no longer waits."""
         ...
 
+    def is_begun(self, trial: Trial) -> bool:
+        """Whether a waiting trial has a snapshot to go on from; such trials are begun first."""
+        ...
+
     def wants_snapshot(self) -> bool:
         """Asked between updates: whether every trial under way is to be offered as a snapshot."""
         ...
