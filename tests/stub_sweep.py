@@ -1,18 +1,19 @@
 """A sweep without torch: a stub engine whose numbers are a pure function of the trial.
 
 Run as a program it is one `run` of a small study in the folder named, as a process that can be
-killed: `python stub_sweep.py DIR [SECONDS_PER_UPDATE]`.
+killed: `python stub_sweep.py DIR SECONDS_PER_UPDATE one|pack`.
 """
 
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot, Work
+from loratune.engine.base import Event, Failed, Feed, Finished, Progress, Snapshot, Work
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100
 from loratune.planning.shapes import declared_model_facts
@@ -26,6 +27,7 @@ from loratune.records import (
     ScoreKey,
     Trial,
 )
+from loratune.study.identity import cell_key
 from loratune.study.loading import LoadedStudy, parse_study
 from loratune.study.schema import DeclaredModel
 from loratune.sweep import Sweep, run_sweep
@@ -68,7 +70,10 @@ def number(trial: Trial, what: str) -> float:
 
 @dataclass
 class StubEngine:
-    name: str = "stub"
+    """Trains one trial after another."""
+
+    name: str = "one"
+    num_at_once: int = 1
     seconds_per_update: float = 0.0
     trained: list[str] = field(default_factory=list)
     fails: Callable[[Trial], bool] = lambda trial: False
@@ -95,6 +100,57 @@ class StubEngine:
         yield stub_finished(trial)
 
 
+@dataclass
+class StubPack(StubEngine):
+    """Trains up to `seats` trials at once, an update of each in turn.
+
+    `breaks` is asked before each step of the pack: an engine that falls over with all its trials.
+    `most` is how many trials were under way at most; a trial that `fails` can't be begun.
+    """
+
+    name: str = "pack"
+    num_at_once: int = 5
+    seats: int = 5
+    breaks: Callable[[Trial, int], bool] = lambda trial, update: False
+    most: int = 0
+
+    def train(self, feed: Feed) -> Generator[Event]:
+        seated = dict[str, tuple[Trial, int]]()
+        while True:
+            while len(seated) < self.seats and (waiting := feed.waiting()):
+                # The longest first, not the plan's order.
+                work = feed.claim(max(waiting, key=lambda trial: trial.num_updates))
+                if work is None:
+                    continue
+                trial = work.trial
+                self.trained.append(trial.trial_id)
+                if self.fails(trial):
+                    yield Failed(trial.trial_id, RuntimeError("the stub broke"))
+                    continue
+                seated[trial.trial_id] = (trial, work.snapshot.update if work.snapshot else 0)
+            self.most = max(self.most, len(seated))
+            if not seated:
+                return
+            time.sleep(self.seconds_per_update)
+            for trial, update in seated.values():
+                if self.breaks(trial, update):
+                    raise RuntimeError("the pack broke")
+            for trial, update in tuple(seated.values()):
+                yield Progress(trial.trial_id, update, trial.batch_size, number(trial, str(update)))
+                seated[trial.trial_id] = (trial, update + 1)
+                if feed.is_dropped(trial.trial_id):
+                    del seated[trial.trial_id]
+                elif update + 1 == trial.num_updates:
+                    del seated[trial.trial_id]
+                    yield stub_finished(trial)
+            if feed.wants_snapshot():
+                for trial, update in tuple(seated.values()):
+                    yield Snapshot(trial.trial_id, update, {}, {})
+
+
+STUBS = {"one": StubEngine, "pack": StubPack}
+
+
 def stub_finished(trial: Trial) -> Finished:
     adapter: Any = StubAdapter(trial.trial_id)
     return Finished(stub_outcome(trial), adapter)
@@ -117,10 +173,14 @@ def stub_outcome(trial: Trial) -> Outcome:
 
 @dataclass
 class StubWorkshop:
-    """`sweep.Workshop` without a model: shapes are made up, snapshots are small text files."""
+    """`training.Workshop` without a model: shapes are made up, snapshots are small text files.
 
+    `kind` is the stub of workshops that are given none.
+    """
+
+    kind: ClassVar[str] = "one"
     loaded: LoadedStudy
-    stub: StubEngine = field(default_factory=StubEngine)
+    stub: StubEngine = field(default_factory=lambda: STUBS[StubWorkshop.kind]())
     scored: list[tuple[str, str]] = field(default_factory=list)
 
     def plan(self) -> Plan:
@@ -150,13 +210,18 @@ class StubWorkshop:
     def remarks(self) -> tuple[str, ...]:
         return ()
 
-    def provenance(self) -> Provenance:
+    def provenance(self, engine: str) -> Provenance:
         import os
         import socket
 
-        return Provenance("stub", "none", (), None, socket.gethostname(), os.getpid())
+        return Provenance(engine, "none", (), None, socket.gethostname(), os.getpid())
 
-    def engine(self, trial: Trial) -> StubEngine:
+    def groups(self, trials: Sequence[Trial]) -> tuple[tuple[Trial, ...], ...]:
+        if isinstance(self.stub, StubPack):
+            return (tuple(trials),) if trials else ()
+        return tuple(tuple(cell) for _, cell in groupby(trials, key=cell_key))
+
+    def engine(self, group: Sequence[Trial]) -> StubEngine:
         return self.stub
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
@@ -186,7 +251,7 @@ class StubWorkshop:
 
 
 class Silent:
-    """A `sweep.Watcher` that notes what it is told."""
+    """A `training.Watcher` that notes what it is told."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -225,11 +290,10 @@ def sweep_stub(
 
 
 if __name__ == "__main__":
-    pause = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
     study = stub_study()
     sweep_stub(
         Path(sys.argv[1]),
         study,
-        workshop=StubWorkshop(study, StubEngine(seconds_per_update=pause)),
+        workshop=StubWorkshop(study, STUBS[sys.argv[3]](seconds_per_update=float(sys.argv[2]))),
         snapshot_seconds=0.0,
     )

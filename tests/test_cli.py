@@ -271,6 +271,21 @@ def test_an_interrupted_run_exits_130_and_goes_on_to_the_same_table(furnished, f
     assert tables[0] == tables[1]
 
 
+def test_the_engine_is_chosen_and_what_it_cannot_train_is_refused(loratune, furnished, tmp_path):
+    study = str(furnished / "study.yaml")
+    (furnished / "adalora.yaml").write_text(STUDY.replace("[lora, pissa]", "[lora, adalora]"))
+    refused = loratune(
+        "run", furnished / "adalora.yaml", "--out", tmp_path / "packed", "--engine", "packed"
+    )
+    assert refused.code == 2
+    assert "the packed engine can't train" in refused.err
+    assert not (tmp_path / "packed").exists()
+    chosen = loratune("run", study, "--out", tmp_path / "out", "--engine", "reference", "--quiet")
+    assert chosen.code == 0, chosen.err
+    table = list(csv.DictReader(io.StringIO(loratune("results", tmp_path / "out").out)))
+    assert {row["engine"] for row in table} == {"reference"}
+
+
 def test_a_failed_trial_is_exit_code_1_and_its_reason_is_in_the_table(
     loratune, furnished, tmp_path
 ):

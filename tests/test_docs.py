@@ -90,7 +90,7 @@ def test_every_command_and_option_has_help_and_stands_in_its_page():
         own = text.split(f"## loratune {name}\n")[1].split("\n## ")[0]
         for parameter in one.params:
             option = parameter.opts[-1]
-            if not option.startswith("--") or option == "--help":
+            if not option.startswith("--") or option == "--help" or parameter.hidden:
                 continue
             assert parameter.help, f"{name} {option}"
             general = option in ("--json", "--quiet", "--device", "--format", "--output")

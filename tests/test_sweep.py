@@ -11,14 +11,31 @@ from pathlib import Path
 
 import pytest
 
+from loratune import training
+from loratune.engine.base import Progress, Snapshot
 from loratune.errors import StoreError
-from loratune.records import ScoreKey, TrialResult
-from loratune.sweep import Interrupted, Sweep
-from stub_sweep import Silent, StubEngine, StubWorkshop, stub_study, sweep_stub
+from loratune.records import Outcome, ScoreKey, Trial, TrialResult
+from loratune.store.database import Store, open_store
+from loratune.sweep import Sweep
+from loratune.training import Interrupted
+from stub_sweep import STUBS, Silent, StubEngine, StubPack, StubWorkshop, stub_study, sweep_stub
 
 # 2 methods x 2 batch sizes x 2 LRs x 2 seeds
 NUM_TRIALS = 16
 PROGRAM = Path(__file__).with_name("stub_sweep.py")
+
+
+@pytest.fixture(params=["one", "pack"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which stub: one that trains trials one after another, or one that trains several at once."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def stub(kind: str, monkeypatch: pytest.MonkeyPatch) -> type[StubEngine]:
+    """The stub of every workshop that names none."""
+    monkeypatch.setattr(StubWorkshop, "kind", kind)
+    return STUBS[kind]
 
 
 def table(sweep: Sweep) -> list[tuple[object, ...]]:
@@ -52,11 +69,11 @@ def test_every_trial_is_trained_once_and_a_second_run_trains_none(tmp_path):
     assert table(first) == table(second)
 
 
-def test_killed_at_twenty_random_moments_the_table_is_that_of_an_undisturbed_run(tmp_path):
+def test_killed_at_twenty_random_moments_the_table_is_that_of_an_undisturbed_run(tmp_path, kind):
     undisturbed = sweep_stub(tmp_path / "undisturbed")
     chance = random.Random(7)
     out = tmp_path / "killed"
-    command = [sys.executable, str(PROGRAM), str(out), "0.02"]
+    command = [sys.executable, str(PROGRAM), str(out), "0.02", kind]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path])}
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment)
@@ -76,14 +93,79 @@ def test_killed_at_twenty_random_moments_the_table_is_that_of_an_undisturbed_run
     assert not list((out / "snapshots").glob("*.safetensors"))
 
 
-def test_stopping_keeps_a_snapshot_and_going_on_starts_from_it(tmp_path):
-    asked = iter([False] * 30 + [True] * 1000)
+class StopsAfter(Silent):
+    """Asks the sweep to stop after a number of updates; notes the trials that are under way."""
+
+    def __init__(self, num_updates: int) -> None:
+        super().__init__()
+        self.left = num_updates
+        self.under_way: set[str] = set()
+
+    def should_stop(self) -> bool:
+        return self.left <= 0
+
+    def trial_begins(self, trial: Trial) -> None:
+        self.under_way.add(trial.trial_id)
+
+    def trial_ends(self, trial: Trial, outcome: Outcome) -> None:
+        self.under_way.remove(trial.trial_id)
+
+    def update(self, trial: Trial, progress: Progress) -> None:
+        self.left -= 1
+
+
+def test_stopping_snapshots_all_under_way_gives_it_back_and_going_on_starts_from_it(tmp_path, kind):
+    watcher = StopsAfter(21)
     with pytest.raises(Interrupted):
-        sweep_stub(tmp_path, should_stop=lambda: next(asked))
-    assert len(list((tmp_path / "snapshots").glob("*.safetensors"))) == 1
-    sweep = sweep_stub(tmp_path)
+        sweep_stub(tmp_path, watcher=watcher, should_stop=watcher.should_stop)
+    kept = {path.stem for path in (tmp_path / "snapshots").glob("*.safetensors")}
+    assert kept == watcher.under_way
+    assert len(kept) == (1 if kind == "one" else 5)
+    with open_store(tmp_path / "loratune.db", create=False) as store:
+        ends = {one.end_kind for name in kept for one in store.attempts(name)}
+        assert ends == {"interrupted"}
+        assert {result.status for result in store.results("stub")} <= {"planned", "done"}
+    again = Updates()
+    sweep = sweep_stub(tmp_path, watcher=again)
+    # No update is made twice.
+    total = sum(result.trial.num_updates for result in sweep.results)
+    assert again.num_updates == total - 21 - max(0, -watcher.left)
     assert sweep.statuses() == {"done": NUM_TRIALS}
+    assert table(sweep) == table(sweep_stub(tmp_path / "undisturbed"))
     assert not list((tmp_path / "snapshots").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+def test_stopping_does_not_wait_for_a_snapshot_that_the_engine_does_not_offer(tmp_path):
+    class Withholds(StubPack):
+        def train(self, feed):
+            for event in super().train(feed):
+                if not isinstance(event, Snapshot) or event.trial_id != self.trained[0]:
+                    yield event
+
+    loaded = stub_study()
+    watcher = StopsAfter(11)
+    pack = Withholds()
+    with pytest.raises(Interrupted):
+        sweep_stub(
+            tmp_path,
+            loaded,
+            workshop=StubWorkshop(loaded, pack),
+            watcher=watcher,
+            should_stop=watcher.should_stop,
+        )
+    # The third step had begun, and a fourth let the engine say that it has no more to offer.
+    assert watcher.left >= 11 - 21
+    kept = {path.stem for path in (tmp_path / "snapshots").glob("*")}
+    assert kept == watcher.under_way - {pack.trained[0]}
+    assert sweep_stub(tmp_path, loaded).statuses() == {"done": NUM_TRIALS}
+
+
+class Updates(Silent):
+    num_updates = 0
+
+    def update(self, trial: Trial, progress: Progress) -> None:
+        self.num_updates += 1
 
 
 def test_two_studies_that_share_trials_train_them_once(tmp_path, monkeypatch):
@@ -113,9 +195,9 @@ def test_a_study_that_has_grown_trains_only_what_is_new(tmp_path):
     assert len(sweep.results) == NUM_TRIALS * 3 // 2
 
 
-def test_a_failing_trial_is_recorded_with_its_traceback_and_tried_again(tmp_path):
+def test_a_failing_trial_is_recorded_with_its_traceback_and_tried_again(tmp_path, stub):
     loaded = stub_study()
-    broken = StubEngine(fails=lambda trial: trial.seed == 1 and trial.batch_size == 8)
+    broken = stub(fails=lambda trial: trial.seed == 1 and trial.batch_size == 8)
     sweep = sweep_stub(tmp_path, loaded, workshop=StubWorkshop(loaded, broken))
     assert sweep.statuses() == {"done": NUM_TRIALS - 4, "failed": 4}
     assert sweep.num_failed == 4
@@ -215,8 +297,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
         sweep_stub(tmp_path / "out" / "below")
 
 
-def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
-    command = [sys.executable, str(PROGRAM), str(tmp_path), "0.5"]
+def test_a_folder_in_use_by_another_process_is_refused(tmp_path, kind):
+    command = [sys.executable, str(PROGRAM), str(tmp_path), "0.5", kind]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path])}
     process = subprocess.Popen(command, env=environment)
     try:
@@ -283,3 +365,188 @@ def test_a_study_shows_the_scores_that_it_asks_for_not_those_of_another(tmp_path
         graders = {score.grader for result in sweep.results for score in result.scores}
         assert graders == {kind.grader}
         assert sum(len(result.scores) for result in sweep.results) == NUM_TRIALS
+
+
+# Many at once ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+@pytest.mark.parametrize("more", ["", "evaluate: {tasks: [gsm8k], when: all}"])
+def test_trials_that_finish_in_any_order_give_the_table_of_one_after_another(tmp_path, more):
+    loaded = stub_study(batch_size="[4, 32, 8]", more=more)
+    one, pack = StubEngine(), StubPack(seats=7)
+    alone = sweep_stub(tmp_path / "one", loaded, workshop=StubWorkshop(loaded, one))
+    packed = sweep_stub(tmp_path / "pack", loaded, workshop=StubWorkshop(loaded, pack))
+    assert pack.most == 7
+    assert one.trained != pack.trained
+    assert table(packed) == table(alone)
+    assert [result.scores for result in packed.results] == [
+        result.scores for result in alone.results
+    ]
+    kept = [
+        sorted(path.name for path in (tmp_path / kind / "adapters").iterdir()) for kind in STUBS
+    ]
+    assert kept[0] == kept[1]
+    assert kept[0]
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+def test_only_the_culprit_fails_when_a_pack_breaks_and_its_neighbours_go_on(tmp_path):
+    loaded = stub_study()
+    plan = StubWorkshop(loaded).plan()
+    culprit = plan.trials[6].trial_id
+    pack = StubPack(breaks=lambda trial, update: trial.trial_id == culprit and update >= 2)
+    watcher = Updates()
+    sweep = sweep_stub(
+        tmp_path,
+        loaded,
+        workshop=StubWorkshop(loaded, pack),
+        watcher=watcher,
+        snapshot_seconds=0.0,  # after every step: rounds take no time on this clock
+        clock=lambda: 0.0,
+    )
+    assert sweep.statuses() == {"done": NUM_TRIALS - 1, "failed": 1}
+    (failed,) = [result for result in sweep.results if result.status == "failed"]
+    assert failed.trial.trial_id == culprit
+    assert failed.outcome is not None
+    assert "RuntimeError: the pack broke" in (failed.outcome.error or "")
+    assert any("the engine broke with 5 trials under way" in told for told in watcher.told)
+    assert pack.most == 5
+    # The five of the broken pack went on from their snapshots, alone, and no update is made twice.
+    total = sum(trial.num_updates for trial in plan.trials)
+    assert watcher.num_updates == total - plan.trials[6].num_updates + 2
+    assert len(pack.trained) == NUM_TRIALS + 5
+    # And a second run tries the culprit alone.
+    mended = StubWorkshop(loaded, StubPack())
+    assert sweep_stub(tmp_path, loaded, workshop=mended).statuses() == {"done": NUM_TRIALS}
+    assert mended.stub.trained == [culprit]
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+def test_a_trial_that_breaks_the_engine_before_it_is_claimed_fails_alone(tmp_path):
+    class Chokes(StubPack):
+        def train(self, feed):
+            if any(trial.batch_size == 16 and trial.seed == 1 for trial in feed.waiting()):
+                raise RuntimeError("choked")
+            yield from super().train(feed)
+
+    loaded = stub_study()
+    sweep = sweep_stub(tmp_path, loaded, workshop=StubWorkshop(loaded, Chokes()))
+    assert sweep.statuses() == {"done": NUM_TRIALS - 4, "failed": 4}
+
+
+def test_without_an_engine_for_a_group_its_trials_fail_and_the_others_go_on(tmp_path, kind):
+    class NoEngine(StubWorkshop):
+        def groups(self, trials):
+            return tuple((trial,) for trial in trials)
+
+        def engine(self, group):
+            if group[0].seed == 1:
+                raise OSError("the model is gone")
+            return self.stub
+
+    loaded = stub_study()
+    sweep = sweep_stub(tmp_path, loaded, workshop=NoEngine(loaded))
+    assert sweep.statuses() == {"done": NUM_TRIALS // 2, "failed": NUM_TRIALS // 2}
+    assert {result.engine for result in sweep.results} == {"none", kind}
+
+
+def test_a_trial_that_is_taken_over_is_dropped_and_its_neighbours_go_on(
+    tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(training, "HEARTBEAT_SECONDS", 0.005)
+    loaded = stub_study()
+
+    class Thief(Silent):
+        stolen: str | None = None
+
+        def update(self, trial: Trial, progress: Progress) -> None:
+            if self.stolen is None and progress.update == 1:
+                self.stolen = trial.trial_id
+                with open_store(tmp_path / "loratune.db", create=False) as store:
+                    store.release(store.attempts(trial.trial_id)[-1].attempt_id)
+
+    thief = Thief()
+    slow = STUBS[kind](seconds_per_update=0.02)
+    sweep = sweep_stub(tmp_path, loaded, workshop=StubWorkshop(loaded, slow), watcher=thief)
+    assert sweep.statuses() == {"done": NUM_TRIALS - 1, "planned": 1}
+    assert sweep.num_unfinished == 1
+    assert [told for told in thief.told if "taken over" in told] == [
+        f"{thief.stolen} was taken over by another process; dropped"
+    ]
+    assert sweep_stub(tmp_path, loaded).statuses() == {"done": NUM_TRIALS}
+
+
+def test_a_trial_that_another_process_trains_is_passed(tmp_path, monkeypatch):
+    claim = Store.claim
+    taken: list[str] = []
+
+    def claim_late(store, trial_id, *, provenance):
+        if not taken:
+            taken.append(trial_id)
+            return None
+        return claim(store, trial_id, provenance=provenance)
+
+    monkeypatch.setattr(Store, "claim", claim_late)
+    watcher = Silent()
+    sweep = sweep_stub(tmp_path, watcher=watcher)
+    assert sweep.statuses() == {"done": NUM_TRIALS - 1, "planned": 1}
+    assert f"{taken[0]} is being trained by another process; passed" in watcher.told
+
+
+def test_a_snapshot_that_cannot_be_written_costs_its_trial_alone(tmp_path):
+    class Full(StubWorkshop):
+        refused: str | None = None
+
+        def save_snapshot(self, path, snapshot):
+            self.refused = self.refused or snapshot.trial_id
+            if snapshot.trial_id == self.refused:
+                raise OSError("no space left on device")
+            super().save_snapshot(path, snapshot)
+
+    loaded = stub_study()
+    workshop = Full(loaded)
+    sweep = sweep_stub(tmp_path, loaded, workshop=workshop, snapshot_seconds=0.0)
+    assert sweep.statuses() == {"done": NUM_TRIALS - 1, "failed": 1}
+    (failed,) = [result for result in sweep.results if result.status == "failed"]
+    assert failed.trial.trial_id == workshop.refused
+
+
+def test_rounds_of_snapshots_cost_a_twentieth_of_the_time(tmp_path):
+    now = 0.0
+
+    class Slow(StubWorkshop):
+        def save_snapshot(self, path, snapshot):
+            nonlocal now
+            now += 3.0
+            saved.append(now)
+            super().save_snapshot(path, snapshot)
+
+    class Clocked(Silent):
+        def update(self, trial: Trial, progress: Progress) -> None:
+            nonlocal now
+            now += 1.0
+
+    saved: list[float] = []
+    loaded = stub_study(batch_size="1")  # 64 updates a trial
+    workshop = Slow(loaded)
+    sweep_stub(
+        tmp_path, loaded, workshop=workshop, watcher=Clocked(), snapshot_seconds=5.0,
+        clock=lambda: now,
+    )  # fmt: skip
+    assert len(saved) >= 8
+    assert 3.0 * len(saved) <= 0.06 * now + 3.0 * workshop.stub.num_at_once * 2
+
+
+def test_cells_without_scores_drop_adapters_while_the_engine_is_at_work(tmp_path):
+    class Counts(Silent):
+        most = 0
+
+        def trial_ends(self, trial: Trial, outcome: Outcome) -> None:
+            self.most = max(self.most, len(list((tmp_path / "adapters").iterdir())))
+
+    watcher = Counts()
+    sweep_stub(tmp_path, stub_study(batch_size="[8, 16, 32]"), watcher=watcher)
+    # 6 cells of 4 trials: those that stand, and those of the cells under way.
+    assert watcher.most < 24
+    assert len(list((tmp_path / "adapters").iterdir())) == 6

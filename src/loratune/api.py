@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
     from loratune.sweep import Sweep
-    from loratune.workshop import Survey
+    from loratune.workshop import EngineChoice, Survey
 
 __all__ = [
     "cells",
@@ -122,6 +122,7 @@ def run(
     out: str | Path,
     store: str | None = None,
     device: str | None = None,
+    engine: "EngineChoice" = "auto",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     quiet: bool = False,
@@ -134,6 +135,8 @@ def run(
         out: the results folder.
         store: address of a database outside the folder, shared with other studies.
         device: cpu, cuda or cuda:N; left out: a GPU if there is one.
+        engine: packed (many trials at once), reference (one after another), or auto: packed for
+            every method that can be packed.
         gradient_checkpointing: compute activations twice instead of keeping them.
         trust_remote_code: let a model's own Python code run.
         quiet: no progress on stderr.
@@ -141,14 +144,15 @@ def run(
 
     Raises:
         LoratuneError: the request is wrong; nothing was written.
-        sweep.Interrupted: `should_stop` said so; the same call goes on.
+        training.Interrupted: `should_stop` said so; the same call goes on.
     """
     from loratune.sweep import run_sweep
-    from loratune.workshop import ReferenceWorkshop, choose_device
+    from loratune.workshop import LocalWorkshop, choose_device
 
-    workshop = ReferenceWorkshop(
+    workshop = LocalWorkshop(
         loaded,
         choose_device(device),
+        engine_choice=engine,
         gradient_checkpointing=gradient_checkpointing,
         trust_remote_code=trust_remote_code,
     )
@@ -229,6 +233,7 @@ def tune(
     method: str = "lora",
     rank: int = 16,
     device: str | None = None,
+    engine: "EngineChoice" = "auto",
     quiet: bool = False,
 ) -> tuple[Recommendation, ...]:
     """The batch size and LR for a model and data: a sweep of both, then the recommendation.
@@ -237,7 +242,7 @@ def tune(
         LoratuneError: model or data can't be used, or the fields of the data can't be told.
     """
     loaded = new_study(model=model, data=data, methods=[method], rank=rank, device=device)
-    run(loaded, out=out, device=device, quiet=quiet)
+    run(loaded, out=out, device=device, engine=engine, quiet=quiet)
     return recommend(out)
 
 

@@ -51,6 +51,14 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+class Engine(StrEnum):
+    """What trains: many trials at once, or one after another."""
+
+    auto = "auto"
+    packed = "packed"
+    reference = "reference"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `loratune run` wrote.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The results folder.")]
@@ -62,6 +70,15 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda or cuda:N; left out: a GPU if there is one."),
 ]
+EngineOption = Annotated[
+    Engine,
+    typer.Option(
+        "--engine",
+        help="packed: many trials at once; reference: one after another; auto: packed for every "
+        "method that can be packed.",
+    ),
+]
+HiddenEngineOption = Annotated[Engine, typer.Option("--engine", hidden=True)]
 Checkpointing = Annotated[
     bool,
     typer.Option(
@@ -106,6 +123,7 @@ def main() -> None:
 def demo(
     out: Out = Path("demo-results"),
     *,
+    engine: HiddenEngineOption = Engine.auto,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -114,7 +132,12 @@ def demo(
 
     with _stoppable() as should_stop:
         sweep = api.run(
-            api.demo_study(), out=out, device="cpu", quiet=quiet, should_stop=should_stop
+            api.demo_study(),
+            out=out,
+            device="cpu",
+            engine=engine.value,
+            quiet=quiet,
+            should_stop=should_stop,
         )
     _print_answer(sweep, as_json=as_json)
 
@@ -177,6 +200,7 @@ def run(
     *,
     store: StoreOption = None,
     device: Device = None,
+    engine: EngineOption = Engine.auto,
     gradient_checkpointing: Checkpointing = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -191,6 +215,7 @@ def run(
             out=out,
             store=store,
             device=device,
+            engine=engine.value,
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
             quiet=quiet,
@@ -277,6 +302,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The results folder.")] = None,
     rank: Annotated[int, typer.Option(help="r of every adapter.")] = 16,
     device: Device = None,
+    engine: EngineOption = Engine.auto,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -295,6 +321,7 @@ def compare(
             else None,
             rank=rank,
             device=device,
+            engine=engine,
             quiet=quiet,
         )
         folder = sweep.folder.root
@@ -316,12 +343,20 @@ def tune(
     method: Annotated[str, typer.Option(help="The LoRA variant to tune.")] = "lora",
     rank: Annotated[int, typer.Option(help="r of the adapter.")] = 16,
     device: Device = None,
+    engine: EngineOption = Engine.auto,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the batch size and LR for your model and data: writes a study, runs it, answers."""
     sweep = _new_study(
-        model=model, data=data, out=out, methods=[method], rank=rank, device=device, quiet=quiet
+        model=model,
+        data=data,
+        out=out,
+        methods=[method],
+        rank=rank,
+        device=device,
+        engine=engine,
+        quiet=quiet,
     )
     _print_answer(sweep, as_json=as_json)
 
@@ -334,6 +369,7 @@ def _new_study(
     methods: list[str] | None,
     rank: int,
     device: str | None,
+    engine: Engine,
     quiet: bool,
 ) -> "Sweep":
     """A complete study file, written and printed, then run."""
@@ -347,7 +383,14 @@ def _new_study(
     loaded = api.new_study(model=model, data=data, methods=methods, rank=rank, device=device)
     _say(loaded.text)
     with _stoppable() as should_stop:
-        return api.run(loaded, out=out, device=device, quiet=quiet, should_stop=should_stop)
+        return api.run(
+            loaded,
+            out=out,
+            device=device,
+            engine=engine.value,
+            quiet=quiet,
+            should_stop=should_stop,
+        )
 
 
 def _study(path: str) -> Any:
@@ -396,7 +439,7 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
 @contextmanager
 def _stoppable() -> Generator[Callable[[], bool]]:
     """Ctrl-C once: stop at the next update, with a snapshot. Twice: stop at once."""
-    from loratune.sweep import Interrupted
+    from loratune.training import Interrupted
 
     asked = False
 

@@ -48,6 +48,10 @@ class ResultsFolder:
         """The latest snapshot of an unfinished trial."""
         return self.root / "snapshots" / f"{trial_id}.safetensors"
 
+    def snapshots(self) -> tuple[Path, ...]:
+        """The snapshots that are there; their stems are trial ids."""
+        return tuple((self.root / "snapshots").glob("*.safetensors"))
+
 
 def open_results(path: str | Path) -> tuple[ResultsFolder, Store, StudyRecord]:
     """An existing results folder for reading: its paths, its store, its study.

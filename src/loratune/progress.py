@@ -35,7 +35,7 @@ def readable_seconds(seconds: float) -> str:
 
 
 class ProgressLine:
-    """A `sweep.Watcher` for people: use it as a context manager."""
+    """A `training.Watcher` for people: use it as a context manager."""
 
     def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = Console(stderr=True, quiet=quiet, soft_wrap=True)
@@ -51,6 +51,9 @@ class ProgressLine:
         self._task = self._bar.add_task("", total=1)
         self._total_rows = self._rows_done = 0
         self._done = self._num_trials = 0
+        # How far each trial under way is, a fraction, and the sum of them.
+        self._shares = dict[str, float]()
+        self._sum_of_shares = 0.0
         self._began = clock()
 
     def __enter__(self) -> Self:
@@ -66,7 +69,7 @@ class ProgressLine:
         self._bar.stop()
 
     def begins(self, plan: Plan, *, finished: frozenset[str]) -> None:
-        """See `sweep.Watcher`."""
+        """See `training.Watcher`."""
         left = [trial for trial in plan.trials if trial.trial_id not in finished]
         self._num_trials, self._done = len(plan.trials), len(plan.trials) - len(left)
         self._total_rows = sum(trial.num_samples for trial in left)
@@ -76,23 +79,25 @@ class ProgressLine:
         self._console.print(f"{self._num_trials} trials{stand}", highlight=False)
 
     def trial_begins(self, trial: Trial) -> None:
-        """See `sweep.Watcher`."""
-        self._bar.update(self._task, description=describe_trial(trial))
+        """See `training.Watcher`."""
+        self._set_share(trial, 0.0)
+        self._bar.update(self._task, description=self._described(trial))
 
     def update(self, trial: Trial, progress: UpdateDone) -> None:
-        """See `sweep.Watcher`."""
+        """See `training.Watcher`."""
         self._rows_done += progress.num_rows
-        share = (progress.update + 1) / trial.num_updates
+        self._set_share(trial, (progress.update + 1) / trial.num_updates)
         self._bar.update(
             self._task,
-            completed=self._done + share,
-            description=f"{describe_trial(trial)} loss={progress.loss:.3f} {self._speed()}",
+            completed=self._done + self._sum_of_shares,
+            description=f"{self._described(trial)} loss={progress.loss:.3f} {self._speed()}",
         )
 
     def trial_ends(self, trial: Trial, outcome: Outcome) -> None:
-        """See `sweep.Watcher`."""
+        """See `training.Watcher`."""
         self._done += 1
-        self._bar.update(self._task, completed=self._done)
+        self._sum_of_shares -= self._shares.pop(trial.trial_id, 0.0)
+        self._bar.update(self._task, completed=self._done + self._sum_of_shares)
         if outcome.status == "done":
             loss = outcome.validation_loss
             said = "done" if loss is None else f"validation loss {loss:.4f}"
@@ -107,7 +112,7 @@ class ProgressLine:
         )
 
     def scored(self, trial: Trial, score: Score) -> None:
-        """See `sweep.Watcher`."""
+        """See `training.Watcher`."""
         self._console.print(
             f"{describe_trial(trial)}: {score.task} {score.correct} of {score.total} right",
             highlight=False,
@@ -115,8 +120,16 @@ class ProgressLine:
         )
 
     def remarks(self, text: str) -> None:
-        """See `sweep.Watcher`."""
+        """See `training.Watcher`."""
         self._console.print(text, highlight=False, markup=False)
+
+    def _set_share(self, trial: Trial, share: float) -> None:
+        self._sum_of_shares += share - self._shares.get(trial.trial_id, 0.0)
+        self._shares[trial.trial_id] = share
+
+    def _described(self, trial: Trial) -> str:
+        others = len(self._shares) - 1
+        return describe_trial(trial) + (f" and {others} others" if others > 0 else "")
 
     def _speed(self) -> str:
         elapsed = self._clock() - self._began

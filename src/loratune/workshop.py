@@ -1,6 +1,6 @@
-"""The training wing of one study on one device: real models, real rows, the reference engine.
+"""The training wing of one study on one device: real models, real rows, real engines.
 
-`survey` finds out what planning needs; `ReferenceWorkshop` also trains and scores. Bases are loaded
+`survey` finds out what planning needs; `LocalWorkshop` also trains and scores. Bases are loaded
 when a trial first needs one and stay until a trial of another model does.
 """
 
@@ -12,12 +12,13 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,11 +27,13 @@ from loratune.data.prepare import PreparedData, prepare
 from loratune.engine.base import Engine, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
-from loratune.errors import CapacityError, DataError, LoratuneError, ModelError
+from loratune.errors import CapacityError, DataError, LoratuneError, ModelError, StudyError
 from loratune.evaluation.generate import check_room
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.score import score_task
 from loratune.evaluation.tasks import ask, ask_validation, check_tasks, load_questions
+from loratune.methods import load_method
+from loratune.methods.base import Packable
 from loratune.models.demo import DEMO_MODELS, resolve_demo_model
 from loratune.models.describe import describe_model
 from loratune.models.load import Base, load_base, load_tokenizer
@@ -48,11 +51,15 @@ from loratune.records import (
     ScoreKey,
     Trial,
 )
+from loratune.study.identity import cell_key
 from loratune.study.loading import LoadedStudy
 from loratune.study.schema import VALIDATION, Study
 
 # Narrow models on a CPU gain nothing from larger micro-batches, and lose cache.
 TOKENS_PER_MICROBATCH_ON_CPU = 4096
+# False until there is engine/packed.py: then `auto` trains all trials on the reference engine.
+HAS_PACKED_ENGINE: bool = False
+EngineChoice = Literal["auto", "packed", "reference"]
 VERSIONED = ("loratune", "torch", "transformers", "peft")
 
 
@@ -211,11 +218,16 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @dataclass
-class ReferenceWorkshop:
-    """Models, rows and the reference engine for one study on one device."""
+class LocalWorkshop:
+    """Models, rows and engines for one study on one device.
+
+    `engine_choice`: `packed` trains many trials at once and refuses a study with a method that it
+    does not have; `reference` trains them one after another; `auto` packs what can be packed.
+    """
 
     loaded: LoadedStudy
     device: torch.device
+    engine_choice: EngineChoice = "auto"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     rate: Rate = H100
@@ -225,11 +237,12 @@ class ReferenceWorkshop:
     )
 
     def plan(self) -> Plan:
-        """See `sweep.Workshop`.
+        """See `training.Workshop`.
 
         Raises:
             LoratuneError: what the study asks for can't be had or can't be done.
         """
+        self._refuse_what_cannot_be_packed()
         return make_plan(
             self.loaded.study,
             models=self._survey.models,
@@ -238,11 +251,11 @@ class ReferenceWorkshop:
         )
 
     def data_summaries(self) -> Mapping[str, DataSummary]:
-        """See `sweep.Workshop`."""
+        """See `training.Workshop`."""
         return self._survey.summaries()
 
     def remarks(self) -> tuple[str, ...]:
-        """See `sweep.Workshop`."""
+        """See `training.Workshop`."""
         rebuilt = tuple(
             f"{name}: a rebuild with other weights than the recorded ones; "
             "its numbers are not those of the documentation"
@@ -250,12 +263,12 @@ class ReferenceWorkshop:
             if name in DEMO_MODELS and not resolve_demo_model(name).matches_recorded_hash
         )
         accounts = {data_account(summary): None for summary in self._survey.summaries().values()}
-        return (*rebuilt, *accounts)
+        return (*rebuilt, *accounts, *self._unpacked())
 
-    def provenance(self) -> Provenance:
-        """See `sweep.Workshop`."""
+    def provenance(self, engine: str) -> Provenance:
+        """See `training.Workshop`."""
         return Provenance(
-            engine=ReferenceEngine.name,
+            engine=engine,
             device=_device_name(self.device),
             versions=(("python", platform.python_version()), *_versions()),
             commit=_commit(),
@@ -263,31 +276,77 @@ class ReferenceWorkshop:
             pid=os.getpid(),
         )
 
-    def engine(self, trial: Trial) -> Engine:
-        """See `sweep.Workshop`."""
-        base = self._base_of(trial)
+    def groups(self, trials: Sequence[Trial]) -> tuple[tuple[Trial, ...], ...]:
+        """See `training.Workshop`.
+
+        What is packed shares base and targets. The reference engine gains nothing from many trials,
+        so that a group of its is a cell: it can be scored, and its adapters dropped, before the
+        next one.
+        """
+        groups = dict[tuple[object, ...], list[Trial]]()
+        for trial in trials:
+            packed = (trial.model, trial.precision, trial.targets)
+            key = packed if self._is_packed(trial) else cell_key(trial)
+            groups.setdefault((self._is_packed(trial), *key), []).append(trial)
+        return tuple(tuple(group) for group in groups.values())
+
+    def engine(self, group: Sequence[Trial]) -> Engine:
+        """See `training.Workshop`."""
+        base = self._base_of(group[0])
         rows = self._survey.prepared
+        if self._is_packed(group[0]):
+            raise AssertionError("there is no packed engine yet")  # PackedEngine(base, rows, ...)
         return ReferenceEngine(base, rows, tokens_per_microbatch=self._tokens_per_microbatch)
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
-        """See `sweep.Workshop`."""
+        """See `training.Workshop`."""
         asked = self._asked[trial.model, trial.data_fingerprint, task]
         return ScoreKey(asked.task, asked.version, asked.grader, asked.decoding)
 
     def score(
         self, trial: Trial, adapter: Path, *, task: str
     ) -> tuple[Score, tuple[Prediction, ...]]:
-        """See `sweep.Workshop`."""
+        """See `training.Workshop`."""
         asked = self._asked[trial.model, trial.data_fingerprint, task]
         return score_task(self._base_of(trial), adapter, asked)
 
     def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
-        """See `sweep.Workshop`."""
+        """See `training.Workshop`."""
         save_snapshot(path, snapshot)
 
     def load_snapshot(self, path: Path) -> Snapshot | None:
-        """See `sweep.Workshop`."""
+        """See `training.Workshop`."""
         return load_snapshot(path)
+
+    def _is_packed(self, trial: Trial) -> bool:
+        return (
+            HAS_PACKED_ENGINE
+            and self.engine_choice != "reference"
+            and isinstance(load_method(trial.method.name), Packable)
+        )
+
+    def _unpackable(self) -> tuple[str, ...]:
+        """The study's methods that can't be packed."""
+        names = dict.fromkeys(method.name for method in self.loaded.study.methods)
+        return tuple(name for name in names if not isinstance(load_method(name), Packable))
+
+    def _unpacked(self) -> tuple[str, ...]:
+        """A remark on the methods that `auto` does not pack."""
+        names = self._unpackable()
+        if not names or not HAS_PACKED_ENGINE or self.engine_choice != "auto":
+            return ()
+        return (
+            f"{', '.join(names)}: trained one trial after another by the reference engine; "
+            "the packed engine has no such method",
+        )
+
+    def _refuse_what_cannot_be_packed(self) -> None:
+        if self.engine_choice != "packed":
+            return
+        names = self._unpackable()
+        if names or not HAS_PACKED_ENGINE:
+            what = f"the method {', '.join(names)}" if names else "anything yet"
+            raise StudyError(f"the packed engine can't train {what}; give --engine auto")
 
     @cached_property
     def _survey(self) -> Survey:

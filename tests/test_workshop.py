@@ -1,0 +1,111 @@
+"""Which trials one engine trains together, and what is refused or remarked on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratune import workshop
+from loratune.errors import StudyError
+from loratune.planning.build import make_plan
+from loratune.planning.cost import H100
+from loratune.planning.shapes import declared_model_facts
+from loratune.records import DataFacts, Trial
+from loratune.study.identity import cell_key
+from loratune.study.loading import parse_study
+from loratune.study.schema import DeclaredModel
+from loratune.workshop import EngineChoice, LocalWorkshop
+
+STUDY = """\
+study: groups
+model: [one, two]
+precision: float32
+data: {train: rows.jsonl, prompt: q, response: a, max_tokens: 64, validation: {rows: 8}}
+protocol: {kind: fixed_samples, epochs: 1}
+methods: [lora, adalora, pissa]
+rank: 4
+alpha: rank
+targets: all-linear
+batch_size: [8, 16]
+learning_rate: [1e-3, 1e-2]
+seeds: 2
+schedule: {kind: cosine}
+"""
+
+
+class Packed:
+    """A method as far as the workshop asks: it can be packed."""
+
+    def start(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def lr_factors(self, *args: Any) -> None: ...
+
+    def export_layers(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def packs_lora_and_pissa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a packed engine that trains everything but adalora."""
+    monkeypatch.setattr(workshop, "HAS_PACKED_ENGINE", True)
+    monkeypatch.setattr(
+        workshop, "load_method", lambda name: object() if name == "adalora" else Packed()
+    )
+
+
+def shop(engine: EngineChoice) -> LocalWorkshop:
+    loaded = parse_study(STUDY, name="groups.yaml", folder=Path.cwd())
+    return LocalWorkshop(loaded, torch.device("cpu"), engine_choice=engine)
+
+
+def trials() -> tuple[Trial, ...]:
+    shape = DeclaredModel(
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=128,
+    )
+    names = ("one", "two")
+    return make_plan(
+        shop("auto").loaded.study,
+        models={name: declared_model_facts(name, shape) for name in names},
+        data={(name, None): DataFacts("data", 64, 8, 640, 6400, 320, 16) for name in names},
+        rate=H100,
+    ).trials
+
+
+@pytest.mark.usefixtures("packs_lora_and_pissa")
+def test_auto_packs_a_models_trials_together_and_leaves_the_rest_to_the_reference_engine():
+    groups = shop("auto").groups(trials())
+    ids = [trial.trial_id for group in groups for trial in group]
+    assert sorted(ids) == sorted(trial.trial_id for trial in trials())
+    packed = [group for group in groups if len({cell_key(trial) for trial in group}) > 1]
+    assert [{trial.model for trial in group} for group in packed] == [{"one"}, {"two"}]
+    for group in packed:
+        assert {trial.method.name for trial in group} == {"lora", "pissa"}
+    alone = [group for group in groups if group not in packed]
+    assert {trial.method.name for group in alone for trial in group} == {"adalora"}
+    (remark,) = shop("auto")._unpacked()
+    assert remark.startswith("adalora: ")
+
+
+@pytest.mark.usefixtures("packs_lora_and_pissa")
+def test_the_packed_engine_refuses_a_study_with_a_method_that_it_lacks():
+    with pytest.raises(StudyError, match="the packed engine can't train the method adalora"):
+        shop("packed").plan()
+
+
+@pytest.mark.usefixtures("packs_lora_and_pissa")
+def test_for_the_reference_engine_a_group_is_a_cell():
+    groups = shop("reference").groups(trials())
+    assert len(groups) == len({cell_key(trial) for trial in trials()})
+    assert all(len({cell_key(trial) for trial in group}) == 1 for group in groups)
+    assert shop("reference")._unpacked() == ()
+
+
+def test_provenance_names_the_engine_that_trains():
+    assert shop("auto").provenance("reference").engine == "reference"
+    assert shop("auto").provenance("packed").engine == "packed"
