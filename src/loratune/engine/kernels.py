@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loratune.engine.memory import sent
 from loratune.engine.optimizer import RowUpdate, settings_table
-from loratune.engine.routing import TILE_CUDA, Routing
+from loratune.engine.routing import TILE, Routing
 from loratune.engine.slots import Slots
 
 SHRINK = {"BN": 64, "num_warps": 4, "num_stages": 4}
@@ -330,7 +330,7 @@ class TritonProducts:
             w.stride(1),
             into[0].stride(0),
             TWO=len(ws_AKN) == 2,
-            BM=TILE_CUDA,
+            BM=TILE,
             BK=block_k,
             PRECISION=_precision(x_MN),
             **SHRINK,
@@ -366,7 +366,7 @@ class TritonProducts:
             into_MN.stride(0),
             TWO=len(ws_AKN) == 2,
             BIAS=bias_N is not None,
-            BM=TILE_CUDA,
+            BM=TILE,
             BK=_block(w.shape[1], most=64),
             PRECISION=_precision(h),
             **EXPAND,

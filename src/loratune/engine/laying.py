@@ -3,7 +3,6 @@
 Legend: M tokens of the step, filler included; B rows, filler included; L tokens with loss.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +51,6 @@ def lay_out_step(
     step: StepRows,
     *,
     num_slots: int,
-    alignment: int,
     longest_row: int,
     num_tokens: int | None = None,
     num_rows: int | None = None,
@@ -62,44 +60,29 @@ def lay_out_step(
     Args:
         step: the rows.
         num_slots: slots of the pack.
-        alignment: each slot's first token is at a multiple of it.
         longest_row: no row is longer; filler is cut into rows of at most this length.
         num_tokens: M; None: as many as there are.
         num_rows: B, with empty rows at the end; None: as many as there are.
     """
     lengths = step.rows.lengths
     counts = np.bincount(step.slots, weights=lengths, minlength=num_slots).astype(np.int64)
-    taken = -(-counts // alignment) * alignment
-    begins = np.concatenate([[0], np.cumsum(taken)])
-    total = int(begins[-1]) if num_tokens is None else num_tokens
-    assert begins[-1] <= total, (begins[-1], total)
+    real = int(lengths.sum())
+    total = real if num_tokens is None else num_tokens
+    assert real <= total, (real, total)
 
-    # A row begins where its slot does, behind the slot's rows before it.
-    before = np.cumsum(lengths) - lengths
-    first_of_slot = np.searchsorted(step.slots, np.arange(num_slots))
-    before_slot = np.concatenate([before, [0]])[np.minimum(first_of_slot, len(before))]
-    starts = begins[step.slots] + before - before_slot[step.slots]
-    within = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
-    places = np.repeat(starts, lengths) + within
-
+    starts = step.rows.offsets[:-1]
+    within = np.arange(real) - np.repeat(starts, lengths)
     input_ids = np.zeros(total, dtype=np.int64)
-    input_ids[places] = step.rows.input_ids
+    input_ids[:real] = step.rows.input_ids
     position_ids = np.zeros(total, dtype=np.int64)
-    position_ids[places] = within
+    position_ids[:real] = within
+    position_ids[real:] = np.arange(total - real) % longest_row
     token_keys = np.zeros(total, dtype=np.int32)
-    token_keys[places] = _mixed(np.repeat(step.keys, lengths), within)
+    token_keys[:real] = _mixed(np.repeat(step.keys, lengths), within)
 
     # A row's first token is predicted from nothing.
     has_loss = step.rows.is_target & (within > 0)
-    gaps = [
-        (int(end), int(stop))
-        for end, stop in zip(begins[:-1] + counts, [*begins[1:-1], total], strict=True)
-        if end < stop
-    ]
-    filler = [at for low, high in gaps for at in range(low, high, longest_row)]
-    for low, high in gaps:
-        position_ids[low:high] = np.arange(high - low) % longest_row
-    bounds = np.sort(np.concatenate([starts, np.array(filler, dtype=np.int64)]))
+    bounds = np.concatenate([starts, np.arange(real, total, longest_row)])
     missing = 0 if num_rows is None else num_rows - len(bounds)
     assert missing >= 0, (num_rows, len(bounds))
     return LaidOut(
@@ -107,8 +90,8 @@ def lay_out_step(
         position_ids=position_ids,
         counts=[int(count) for count in counts],
         row_bounds=np.concatenate([bounds, np.full(missing + 1, total)]).astype(np.int32),
-        index=places[has_loss] - 1,
-        labels=input_ids[places[has_loss]],
+        index=np.flatnonzero(has_loss) - 1,
+        labels=input_ids[:real][has_loss],
         slots=np.repeat(step.slots, lengths)[has_loss],
         weights=np.repeat(step.weights, lengths)[has_loss].astype(np.float32),
         token_keys=token_keys,
@@ -125,13 +108,6 @@ def _mixed(keys: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.
     return (word >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
-def most_filler_rows(*, num_tokens: int, num_slots: int, longest_row: int) -> int:
+def most_filler_rows(*, num_tokens: int, longest_row: int) -> int:
     """The most rows of filler that a step of M tokens can have."""
-    return num_slots + num_tokens // longest_row + 1
-
-
-def concatenated_slots(counts: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """(slot, rows) pairs as the slot of each row."""
-    return np.repeat(
-        np.array([slot for slot, _ in counts], dtype=np.int64), [rows for _, rows in counts]
-    )
+    return num_tokens // longest_row + 1

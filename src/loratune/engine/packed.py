@@ -45,7 +45,6 @@ from loratune.engine.loss import num_targets
 from loratune.engine.memory import release_memory, sent
 from loratune.engine.optimizer import RowUpdate, update_rows
 from loratune.engine.packed_model import StepSize, group_targets, installed
-from loratune.engine.routing import alignment
 from loratune.engine.slots import (
     RowLayout,
     Slots,
@@ -534,7 +533,6 @@ class _Session:
             demands,
             tokens=self.shape.tokens_per_step,
             rows=self._most_rows(self.shape.tokens_per_step),
-            alignment=alignment(self.device),
         )
 
     def _rows_of(self, taken: Mapping[int, int]) -> tuple[StepRows, tuple[tuple[_Seat, int], ...]]:
@@ -567,8 +565,7 @@ class _Session:
         """The smallest of the compiled sizes that holds the rows; None where nothing is compiled."""
         if not self.compile_blocks:
             return None
-        # On CUDA nothing is aligned; compiled on a CPU, each slot may end in filler.
-        num_tokens = len(rows.rows.input_ids) + self.shape.num_slots * (alignment(self.device) - 1)
+        num_tokens = len(rows.rows.input_ids)
         largest = max(self.shape.tokens_per_step, self.longest_row)
         fitting = [
             math.ceil(largest / part / 64) * 64
@@ -579,9 +576,7 @@ class _Session:
         return StepSize(
             num_tokens=chosen,
             num_rows=max(self._most_rows(chosen), len(rows.rows))
-            + most_filler_rows(
-                num_tokens=chosen, num_slots=self.shape.num_slots, longest_row=self.longest_row
-            ),
+            + most_filler_rows(num_tokens=chosen, longest_row=self.longest_row),
         )
 
     def _most_rows(self, tokens: int) -> int:
@@ -690,7 +685,6 @@ class _Session:
                 [Demand(seat.slot, 1, left[begin:])],
                 tokens=self.shape.tokens_per_step,
                 rows=self._most_rows(self.shape.tokens_per_step),
-                alignment=alignment(self.device),
             ).values()
             chosen = everything[begin : begin + count]
             step = StepRows(

@@ -36,7 +36,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from loratune.engine.grouped import GroupedProducts, TiledProducts
+from loratune.engine.grouped import GroupedProducts, LoopedProducts
 from loratune.engine.routing import Routing
 
 
@@ -44,7 +44,7 @@ from loratune.engine.routing import Routing
 def products_on(device_type: str) -> GroupedProducts:
     """The implementation of the low-rank products on a kind of device."""
     if device_type != "cuda":
-        return TiledProducts()
+        return LoopedProducts()
     from loratune.engine.kernels import TritonProducts  # Triton is there with CUDA alone.
 
     return TritonProducts()

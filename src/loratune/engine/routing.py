@@ -1,9 +1,7 @@
 """Which token of a step belongs to which adapter: rows of many trials laid end to end.
 
-The tokens of one slot lie together. On CUDA nothing is padded between slots; kernels work on tiles
-of at most `TILE_CUDA` tokens of one slot each. On a CPU a slot's tokens are filled up to a multiple
-of `TILE_CPU`, because equal tiles make batched products of what would be many tiny ones (seen on 2
-cores, 24 slots of 170 tokens, rank 8: 0.3 ms instead of 2.3 ms).
+The tokens of one slot lie together, slot after slot, without padding. Kernels work on tiles of at
+most `TILE` tokens of one slot each.
 
 The tensors keep their addresses from step to step and are written in place, so that nothing that
 was compiled or captured with them is made anew. Filler tokens belong to no slot.
@@ -18,12 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TILE_CUDA = 64
-TILE_CPU = 16
+TILE = 64
 # A gradient is summed over at most so many tokens by one kernel program, then over its chunks in
 # order: enough programs where one slot has all the tokens, and the same sum at every repeat.
 CHUNK = 1024
@@ -33,7 +29,8 @@ CHUNK = 1024
 class Routing:
     """int32 tensors: tile t holds tokens [tile_begin_T[t], tile_end_T[t]) of slot `tile_slot_T[t]`.
 
-    A tile of slot -1 holds filler: its tokens get nothing from any adapter. Chunks bound a slot's
+    A tile of slot -1 holds filler: its tokens get nothing from any adapter. Slot a has the tokens
+    [slot_bounds_A[a], slot_bounds_A[a + 1]). Chunks bound a slot's
     tokens likewise, filler left out; slot a has chunks [slot_chunk_A[a], slot_chunk_A[a + 1]).
     `is_fresh_A` is 1 where a slot's gradient begins with this step. `token_slot_M` is a
     token's slot.
@@ -42,6 +39,7 @@ class Routing:
     tile_slot_T: Tensor
     tile_begin_T: Tensor
     tile_end_T: Tensor
+    slot_bounds_A: Tensor
     chunk_slot_C: Tensor
     chunk_begin_C: Tensor
     chunk_end_C: Tensor
@@ -59,19 +57,9 @@ class Routing:
         return [getattr(self, one.name) for one in fields(self)]
 
 
-def tile_size(device: torch.device) -> int:
-    """Tokens of the largest tile on a kind of device."""
-    return TILE_CUDA if device.type == "cuda" else TILE_CPU
-
-
-def alignment(device: torch.device) -> int:
-    """What a slot's first token is a multiple of."""
-    return 1 if device.type == "cuda" else TILE_CPU
-
-
-def num_tiles(*, num_tokens: int, num_slots: int, device: torch.device) -> int:
+def num_tiles(*, num_tokens: int, num_slots: int) -> int:
     """The most tiles that any step of `num_tokens` over `num_slots` slots can have."""
-    return num_tokens // tile_size(device) + num_slots + 1
+    return num_tokens // TILE + num_slots + 1
 
 
 def num_chunks(*, num_tokens: int, num_slots: int) -> int:
@@ -85,34 +73,30 @@ def route(
     fresh: Sequence[bool],
     num_tokens: int,
     fixed_size: bool,
-    device: torch.device,
 ) -> tuple[NDArray[np.int32], list[int]]:
     """The routing of a step in which slot a has `counts[a]` tokens, slot after slot.
 
     Args:
-        counts: tokens of each slot; the filler up to the alignment is not counted.
+        counts: tokens of each slot.
         fresh: whether a slot's gradient begins with this step.
         num_tokens: M, the tokens of the step, filler included.
         fixed_size: make tensors of the sizes that any step of M tokens needs, with empty tiles
             and chunks at their ends.
-        device: where it is to be used: tiles and alignment depend on it.
 
     Returns:
         The fields of a `Routing` end to end, and the length of each; see `Routing.of`.
     """
-    tile, align = tile_size(device), alignment(device)
     sizes = np.asarray(counts, dtype=np.int64)
-    taken = -(-sizes // align) * align
-    begins = np.concatenate([[0], np.cumsum(taken)])
+    begins = np.concatenate([[0], np.cumsum(sizes)])
     assert begins[-1] <= num_tokens, (begins[-1], num_tokens)
     # What is left over is a slot of its own, -1, behind all others.
-    spans = [(slot, int(begins[slot]), int(taken[slot])) for slot in range(len(sizes))]
-    tiles = _cut([*spans, (-1, int(begins[-1]), num_tokens - int(begins[-1]))], tile)
+    spans = [(slot, int(begins[slot]), int(sizes[slot])) for slot in range(len(sizes))]
+    tiles = _cut([*spans, (-1, int(begins[-1]), num_tokens - int(begins[-1]))], TILE)
     chunks = _cut(spans, CHUNK)
     firsts = np.searchsorted(np.array([slot for slot, _, _ in chunks]), np.arange(len(sizes) + 1))
     if fixed_size:
         tiles += [(-1, 0, 0)] * (
-            num_tiles(num_tokens=num_tokens, num_slots=len(sizes), device=device) - len(tiles)
+            num_tiles(num_tokens=num_tokens, num_slots=len(sizes)) - len(tiles)
         )
         chunks += [(-1, 0, 0)] * (
             num_chunks(num_tokens=num_tokens, num_slots=len(sizes)) - len(chunks)
@@ -123,6 +107,7 @@ def route(
     begun = np.asarray(fresh, dtype=np.int32) * (sizes > 0)
     parts: list[NDArray[np.int32]] = [
         *np.array(tiles, dtype=np.int32).reshape(-1, 3).T,
+        begins.astype(np.int32),
         *np.array(chunks, dtype=np.int32).reshape(-1, 3).T,
         firsts.astype(np.int32),
         begun.astype(np.int32),

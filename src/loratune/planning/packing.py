@@ -45,9 +45,7 @@ class Demand:
     row_tokens: Sequence[int]
 
 
-def fill_step(
-    demands: Sequence[Demand], *, tokens: int, rows: int, alignment: int = 1
-) -> dict[int, int]:
+def fill_step(demands: Sequence[Demand], *, tokens: int, rows: int) -> dict[int, int]:
     """How many of its next rows each slot gives; slots that give none are left out.
 
     Trials with the most updates left come first: they decide when the pack is done. At least one
@@ -55,21 +53,20 @@ def fill_step(
 
     Args:
         demands: what each slot could give.
-        tokens: the most tokens of a step; a slot's are counted up to a multiple of `alignment`.
+        tokens: the most tokens of a step.
         rows: the most rows of a step.
-        alignment: see `tokens`.
     """
     taken = dict[int, int]()
     left = tokens
     for demand in sorted(demands, key=lambda one: (-one.updates_left, one.slot)):
         count = used = 0
         for length in demand.row_tokens:
-            if _aligned(used + length, alignment) > left or count == rows:
+            if used + length > left or count == rows:
                 break
             count, used = count + 1, used + length
         if count:
             taken[demand.slot] = count
-            left -= _aligned(used, alignment)
+            left -= used
             rows -= count
     if not taken and demands:
         # A row that is longer than a step goes alone.
@@ -89,7 +86,3 @@ def choose_next(
     if rows_wanted * mean_row_tokens < tokens:
         return max(waiting, key=lambda trial: trial.batch_size)
     return max(waiting, key=lambda trial: trial.num_updates)
-
-
-def _aligned(tokens: int, alignment: int) -> int:
-    return -(-tokens // alignment) * alignment
