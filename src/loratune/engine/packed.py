@@ -162,12 +162,14 @@ class _TooLarge(Exception):
 
 
 def _shrunk(shape: PackShape, *, longest: int, began: bool) -> PackShape | None:
-    """A smaller pack: fewer tokens a step while that is possible, then fewer slots.
+    """A smaller pack: fewer tokens a step, then blocks that keep less, then fewer slots.
 
     A pack that could not even be allocated (not `began`) has too many slots.
     """
     if (began or shape.num_slots == 1) and shape.tokens_per_step > longest:
         return replace(shape, tokens_per_step=max(longest, shape.tokens_per_step // 2))
+    if began and not shape.gradient_checkpointing:
+        return replace(shape, gradient_checkpointing=True)
     if shape.num_slots > 1:
         return replace(shape, num_slots=shape.num_slots // 2)
     return None
@@ -369,6 +371,7 @@ class _Session:
                 keep_A=self.keep_A,
                 longest_row=self.longest_row,
                 compile_blocks=self.compile_blocks,
+                gradient_checkpointing=shape.gradient_checkpointing,
             ) as model:
                 self.model = model
                 began = True
@@ -463,6 +466,12 @@ class _Session:
         if work.snapshot is None:
             layers = method.start(self.base.model, trial, targets=self.targets)
             seat.has_magnitudes = any(one.magnitude_E is not None for one in layers.values())
+            takes = any(one.a0_RD is not None for one in layers.values())
+            if takes > self.shape.corrected or seat.has_magnitudes > self.shape.magnitudes:
+                raise StudyError(
+                    f"method {trial.method.name!r} starts with more than its description says; set "
+                    "takes_from_base and has_magnitudes there"
+                )
             row_P, seat.frozen_P = to_row(layers, layout), frozen_row(layers, layout)
             self.slots.put(seat.slot, row_P, frozen_P=seat.frozen_P, scale=trial.scale)
             seat.begin_batch(0)
