@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from loratune.data.rows import lay_end_to_end
-from loratune.engine.attention import NAME, has_varlen
+from loratune.engine.attention import NAME, has_row_attention
 from loratune.engine.head import Targets, head_losses
 from loratune.engine.laying import StepRows, lay_out_step
 from loratune.engine.memory import sent
@@ -137,7 +137,7 @@ class PackedModel:
         self._step.token_key_M = self._sent(laid.token_keys)
         input_ids, position_ids = self._sent(laid.input_ids), self._sent(laid.position_ids)
         where: dict[str, Any] = {"longest_row": self._longest_row}
-        if has_varlen(self._device, self._model.dtype):
+        if has_row_attention(self._device):
             where["row_bounds"] = self._sent(laid.row_bounds)
         else:
             counts = np.diff(laid.row_bounds)
