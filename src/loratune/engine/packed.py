@@ -36,7 +36,7 @@ from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
 from loratune.data.rows import EncodedRows, concatenate
 from loratune.engine.account import Account
-from loratune.engine.attention import has_varlen
+from loratune.engine.attention import has_row_attention
 from loratune.engine.base import Event, Failed, Feed, Finished, Progress, Snapshot, Work
 from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.dora_gains import DoraGains
@@ -99,7 +99,7 @@ class PackedEngine:
         self._find_method = find_method
         self._compile_blocks = (
             # Where attention pads its rows, every step has another size.
-            has_varlen(base.device, base.model.dtype) if compile_blocks is None else compile_blocks
+            has_row_attention(base.device) if compile_blocks is None else compile_blocks
         )
         self._clock = clock
 

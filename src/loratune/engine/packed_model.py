@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from loratune.data.rows import lay_end_to_end
-from loratune.engine.attention import NAME, has_varlen
+from loratune.engine.attention import NAME, has_row_attention
 from loratune.engine.head import Targets, head_losses
 from loratune.engine.laying import LaidOut, StepRows, lay_out_step
 from loratune.engine.memory import sent
@@ -170,7 +170,7 @@ class PackedModel:
         self._step.routing = Routing.of(routing, self._lengths).tensors()
         self._step.token_key_M = keys
         where: dict[str, Any]
-        if has_varlen(self._device, self._model.dtype):
+        if has_row_attention(self._device):
             where = {"row_bounds": bounds, "longest_row": self._longest_row}
         else:
             counts = bounds.diff()
