@@ -54,9 +54,8 @@ class Both:
     reference: Mapping[str, tuple[Outcome, AdapterFiles, dict[str, LayerTensors]]]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3"])
-def both(request) -> Both:
-    base = tiny_base(request.param)
+def train_both(family: str) -> Both:
+    base = tiny_base(family)
     with pytest.MonkeyPatch.context() as patch:
         steps = spied(patch)
         packed = pack(TRIALS, [SMALL, LARGE], base=base)
@@ -102,7 +101,16 @@ class FirstGradients:
         return attached
 
 
-def test_the_pack_covers_what_may_differ_between_trials(both):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_packed_equals_reference_in_every_number_and_in_the_format_of_its_adapters(family):
+    # One test a family: its training is the slow part.
+    both = train_both(family)
+    assert_covers_what_may_differ_between_trials(both)
+    assert_equal_numbers(both)
+    assert_equal_formats_and_logits(both)
+
+
+def assert_covers_what_may_differ_between_trials(both: Both) -> None:
     finished = [both.packed.finished(trial.trial_id) for trial in TRIALS]
     assert {one.outcome.status for one in finished} == {"done"}
     assert {trial.method.name for trial in TRIALS} == set(PACKABLE)
@@ -133,7 +141,7 @@ def test_the_pack_covers_what_may_differ_between_trials(both):
     assert max(len(set(step.slots.tolist())) for step, _ in both.steps.rows) == 4
 
 
-def test_packed_equals_reference(both):
+def assert_equal_numbers(both: Both) -> None:
     for trial in TRIALS:
         reference, adapter, gradients = both.reference[trial.trial_id]
         finished = both.packed.finished(trial.trial_id)
@@ -157,7 +165,7 @@ def test_packed_equals_reference(both):
         assert max(errors.values()) < SAME_NUMBERS, (trial.trial_id, errors)
 
 
-def test_the_adapter_has_the_format_of_the_references_and_gives_its_logits(both):
+def assert_equal_formats_and_logits(both: Both) -> None:
     ids = torch.arange(4, 20)[None]
     plain = logits_with(both.base, None, ids)
     for trial in TRIALS:

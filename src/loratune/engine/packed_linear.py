@@ -8,8 +8,13 @@ is the correction of the methods that start from a part of the base,
 
     scale (B A - B0 A0) = (scale B) (A - A0) + (scale (B - B0)) A0,
 
-written as differences, because in 16 bits A - A0 keeps what A would round away. `gain` is DoRA's
-m / |W + scale B A|, one for every other method and absent where no trial of a pack needs it.
+written as differences, because in 16 bits A - A0 keeps what A would round away. Dropout does not
+fall on the correction, as in the published code, so that where any is dropped it is
+
+    scale (B A x' - B0 A0 x) = (scale B) ((A - A0) x' + A0 (x' - x)) + (scale (B - B0)) A0 x.
+
+`gain` is DoRA's m / |W + scale B A|, one for every other method and absent where no trial of a pack
+needs it.
 
 Layers that read the same input (query, key and value; gate and up) are one group: one product with
 their weights side by side, one pass over the input for all of their adapters.
@@ -79,7 +84,15 @@ def packed_linear(
     seen = x if x_adapter is None else x_adapter
     plain = gain is None
     hs = [x.new_empty(len(x), down.shape[1]) for down in downs]
-    products.shrink(seen, downs, routes, into=hs)
+    if x_adapter is None or len(downs) == 1:
+        products.shrink(seen, downs, routes, into=hs)
+    else:
+        # The correction sees x itself: A x' - A0 x, and A0 x.
+        products.shrink(x_adapter, downs[:1], routes, into=hs[:1])
+        products.shrink(x, downs[1:], routes, into=hs[1:])
+        dropped = torch.empty_like(hs[1])
+        products.shrink(x_adapter - x, downs[1:], routes, into=[dropped])
+        hs[0] += dropped
     y = x.new_empty(len(x), weight.shape[0])
     for ranks, outputs in _members(ups[0], segments):
         products.expand(
@@ -189,7 +202,9 @@ def packed_linear_backward(
         )
     products.outer(grad_hs[:1], seen, routes, into_AKN=grad_down)
     grad_seen = torch.empty_like(x)
-    products.expand(grad_hs, downs, routes, into_MN=grad_seen)
+    corrects_apart = x_adapter is not None and len(downs) == 2
+    through = [grad_hs[0], grad_hs[0]] if corrects_apart else grad_hs
+    products.expand(through, downs, routes, into_MN=grad_seen)
     parts = [weight[outputs] for _, outputs in members]
     if x_adapter is None or gain is not None:
         for grad, part in zip(grads, parts, strict=True):
@@ -200,7 +215,14 @@ def packed_linear_backward(
     grad_x = torch.zeros_like(x)
     for grad, part in zip(grads_y, parts, strict=True):
         torch.addmm(grad_x, grad, part, out=grad_x)
-    return grad_x, grad_seen if gain is None else grad_seen - grad_x
+    if gain is not None:
+        grad_seen -= grad_x
+    if corrects_apart:
+        through_correction = torch.empty_like(x)
+        difference = grad_hs[1] - grad_hs[0]
+        products.expand([difference], downs[1:], routes, into_MN=through_correction)
+        grad_x += through_correction
+    return grad_x, grad_seen
 
 
 @packed_linear_backward.register_fake
