@@ -1,4 +1,4 @@
-"""Triton kernels: the products of `engine.grouped` over ragged tiles, AdamW over rows, token losses.
+"""Triton kernels: the products of `engine.grouped` over tiles, AdamW over rows, token losses.
 
 Bound by memory traffic at the ranks that adapters have: `shrink` and `outer` read each large
 operand once, `expand` writes its result once, and a frozen correction (the second factor of a list)

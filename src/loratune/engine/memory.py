@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on a device. On CUDA from pinned memory: otherwise it waits for all that runs."""
+    """A CPU tensor on a device; on CUDA from pinned memory, or it waits for all that runs."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""AdamW for the trials of a pack: each with its own learning rate, betas, eps, decay, step and clip.
+"""AdamW for the trials of a pack: each with its own learning rate, betas, decay, step and clip.
 
 The formula is that of torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101):
 
@@ -6,9 +6,9 @@ The formula is that of torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv 1711
     p -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 A row has three regions, A, B and m, each with a learning rate, an eps and a decay of its own, so
-that an adapter can be rescaled without a change to its training (`methods.base.ParameterGroup`). On CUDA
-all rows that update are done by three launches (`engine.kernels`); on a CPU a row at a time by
-torch's own fused AdamW.
+that an adapter can be rescaled without a change to its training (`methods.base.ParameterGroup`).
+On CUDA all rows that update are done by three launches (`engine.kernels`); on a CPU a row at a time
+by torch's own fused AdamW.
 
 Legend: A slots, P numbers of a slot, G = 3 regions.
 """

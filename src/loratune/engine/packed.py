@@ -571,7 +571,7 @@ class _Session:
         return rows, tuple(tokens)
 
     def _size(self, rows: StepRows) -> StepSize | None:
-        """The smallest of the compiled sizes that holds the rows; None where nothing is compiled."""
+        """The smallest compiled size that holds the rows; None where nothing is compiled."""
         if not self.compile_blocks:
             return None
         num_tokens = len(rows.rows.input_ids)
@@ -638,7 +638,7 @@ class _Session:
             )
 
     def _rescaled(self, one: _Done, *, loss: float, norm: float) -> bool:
-        """Whether a float16 gradient overflowed: then its batch is begun anew at a smaller scale."""
+        """Whether a float16 gradient overflowed: its batch is begun anew at a smaller scale."""
         seat = one.seat
         if math.isfinite(norm):
             seat.good_updates += 1

@@ -357,18 +357,20 @@ def _side_by_side(members: Sequence[nn.Linear]) -> Tensor:
     first = weights[0]
     at = first.data_ptr()
     for weight in weights:
-        if weight.data_ptr() != at or not weight.is_contiguous():
+        # In one allocation: weights that a file's reader made can lie side by side by chance.
+        together = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if weight.data_ptr() != at or not together or not weight.is_contiguous():
             break
         at += weight.numel() * weight.element_size()
     else:
         # An earlier pack has laid them so.
         height = sum(len(weight) for weight in weights)
         return first.as_strided((height, first.shape[1]), first.stride())
-    together = torch.cat(weights)
+    joined = torch.cat(weights)
     heights = [one.out_features for one in members]
-    for one, part in zip(members, together.split(heights), strict=True):
+    for one, part in zip(members, joined.split(heights), strict=True):
         one.weight.data = part
-    return together
+    return joined
 
 
 def _apart(view: Tensor) -> Tensor:
@@ -418,6 +420,6 @@ def _compare(
     error = float((found - wanted).abs().max() / wanted.abs().max())
     if not error <= LOGITS_TOLERANCE[model.dtype]:
         raise ModelError(
-            f"{type(model).__name__} computes something that the packed engine does not: its logits "
-            f"differ by {error:.1e} of their largest; train it with --engine reference"
+            f"{type(model).__name__} computes something that the packed engine does not: its "
+            f"logits differ by {error:.1e} of their largest; train it with --engine reference"
         )
