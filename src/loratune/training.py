@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -467,7 +467,9 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._done.wait(HEARTBEAT_SECONDS):
             with self._lock:
-                attempts: Collection[int] = tuple(self._attempts - self._lost)
+                attempts = self._attempts - self._lost
+            if not attempts:
+                continue
             # A store that can't be reached now may be reached again before the claims expire.
             with suppress(StoreError):
                 ended = self._store.heartbeat(attempts)
