@@ -1,5 +1,6 @@
 """pissa, milora and olora against PEFT's own, against closed forms, and their memory of factors."""
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -176,9 +177,9 @@ def test_factors_are_computed_once_for_trials_that_share_them(method):
     calls = list[str]()
     real = corrected._checked
 
-    def counted(name: str, weight: Tensor, factorise: corrected.Factorise):
+    def counted(name: str, layer: torch.nn.Linear, factorise: corrected.Factorise):
         calls.append(name)
-        return real(name, weight, factorise)
+        return real(name, layer, factorise)
 
     def starts(**changes: Any) -> dict[str, Tensor]:
         attached, _ = attach(model, method, **changes)
@@ -195,13 +196,49 @@ def test_factors_are_computed_once_for_trials_that_share_them(method):
         starts(alpha=4.0)
         assert len(calls) == 28  # the scale is part of the factors
         starts(targets=("q_proj",), alpha=4.0)
-        assert len(calls) == 30
-        assert len(corrected._latest[model][1]) == 2  # only the latest are kept
-        # The base is what it is computed from: a changed weight is seen.
+        assert len(calls) == 28  # a layer's factors do not depend on its neighbours
+        # The base is what it is computed from: a changed weight is seen, and so is another one.
         with torch.no_grad():
             model.get_parameter("model.layers.0.self_attn.q_proj.weight").mul_(2)
         starts(targets=("q_proj",), alpha=4.0)
-        assert len(calls) == 32
+        assert len(calls) == 29
+        layer: Any = model.get_submodule("model.layers.1.self_attn.q_proj")
+        layer.weight = torch.nn.Parameter(2 * layer.weight.detach(), requires_grad=False)
+        changed = starts(targets=("q_proj",), alpha=4.0)
+        assert len(calls) == 30
+        fresh, _ = attach(copy.deepcopy(model), method, targets=("q_proj",), alpha=4.0)
+        assert all(torch.equal(changed[name], one) for name, one in fresh.state().items())
+
+
+def test_a_pack_that_goes_back_and_forth_between_methods_computes_each_start_once():
+    model = tiny_model("llama")
+    calls = list[str]()
+    real = corrected._checked
+
+    def counted(name: str, layer: torch.nn.Linear, factorise: corrected.Factorise):
+        calls.append(name)
+        return real(name, layer, factorise)
+
+    def start(method: str, **changes: Any) -> None:
+        trial = make_trial(method, targets=("q_proj",), **changes)
+        packable: Any = load_method(method)
+        packable.start(model, trial, targets=target_modules(model, trial.targets))
+
+    with patch.object(corrected, "_checked", counted):
+        for seed in range(3):
+            for method in ("pissa", "milora", "olora"):
+                start(method, seed=seed)
+        assert len(calls) == 3 * 2
+        start("pissa", alpha=4.0)
+        start("pissa")  # used again, so that milora is now the oldest
+        assert len(calls) == 4 * 2
+        start("pissa", alpha=2.0)  # one more than are kept
+        start("pissa")
+        assert len(calls) == 5 * 2
+        start("milora")
+        assert len(calls) == 6 * 2
+    layer: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert len(corrected._remembered[layer].factors) == corrected.NUM_REMEMBERED == 4
 
 
 def test_training_does_not_reach_into_the_remembered_factors():
@@ -215,14 +252,15 @@ def test_training_does_not_reach_into_the_remembered_factors():
 
 
 def test_the_remembered_factors_go_with_their_model():
+    gc.collect()
+    before = len(corrected._remembered)
     model = tiny_model("llama")
     attached, _ = attach(model, "milora")
-    assert model in corrected._latest
-    before = len(corrected._latest)
+    assert len(corrected._remembered) == before + 14
     attached.detach()
     del model, attached
     gc.collect()
-    assert len(corrected._latest) == before - 1
+    assert len(corrected._remembered) == before
 
 
 def test_the_fast_decomposition_nears_the_exact_one_with_its_iterations():

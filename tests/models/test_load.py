@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from loratune.errors import ModelError
+from loratune.models import load
 from loratune.models.load import Precision, load_base, load_tokenizer, set_gradient_checkpointing
 from loratune.models.targets import target_modules
 from tiny_models import (
@@ -284,3 +285,47 @@ def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="precision 'bf16' is unknown; choose one of bfloat16"):
         load_base(str(tmp_path), precision="bf16", device="cpu")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_quantised_precision_without_a_cuda_device_is_refused(precision: Precision) -> None:
+    expected = (
+        f"demo:1m: precision {precision} needs a CUDA device, and the device is cpu; "
+        "choose precision bfloat16, or float32 on a CPU"
+    )
+    with pytest.raises(ModelError, match=expected):
+        load_base("demo:1m", precision=precision, device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_quantised_precision_without_bitsandbytes_is_refused(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    expected = f"precision {precision} needs the package bitsandbytes.*pip install bitsandbytes, or"
+    with pytest.raises(ModelError, match=expected):
+        load_base("demo:1m", precision=precision, device="cuda")
+
+
+def test_a_checkpoint_that_is_stored_quantised_is_not_quantised_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_tiny(tmp_path, "llama") / "config.json"
+    written = json.loads(path.read_text())
+    written["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(written))
+    monkeypatch.setattr(load, "_check_quantisation", lambda *given, **named: None)
+    with pytest.raises(ModelError, match="is stored quantised, and quantising it once more to nf4"):
+        load_base(str(tmp_path), precision="nf4", device="cuda")
+
+
+def test_nf4_is_asked_for_without_double_quantisation_and_int8_as_published() -> None:
+    four = load._quantisation("nf4", dtype=torch.bfloat16)
+    assert (four.load_in_4bit, four.load_in_8bit) == (True, False)
+    assert four.quantization_method() == "nf4"
+    assert four.bnb_4bit_use_double_quant is False
+    assert four.bnb_4bit_compute_dtype == torch.bfloat16
+    eight = load._quantisation("int8", dtype=torch.bfloat16)
+    assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
+    assert eight.llm_int8_threshold == 6.0  # section 3.2 of the paper

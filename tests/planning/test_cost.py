@@ -14,6 +14,7 @@ from loratune.planning.cost import (
     stated_rate,
     tokens_that_fit,
     trial_cost,
+    weight_bytes,
 )
 from loratune.planning.shapes import declared_model_facts
 from loratune.study.schema import DeclaredModel
@@ -161,3 +162,24 @@ def test_a_micro_batch_is_at_least_the_longest_row():
     fit = tokens_that_fit(0, model=model(), trial=trial, max_row_tokens=16, most=1000)
     assert fit == 16
     assert tokens_that_fit(10**12, model=model(), trial=trial, max_row_tokens=16, most=99) == 99
+
+
+def test_a_quantised_base_keeps_its_embeddings_and_head_in_16_bits():
+    # 6,476,005,376 weights in the blocks' linear layers, 2 * 32000 * 4096 outside of them.
+    inside, outside = 6_476_005_376, 262_144_000
+    assert weight_bytes(LLAMA_7B, "bfloat16") == 2 * (inside + outside)
+    assert weight_bytes(LLAMA_7B, "float32") == 4 * (inside + outside)
+    assert weight_bytes(LLAMA_7B, "int8") == inside + 2 * outside
+    # Four bits each and a float32 scale for every 64.
+    assert weight_bytes(LLAMA_7B, "nf4") == inside // 2 + inside // 64 * 4 + 2 * outside
+    # QLoRA's 4.127 bits are with double quantisation; without it a scale costs half a bit.
+    assert weight_bytes(LLAMA_7B, "nf4") / 2**30 == pytest.approx(3.88, abs=0.01)
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_only_the_weights_of_a_quantised_base_need_less_than_those_of_a_16_bit_one(precision):
+    whole, less = cost(), cost(precision=precision)
+    saved = weight_bytes(model(), "bfloat16") - weight_bytes(model(), precision)
+    assert saved > 0
+    assert whole.peak_memory_bytes - less.peak_memory_bytes == saved
+    assert (whole.flops, whole.adapter_bytes) == (less.flops, less.adapter_bytes)

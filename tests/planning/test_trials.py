@@ -58,6 +58,8 @@ def test_what_changes_no_number_changes_no_id(changes):
     "changes",
     [
         {"precision": "float32"},
+        {"precision": "nf4"},
+        {"precision": "int8"},
         {"methods": "[rslora]"},
         {"rank": "5"},
         {"alpha": "5"},
@@ -135,3 +137,24 @@ def test_a_hundred_thousand_trials_are_planned_in_five_seconds():
     before = time.process_time()
     assert len(trials(many)) == 100_000
     assert time.process_time() - before < 5
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["pissa", "milora", "olora", "dora", "adalora"])
+def test_a_method_that_cannot_train_over_a_quantised_base_is_refused_with_the_reason(
+    method, precision
+):
+    with pytest.raises(StudyError) as caught:
+        trials(study(precision=precision, methods=f"[lora, {method}]"))
+    said = str(caught.value)
+    assert f"{method} does not train over a base in precision {precision}: " in said
+    assert said.endswith("; choose precision bfloat16, or leave it out")
+    if method in ("pissa", "milora", "olora"):
+        assert "the numbers would not be the method's" in said
+    assert len(trials(study(precision="bfloat16", methods=f"[lora, {method}]"))) == 2
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_lora_over_a_quantised_base_is_planned(precision):
+    planned = trials(study(precision=precision, methods="[lora, rslora, loraplus]"))
+    assert [one.precision for one in planned] == [precision] * 3

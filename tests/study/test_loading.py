@@ -96,7 +96,7 @@ def test_the_example_parses_and_numbers_are_numbers():
         ("rank: 128", "rank: 0", "s.yaml:17: rank: 0; give a whole number of at least 1"),
         ("rank: 128", "rank: true", "s.yaml:17: rank: got True; expected a valid integer"),
         ("alpha: rank", "alpha: 0", "s.yaml:18: alpha: alpha 0; give rank, 2*rank or a positive"),
-        ("bfloat16", "bf16", "s.yaml:3: precision: got 'bf16'; expected 'bfloat16', 'float16' or"),
+        ("bfloat16", "bf16", "s.yaml:3: precision: got 'bf16'; expected 'bfloat16', 'float16', 'f"),
         ("seeds: 3", "seeds: 0", "s.yaml:23: seeds: 0 seeds; give at least 1, or a list of seeds"),
         ("dropout: 0.0", "dropout: 1.0", "s.yaml:20: dropout: got 1.0; expected less than 1"),
         ("epochs: 1}", "steps: 3}", "s.yaml:15: protocol: fixed_samples takes epochs and no steps"),

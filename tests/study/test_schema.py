@@ -91,6 +91,8 @@ REFUSED = [
     ({"protocol": "{kind: fixed_samples, epochs: 1e300}"}, "protocol.epochs: got 1e+300; expected"),
     ({"protocol": f"{{kind: fixed_steps, steps: {10**30}}}"}, "protocol.steps: got 1000000"),
     ({"learning_rate": "[.inf]"}, "learning_rate: got inf; expected a finite number"),
+    ({"learning_rate": f"[{10**400}]"}, "learning_rate: got inf; expected a finite number"),
+    ({"methods": f"[{{name: loraplus, ratio: {10**400}}}]"}, "'ratio': got 1000000000"),
     ({"learning_rate": "[.nan]"}, "learning_rate: got nan; expected a finite number"),
     ({"alpha": ".inf"}, "alpha: got inf; expected 'rank' or '2*rank', or a finite number"),
     ({"methods": "[{name: lora, alpha: .inf}]"}, "methods.alpha: got inf; expected 'rank' or"),
@@ -137,6 +139,12 @@ def test_what_cannot_be_meant_is_refused_in_one_line_that_names_the_place(change
     assert line.startswith("test.yaml:")
     assert int(line.split(":")[1]) >= 1
     assert said in line
+
+
+def test_a_value_that_yaml_takes_for_a_date_or_number_and_cannot_read_is_refused():
+    for changes in ({"study": "2026-13-45"}, {"seeds": "9" * 5000}):
+        with pytest.raises(StudyError, match=r"test\.yaml: a value that cannot be read"):
+            study(**changes)
 
 
 def test_a_study_cannot_be_changed_after_it_was_read():

@@ -21,7 +21,7 @@ _DOMAIN = 0x6F726465  # "orde"
 def row_order(seed: int, *, num_rows: int, start: int, count: int) -> NDArray[np.int64]:
     """Positions start ... start + count of the stream, int64[count], each in range(num_rows).
 
-    Any slice costs the permutations that it touches, never those before; the last few are kept.
+    Any slice costs the permutations that it touches, never those before; the latest are kept.
     """
     if num_rows < 1 or start < 0 or count < 0:
         raise ValueError(f"num_rows={num_rows}, start={start}, count={count} make no slice")
@@ -35,7 +35,8 @@ def row_order(seed: int, *, num_rows: int, start: int, count: int) -> NDArray[np
     return order
 
 
-@lru_cache(maxsize=16)
+# As many as trials train at once, each with a seed of its own.
+@lru_cache(maxsize=256)
 def permutation(seed: int, *, num_rows: int, epoch: int) -> NDArray[np.int64]:
     """The stream's permutation number `epoch`, read-only int64[num_rows]."""
     words = np.random.PCG64(np.random.SeedSequence([_DOMAIN, seed, epoch])).random_raw(num_rows)

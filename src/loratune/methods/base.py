@@ -141,7 +141,8 @@ class Packable(Protocol):
     ) -> dict[str, LayerTensors]:
         """What each target starts from, in the order of `targets`, on any device.
 
-        Raises as `Method.attach` does; the model is not touched.
+        Raises as `Method.attach` does; the model is not touched. Trained tensors are the caller's
+        to write into; frozen ones may be shared with the starts of other trials.
         """
         ...
 

@@ -4,28 +4,21 @@ The study's learning rate is A's, as in the paper; B's is ratio times it. eps an
 the same for both.
 """
 
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping
 
-from transformers import PreTrainedModel
-
-from loratune.methods.base import Attached, number_option
-from loratune.methods.peft_adapter import attach_lora
+from loratune.methods.base import number_option
+from loratune.methods.lora import start_lora
+from loratune.methods.lora_method import LoraMethod
 from loratune.records import Trial
 
 
-@final
-class LoraPlus:
-    """PEFT's LoRA with a learning rate of its own for B."""
+def lr_factors(trial: Trial) -> Mapping[str, float]:
+    """B's is the option `ratio`.
 
-    def attach(self, model: PreTrainedModel, trial: Trial, *, targets: Sequence[str]) -> Attached:
-        """See `methods.base.Method`.
-
-        Raises:
-            StudyError: a ratio that is not positive; B, which starts at zero, would stay there.
-        """
-        ratio = number_option(trial.method, "ratio", above=0.0)
-        return attach_lora(model, trial, targets, lr_factor_B=ratio)
+    Raises:
+        StudyError: a ratio that is not positive; B, which starts at zero, would stay there.
+    """
+    return {"B": number_option(trial.method, "ratio", above=0.0)}
 
 
-METHOD = LoraPlus()
+METHOD = LoraMethod(start_lora, lr_factors_of=lr_factors)

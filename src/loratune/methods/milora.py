@@ -5,30 +5,28 @@ alpha/r), as in the authors' code.
 """
 
 from collections.abc import Sequence
-from typing import final
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loratune.methods.base import Attached
-from loratune.methods.corrected import Factors, attach_corrected, singular_triplets, split_evenly
+from loratune.methods.base import LayerTensors
+from loratune.methods.corrected import Factors, singular_triplets, split_evenly, start_corrected
+from loratune.methods.lora_method import LoraMethod
 from loratune.records import Trial
 
 
-@final
-class Milora:
-    """Minor singular components, the base untouched."""
+def start_milora(
+    model: PreTrainedModel, trial: Trial, targets: Sequence[str]
+) -> dict[str, LayerTensors]:
+    """Minor singular components; see `methods.corrected.start_corrected`."""
 
-    def attach(self, model: PreTrainedModel, trial: Trial, *, targets: Sequence[str]) -> Attached:
-        """See `methods.base.Method` and `methods.corrected.attach_corrected`."""
+    def factorise(weight_ED: Tensor, name: str) -> Factors:
+        del name  # the decomposition is exact: nothing is drawn
+        u, s, vh = singular_triplets(weight_ED)
+        r = trial.rank
+        return split_evenly(u[:, -r:], s[-r:], vh[-r:], scale=trial.scale)
 
-        def factorise(weight_ED: Tensor, name: str) -> Factors:
-            del name  # the decomposition is exact: nothing is drawn
-            u, s, vh = singular_triplets(weight_ED)
-            r = trial.rank
-            return split_evenly(u[:, -r:], s[-r:], vh[-r:], scale=trial.scale)
-
-        return attach_corrected(model, trial, targets, factorise=factorise)
+    return start_corrected(model, trial, targets, factorise=factorise)
 
 
-METHOD = Milora()
+METHOD = LoraMethod(start_milora)

@@ -5,29 +5,27 @@ as in PEFT (the factors themselves are not divided by the scale).
 """
 
 from collections.abc import Sequence
-from typing import final
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loratune.methods.base import Attached
-from loratune.methods.corrected import Factors, attach_corrected, qr
+from loratune.methods.base import LayerTensors
+from loratune.methods.corrected import Factors, qr, start_corrected
+from loratune.methods.lora_method import LoraMethod
 from loratune.records import Trial
 
 
-@final
-class Olora:
-    """Orthonormal B0, the base untouched."""
+def start_olora(
+    model: PreTrainedModel, trial: Trial, targets: Sequence[str]
+) -> dict[str, LayerTensors]:
+    """Orthonormal B0; see `methods.corrected.start_corrected`."""
 
-    def attach(self, model: PreTrainedModel, trial: Trial, *, targets: Sequence[str]) -> Attached:
-        """See `methods.base.Method` and `methods.corrected.attach_corrected`."""
+    def factorise(weight_ED: Tensor, name: str) -> Factors:
+        del name  # nothing is drawn
+        q_EK, r_KD = qr(weight_ED)
+        return r_KD[: trial.rank], q_EK[:, : trial.rank]
 
-        def factorise(weight_ED: Tensor, name: str) -> Factors:
-            del name  # nothing is drawn
-            q_EK, r_KD = qr(weight_ED)
-            return r_KD[: trial.rank], q_EK[:, : trial.rank]
-
-        return attach_corrected(model, trial, targets, factorise=factorise)
+    return start_corrected(model, trial, targets, factorise=factorise)
 
 
-METHOD = Olora()
+METHOD = LoraMethod(start_olora)

@@ -1,9 +1,10 @@
-"""A PEFT LoRA adapter on a resident base: what all variants but AdaLoRA share.
+"""PEFT's layers and file format, as every method here uses them.
 
-PEFT gives the layers and the file format; every number that an adapter starts from is put in by
-us, in float32, because PEFT draws from torch's global random state and rounds what it draws to the
-base's precision. How PEFT mixes precisions: the layer's input is cast to the adapter's float32,
-base output and adapter output are added in float32, and the sum is rounded once to the base's.
+PEFT gives the layers and the files; every number that an adapter starts from is put in by us, in
+float32, because PEFT draws from torch's global random state and rounds what it draws to the base's
+precision. How PEFT mixes precisions: the layer's input is cast to the adapter's float32, base
+output and adapter output are added in float32, and the sum is rounded once to the base's. Over a
+quantised base it rounds the adapter's output to 16 bits before it adds.
 """
 
 # PEFT's classes carry no complete types; the values that leave this file do.
@@ -11,101 +12,21 @@ base output and adapter output are added in float32, and the sum is rounded once
 
 import hashlib
 import json
-import math
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast, final
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loratune.errors import ModelError, StudyError
+from loratune.errors import ModelError
 from loratune.methods.adapter_files import AdapterFiles
-from loratune.methods.base import ParameterGroup
-from loratune.methods.resident import Resident
 from loratune.records import Trial
 
 ADAPTER = "default"
-
-
-@final
-class PeftAttached:
-    """`methods.base.Attached` for an adapter whose only state is its tensors.
-
-    `kept` are tensors that are not trained and yet part of the state; `export` makes the files.
-    """
-
-    def __init__(
-        self,
-        model: PeftModel,
-        *,
-        resident: Resident,
-        groups: list[ParameterGroup],
-        export: Callable[[], AdapterFiles],
-        kept: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.model = model
-        self._resident = resident
-        self._groups = groups
-        self._export = export
-        self._tensors = {**trained_tensors(model), **(kept or {})}
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """See `methods.base.Attached`."""
-        return self._groups
-
-    def penalty(self) -> Tensor | None:
-        """None: the loss is all that is minimised."""
-        return None
-
-    def after_backward(self, update: int) -> None:
-        """Nothing."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The trained tensors, and those that were computed at the start."""
-        return copied(self._tensors)
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See `methods.base.Attached`."""
-        copy_into(self._tensors, state)
-
-    def export(self) -> AdapterFiles:
-        """See `methods.base.Attached`."""
-        return self._export()
-
-    def detach(self) -> None:
-        """See `methods.base.Attached`."""
-        self._resident.restore()
-
-
-def attach_lora(
-    model: PreTrainedModel,
-    trial: Trial,
-    targets: Sequence[str],
-    *,
-    lr_factor_B: float = 1.0,
-    **settings: Any,
-) -> PeftAttached:
-    """Plain LoRA, with PEFT's `settings`: what lora, rslora and loraplus come down to."""
-    resident = Resident(model)
-    try:
-        config = lora_config(model, trial, targets, **settings)
-        attached = attach_peft(model, config, targets)
-        layers = adapter_layers(attached, targets)
-        check_scale(layers, trial)
-        start_lora(layers, seed=trial.seed)
-    except BaseException:
-        resident.restore()
-        raise
-    return PeftAttached(
-        attached,
-        resident=resident,
-        groups=group_AB(layers, lr_factor_B=lr_factor_B),
-        export=lambda: export_lora(layers, config),
-    )
 
 
 def lora_config(
@@ -163,63 +84,10 @@ def adapter_layers(attached: PeftModel, targets: Sequence[str]) -> dict[str, Any
     return {name: base.get_submodule(name) for name in targets}
 
 
-def check_scale(layers: Mapping[str, Any], trial: Trial) -> None:
-    """The trial's scale is what counts; PEFT's formula must come to the same.
-
-    Raises:
-        StudyError: it does not, so that the method would train at another scale than its record.
-    """
-    for name, layer in layers.items():
-        scaling = float(layer.scaling[ADAPTER])
-        if not math.isclose(scaling, trial.scale, rel_tol=1e-12):
-            raise StudyError(
-                f"trial {trial.trial_id} ({trial.method.name}) says scale={trial.scale:g}, but "
-                f"alpha={trial.alpha:g} at rank {trial.rank} gives {scaling:g} on {name}; "
-                "take the scale from the method's description"
-            )
-
-
-def group_AB(layers: Mapping[str, Any], *, lr_factor_B: float = 1.0) -> list[ParameterGroup]:
-    """Groups "A" and "B" of LoRA layers."""
-    return [
-        ParameterGroup("A", [layer.lora_A[ADAPTER].weight for layer in layers.values()]),
-        ParameterGroup(
-            "B",
-            [layer.lora_B[ADAPTER].weight for layer in layers.values()],
-            lr_factor=lr_factor_B,
-        ),
-    ]
-
-
 def generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on the trial's seed and the tensor's name, on nothing else."""
     digest = hashlib.sha256(f"loratune:initialisation:{seed}:{name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-@torch.no_grad()
-def start_lora(layers: Mapping[str, Any], *, seed: int) -> None:
-    """A Kaiming-uniform (a = sqrt(5), as PEFT: bound 1/sqrt(in_features)), B zero."""
-    for name, layer in layers.items():
-        a_RD = layer.lora_A[ADAPTER].weight
-        drawn_RD = torch.empty(a_RD.shape, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(drawn_RD, a=math.sqrt(5), generator=generator(seed, name))
-        a_RD.copy_(drawn_RD)
-        layer.lora_B[ADAPTER].weight.zero_()
-
-
-def export_lora(
-    layers: Mapping[str, Any], config: LoraConfig, *, magnitudes: bool = False
-) -> AdapterFiles:
-    """The adapter as PEFT would save it; `magnitudes` adds DoRA's."""
-    tensors = dict[str, Tensor]()
-    for name, layer in layers.items():
-        tensors[key_of(name, "lora_A.weight")] = layer.lora_A[ADAPTER].weight
-        tensors[key_of(name, "lora_B.weight")] = layer.lora_B[ADAPTER].weight
-        if magnitudes:
-            vector = layer.lora_magnitude_vector[ADAPTER].weight
-            tensors[key_of(name, "lora_magnitude_vector")] = vector
-    return files_of(config, tensors)
 
 
 def key_of(layer: str, tensor: str) -> str:
@@ -282,6 +150,20 @@ def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def whole(number: float) -> float | int:
     """16 for 16.0, because other readers of PEFT's files take alpha for a whole number."""
     return int(number) if number == int(number) else number
+
+
+def exact_weight(layer: nn.Linear, name: str) -> Tensor:
+    """A layer's weight W_ED in float32, for a method that computes with it.
+
+    Raises:
+        ModelError: it is quantised, so that the numbers in it are not weights.
+    """
+    if not layer.weight.is_floating_point():
+        raise ModelError(
+            f"the weight of {name} is quantised ({layer.weight.dtype}); "
+            "load the base in bfloat16, float16 or float32 for this method"
+        )
+    return layer.weight.detach().float()
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

@@ -8,42 +8,40 @@ start and the trial's seed moves data order and dropout alone.
 """
 
 from collections.abc import Sequence
-from typing import final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loratune.methods.base import Attached, number_option
+from loratune.methods.base import LayerTensors, number_option
 from loratune.methods.corrected import (
     Factors,
-    attach_corrected,
     qr,
     singular_triplets,
     split_evenly,
+    start_corrected,
 )
+from loratune.methods.lora_method import LoraMethod
 from loratune.methods.peft_adapter import generator
 from loratune.records import Trial
 
 
-@final
-class Pissa:
-    """Top singular components, the base untouched."""
+def start_pissa(
+    model: PreTrainedModel, trial: Trial, targets: Sequence[str]
+) -> dict[str, LayerTensors]:
+    """Top singular components; see `methods.corrected.start_corrected`."""
+    exact = dict(trial.method.options).get("niter") is None
+    niter = None if exact else int(number_option(trial.method, "niter", above=0))
 
-    def attach(self, model: PreTrainedModel, trial: Trial, *, targets: Sequence[str]) -> Attached:
-        """See `methods.base.Method` and `methods.corrected.attach_corrected`."""
-        exact = dict(trial.method.options).get("niter") is None
-        niter = None if exact else int(number_option(trial.method, "niter", above=0))
+    def factorise(weight_ED: Tensor, name: str) -> Factors:
+        if niter is None:
+            u, s, vh = singular_triplets(weight_ED)
+        else:
+            u, s, vh = fast_svd(weight_ED, rank=trial.rank, niter=niter, name=name)
+        r = trial.rank
+        return split_evenly(u[:, :r], s[:r], vh[:r], scale=trial.scale)
 
-        def factorise(weight_ED: Tensor, name: str) -> Factors:
-            if niter is None:
-                u, s, vh = singular_triplets(weight_ED)
-            else:
-                u, s, vh = fast_svd(weight_ED, rank=trial.rank, niter=niter, name=name)
-            r = trial.rank
-            return split_evenly(u[:, :r], s[:r], vh[:r], scale=trial.scale)
-
-        return attach_corrected(model, trial, targets, factorise=factorise)
+    return start_corrected(model, trial, targets, factorise=factorise)
 
 
 def fast_svd(
@@ -65,4 +63,4 @@ def fast_svd(
     return (vh_RN.T, s_R, u_MR.T) if wide else (u_MR, s_R, vh_RN)
 
 
-METHOD = Pissa()
+METHOD = LoraMethod(start_pissa)

@@ -2,7 +2,16 @@
 
 The model comes from transformers, in the precision asked for, on SDPA attention, with every
 parameter frozen and without a key-value cache. Of a multimodal checkpoint the text model is loaded
-as a causal LM. Not covered: quantised bases, several devices, encoder-decoders.
+as a causal LM. Not covered: checkpoints that are stored quantised, several devices,
+encoder-decoders.
+
+The precisions nf4 and int8 quantise the linear layers of the blocks while they are loaded, with
+bitsandbytes, which is imported for them alone: NormalFloat in four bits, a float32 scale a block of
+64 weights (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, without its double quantisation), and
+LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339). Embeddings, norms, the output head and the
+arithmetic are bfloat16 where the device has it, else float16; LLM.int8's products are float16
+whatever surrounds them. The refusals are tested everywhere, the loading only by `make test-gpu`
+where bitsandbytes is installed, and that has not been run on a CUDA device yet.
 
 A tokenizer.json is taken as it stands. transformers 5 would rebuild the tokenizer from the class
 that tokenizer_config.json or the model type names, and that class brings its own rule for cutting
@@ -13,9 +22,11 @@ text: SmolLM2's folder on the hub names GPT2Tokenizer and would lose its digit s
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, cast
 
 import torch
@@ -25,6 +36,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -38,9 +50,10 @@ from loratune.models.fingerprint import fingerprint
 from loratune.models.gguf import check_gguf, repair_tokenizer
 from loratune.models.sources import Location, has_custom_code, locate, read_json
 
-Precision = Literal["bfloat16", "float16", "float32"]
+Precision = Literal["bfloat16", "float16", "float32", "nf4", "int8"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+QUANTISED = ("nf4", "int8")
 
 # Where a multimodal checkpoint keeps its text model, in the layouts that transformers has had.
 _TEXT_PREFIX = {r"^(model\.)?language_model\.(model\.)?": "model."}
@@ -54,6 +67,7 @@ _LOADING_ERRORS = (
     RuntimeError,
     TypeError,
     AttributeError,
+    ImportError,
     SafetensorError,
 )
 
@@ -86,19 +100,26 @@ def load_base(
 
     Args:
         source: hub id, local folder, file.gguf (dequantised to `precision`), or demo:4m.
-        precision: of the frozen weights.
+        precision: of the frozen weights; nf4 and int8 need a CUDA device and bitsandbytes.
         trust_remote_code: run the repository's own Python code; only for sources that you trust.
         gradient_checkpointing: keep only each block's input for the backward pass and compute the
             rest again; the same gradients for less memory and about a third more time.
 
     Raises:
-        ModelError: the source is missing, incomplete or unsafe, or transformers cannot load it.
+        ModelError: the source is missing, incomplete or unsafe, or transformers cannot load it; or
+            what a quantised precision needs is not there.
     """
-    if precision not in _DTYPES:
-        raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    if precision not in _DTYPES and precision not in QUANTISED:
+        known = ", ".join([*_DTYPES, *QUANTISED])
+        raise ModelError(f"precision {precision!r} is unknown; choose one of {known}")
+    where = torch.device(device)
+    if precision in QUANTISED:
+        _check_quantisation(source, precision, device=where)
     location = locate(source)
     tokenizer = _load_tokenizer(location, trust_remote_code=trust_remote_code)
-    model = _load_model(location, dtype=_DTYPES[precision], trust_remote_code=trust_remote_code)
+    model = _load_model(
+        location, precision=precision, device=where, trust_remote_code=trust_remote_code
+    )
     # Added tokens do not count: Gemma 3 1B's tokenizer has one for images that the model lacks.
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ModelError(
@@ -108,8 +129,8 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
-    where = torch.device(device)
-    model.to(where)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to untyped
+    if precision not in QUANTISED:  # those were quantised on their device, and stay there
+        model.to(where)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to untyped
     if gradient_checkpointing:
         set_gradient_checkpointing(model, enabled=True)
     return Base(
@@ -171,11 +192,52 @@ def read_config(location: Location, *, trust_remote_code: bool = False) -> PreTr
     return text
 
 
+def _check_quantisation(source: str, precision: str, *, device: torch.device) -> None:
+    """Refuse where bitsandbytes cannot work, before anything is read."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ModelError(
+            f"model {source}: precision {precision} needs a CUDA device, and the device is "
+            f"{device}; choose precision bfloat16, or float32 on a CPU"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model {source}: precision {precision} needs the package bitsandbytes, which is not "
+            "installed; pip install bitsandbytes, or choose precision bfloat16"
+        )
+
+
+def _quantisation(precision: str, *, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if precision == "int8":
+        # It would say in every product that it computes in float16; the docstring says it once.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def _load_model(
-    location: Location, *, dtype: torch.dtype, trust_remote_code: bool
+    location: Location, *, precision: str, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
     config = read_config(location, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {}
+    if precision in QUANTISED:
+        own = config.to_dict().get("quantization_config")
+        if location.kind == "gguf" or own is not None:
+            raise ModelError(
+                f"model {location.source} is stored quantised, and quantising it once more to "
+                f"{precision} would be another model; choose precision bfloat16, or give the "
+                "unquantised checkpoint"
+            )
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if native else torch.float16
+        options["quantization_config"] = _quantisation(precision, dtype=dtype)
+        options["device_map"] = {"": device}
+    else:
+        dtype = _DTYPES[precision]
     if location.kind == "gguf":
         check_gguf(location.path, source=location.source)
         # Without it transformers may keep blocks packed in layers that PEFT cannot adapt.

@@ -16,11 +16,34 @@ from loratune.planning.targets import check_rank_of_layer, check_targets, means
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the decoder blocks, by full dotted name, in model order.
 
-    The blocks are the model's only nn.ModuleList, or its longest outermost one: `model.layers` in
-    every supported family. The names are those that PEFT matches `target_modules` against.
+    The names are those that PEFT matches `target_modules` against.
 
     Raises:
         ModelError: the model has no list of blocks.
+    """
+    modules = dict(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
+    blocks = _name_of_blocks(model)
+    return {
+        name: module
+        for name, module in modules.items()
+        if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear)
+    }
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder's blocks, in order.
+
+    Raises:
+        ModelError: the model has no list of blocks.
+    """
+    blocks = model.get_submodule(_name_of_blocks(model))
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def _name_of_blocks(model: nn.Module) -> str:
+    """The model's only nn.ModuleList, or its longest outermost one: `model.layers` in every
+    supported family.
     """
     modules = dict(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
@@ -30,12 +53,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
             f"{type(model).__name__} keeps its blocks in no nn.ModuleList; "
             "expected a decoder of the Llama kind"
         )
-    blocks = max(outermost, key=lambda name: len(list(modules[name].children())))
-    return {
-        name: module
-        for name, module in modules.items()
-        if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear)
-    }
+    return max(outermost, key=lambda name: len(list(modules[name].children())))
 
 
 def target_modules(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ frozen weights (2 + 2), attention, and the adapter's forward and two backward pr
 linear weights of the blocks, f the share of tokens with loss, V h the output head, S the mean
 attended length (limited by a sliding window), w the attention width, L the layers.
 
-Not covered: validation, generation, the start of a process, the SVD of PiSSA and MiLoRA.
+Not covered: validation, generation, the start of a process, the SVD of PiSSA and MiLoRA, the time
+and the memory in which a quantised layer's weights are unpacked for each product.
 """
 
 # scipy has no complete types.
@@ -23,13 +24,17 @@ from scipy.optimize import least_squares
 from loratune.errors import AnalysisError
 from loratune.planning.targets import matched_linears
 from loratune.records import DataFacts, LinearShape, ModelFacts, Trial
+from loratune.study.methods import describe
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# An activation, and a weight that is not quantised.
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "nf4": 2, "int8": 2}
+# A quantised weight: four bits and its share of a float32 scale a block of 64 (bitsandbytes'
+# default, without double quantisation); eight bits.
+QUANTISED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 # Weight, gradient and AdamW's two moments, all float32.
 BYTES_PER_TRAINED_PARAMETER = 16
 # A second, frozen set of factors (the part that was taken out of the base), float32.
 BYTES_PER_FROZEN_FACTOR = 4
-METHODS_WITH_FROZEN_FACTORS = ("pissa", "milora", "olora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ def trial_cost(
     rate's device has less memory: a batch of more is cut, which costs launches but no accuracy.
     """
     linears = matched_linears(model, trial.targets)
-    weights = model.num_parameters * BYTES[trial.precision]
+    weights = weight_bytes(model, trial.precision)
     if rate.memory_bytes is not None:
         tokens_per_microbatch = tokens_that_fit(
             rate.memory_bytes - weights,
@@ -196,7 +201,7 @@ def trial_cost(
         hidden_size=model.hidden_size,
     )
     factors = rank * sum((one.in_features + one.out_features) * one.count for one in linears)
-    frozen = factors if trial.method.name in METHODS_WITH_FROZEN_FACTORS else 0
+    frozen = factors if describe(trial.method.name).takes_from_base else 0
     resident = min(trial.batch_size * data.max_row_tokens, tokens_per_microbatch)
     return TrialCost(
         num_tokens=num_tokens,
@@ -213,6 +218,14 @@ def trial_cost(
         # What is exported: pissa, milora and olora as adapters of twice the rank.
         adapter_bytes=(factors + frozen) * 4,
     )
+
+
+def weight_bytes(model: ModelFacts, precision: str) -> int:
+    """Bytes of the frozen base; what is quantised are the linear layers of its blocks."""
+    element = BYTES[precision]
+    others = model.num_parameters - model.num_block_parameters
+    in_blocks = QUANTISED_BYTES.get(precision, element)
+    return math.ceil(model.num_block_parameters * in_blocks) + others * element
 
 
 def activation_bytes_per_token(

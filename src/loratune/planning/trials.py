@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+from loratune.errors import StudyError
+from loratune.planning.cost import QUANTISED_BYTES
 from loratune.planning.horizon import horizon, warmup_steps
 from loratune.planning.targets import check_rank, matched_linears
 from loratune.records import DataFacts, ModelFacts, Trial
@@ -31,7 +33,8 @@ def plan_trials(
     depend on the tokenizer.
 
     Raises:
-        StudyError: a batch size above the number of rows, or a warm-up as long as the training.
+        StudyError: a batch size above the number of rows, a warm-up as long as the training, or a
+            method that cannot train over a base in the study's precision.
         ModelError: a target that matches no layer, or a rank above a layer's width.
     """
     trials = dict[str, Trial]()
@@ -43,6 +46,8 @@ def plan_trials(
 def _crossed(
     study: Study, models: Mapping[str, ModelFacts], data: Mapping[DataKey, DataFacts]
 ) -> Iterator[Trial]:
+    if study.precision in QUANTISED_BYTES:
+        _check_methods(study)
     rates = study.learning_rates()
     optimizer = study.optimizer
     adapters = [
@@ -128,6 +133,16 @@ def _crossed(
                         weight_decay=optimizer.weight_decay,
                         max_grad_norm=optimizer.max_grad_norm,
                     )
+
+
+def _check_methods(study: Study) -> None:
+    for method in study.methods_chosen():
+        reason = describe(method.name).not_quantised
+        if reason is not None:
+            raise StudyError(
+                f"methods: {method.name} does not train over a base in precision "
+                f"{study.precision}: {reason}; choose precision bfloat16, or leave it out"
+            )
 
 
 def _canonical_targets(model: ModelFacts, targets: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from the composed node tree, values from the plain load, so that pydantic sees o
 """
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,33 +73,64 @@ def parse_study(text: str, *, name: str, folder: Path) -> LoadedStudy:
         raise StudyError(f"{name}:{line}: malformed YAML: {error.problem}") from error
     except YAMLError as error:
         raise StudyError(f"{name}: malformed YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # Python's: a date that does not exist, a number without end
+        raise StudyError(f"{name}: a value that cannot be read: {error}") from error
     if not isinstance(content, dict) or root is None:
         given = "nothing" if content is None else f"a {type(content).__name__}"
         raise StudyError(f"{name}: holds {given}; expected a study: keys and values in YAML")
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(problem, root, name) for problem in error.errors()]
-        raise StudyError("\n".join(dict.fromkeys(lines))) from error
+        explained = [_explain(problem, root, name) for problem in error.errors()]
+        raise StudyError("\n".join(_merged(explained))) from error
     return LoadedStudy(study=study, text=text, folder=folder)
 
 
-def _explain(problem: Any, root: Node, name: str) -> str:
+def _merged(explained: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """One line for each place and what was given there: a union says what each branch expects."""
+    by_place = dict[str, list[str]]()
+    for place, message in explained:
+        messages = by_place.setdefault(place, [])
+        if message not in messages:
+            messages.append(message)
+    for place, messages in by_place.items():
+        if all(message.startswith("expected ") for message in messages):
+            expected = (message.removeprefix("expected ") for message in messages)
+            yield f"{place}expected {', or '.join(expected)}"
+        else:
+            yield from (place + message for message in messages)
+
+
+# pydantic's words for what YAML calls otherwise.
+_IN_PLAIN_WORDS = (
+    (r"^Input should be ", "expected "),
+    (r"a valid dictionary( or instance of \w+)?", "keys and values"),
+    (r"a valid (tuple|list)", "a list"),
+)
+
+
+def _explain(problem: Any, root: Node, name: str) -> tuple[str, str]:
+    """The place with what was given there, and what is wrong with it."""
     loc: Sequence[str | int] = problem["loc"]
     line, keys = _locate(root, loc)
     kind: str = problem["type"]
+    start = f"{name}:{line}: "
     if kind == "extra_forbidden":
         key = str(loc[-1])
-        return f"{name}:{line}: unknown key {'.'.join(keys)!r}{_near_key(key, loc)}"
+        return start, f"unknown key {'.'.join(keys)!r}{_near_key(key, loc)}"
+    where = f"{start}{'.'.join(keys)}: " if keys else start
+    given = f"{where}got {_shown(problem['input'])}; "
     if kind == "missing":
+        if isinstance(loc[-1], int):  # a list that is too short
+            return given, "expected more values"
         path = ".".join(str(part) for part in loc if isinstance(part, str))
-        return f"{name}:{line}: missing key {path!r}{_description(loc)}"
+        return start, f"missing key {path!r}{_description(loc)}"
     message: str = problem["msg"]
-    where = f"{name}:{line}: {'.'.join(keys)}: " if keys else f"{name}:{line}: "
     if kind == "value_error":
-        return where + message.removeprefix("Value error, ")
-    message = message.replace("Input should be", "expected")
-    return f"{where}got {_shown(problem['input'])}; {message}"
+        return where, message.removeprefix("Value error, ")
+    for theirs, ours in _IN_PLAIN_WORDS:
+        message = re.sub(theirs, ours, message)
+    return given, message
 
 
 def _shown(value: object) -> str:

@@ -7,6 +7,7 @@ is imported only when a trial of it is trained.
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,6 +38,9 @@ class MethodDescription:
     `scale` says what multiplies BA: "alpha/r" or "alpha/sqrt(r)". `draws_initialisation` is False
     where the start is computed from the weights, so that the seed moves only data order and
     dropout. `implementation` is "module:attribute" of the tensor part (`methods.base.Method`).
+    `not_quantised` says why the method cannot train over a quantised base; None: it can.
+    `takes_from_base` and `has_magnitudes` say what a pack must hold beside A and B: the frozen part
+    that is taken out of the base, a trained number for each output.
     """
 
     name: str
@@ -45,12 +49,22 @@ class MethodDescription:
     implementation: str
     scale: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     draws_initialisation: bool = True
+    not_quantised: str | None = None
+    takes_from_base: bool = False
+    has_magnitudes: bool = False
     options: Mapping[str, Option] = field(default_factory=dict[str, Option])
 
     def scale_of(self, *, rank: int, alpha: float) -> float:
         """The number that multiplies BA."""
         return alpha / math.sqrt(rank) if self.scale == "alpha/sqrt(r)" else alpha / rank
 
+
+# Of pissa, milora and olora.
+_TAKES_A_PART_OUT = (
+    "its authors quantise what is left of a weight once the part B0 A0 has been taken out; here B0 "
+    "A0 is a frozen correction of weights that were quantised whole, and the numbers would not be "
+    "the method's"
+)
 
 _BUILT_IN = (
     MethodDescription(
@@ -72,6 +86,8 @@ _BUILT_IN = (
         source="Meng et al. 2024, arXiv 2404.02948",
         implementation="loratune.methods.pissa:METHOD",
         draws_initialisation=False,
+        not_quantised=_TAKES_A_PART_OUT,
+        takes_from_base=True,
         options={
             "niter": Option(
                 None,
@@ -86,12 +102,19 @@ _BUILT_IN = (
         source="Wang et al. 2025, arXiv 2406.09044",
         implementation="loratune.methods.milora:METHOD",
         draws_initialisation=False,
+        not_quantised=_TAKES_A_PART_OUT,
+        takes_from_base=True,
     ),
     MethodDescription(
         name="dora",
         summary="LoRA on the direction of each weight column, its magnitude trained apart",
         source="Liu et al. 2024, arXiv 2402.09353",
         implementation="loratune.methods.dora:METHOD",
+        has_magnitudes=True,
+        not_quantised=(
+            "the norms of its rows are computed from the weights themselves, which a quantised "
+            "base holds packed"
+        ),
     ),
     MethodDescription(
         name="loraplus",
@@ -106,12 +129,18 @@ _BUILT_IN = (
         source="Buyukakyuz 2024, arXiv 2406.01775",
         implementation="loratune.methods.olora:METHOD",
         draws_initialisation=False,
+        not_quantised=_TAKES_A_PART_OUT,
+        takes_from_base=True,
     ),
     MethodDescription(
         name="adalora",
         summary="prunes the singular values of an SVD-form adapter down to a budget while training",
         source="Zhang et al. 2023, arXiv 2303.10512",
         implementation="loratune.methods.adalora:METHOD",
+        not_quantised=(
+            "PEFT's layer for it does not bring float32 adapters and the 16-bit activations of a "
+            "quantised base together"
+        ),
         options={
             "initial_rank_ratio": Option(
                 1.5, "initial rank over the study's rank, the target", minimum=1.0
@@ -196,7 +225,10 @@ def _checked(method: str, key: str, option: Option, value: object) -> OptionValu
             raise StudyError(f"{where}; expected one of {', '.join(map(str, option.choices))}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise StudyError(f"{where}; expected a number")
-    elif not math.isfinite(value) or (option.minimum is not None and value < option.minimum):
+    # Not finite, or a whole number that no float holds.
+    elif not abs(value) <= sys.float_info.max or (
+        option.minimum is not None and value < option.minimum
+    ):
         raise StudyError(f"{where}; expected a number of at least {option.minimum}")
     if isinstance(option.default, float) and isinstance(value, int):
         return float(value)  # 16 and 16.0 are one choice and must give one trial id

@@ -5,6 +5,7 @@ lists are crossed by `plan`. What needs the model or the data to be judged (a ra
 width, a batch larger than the data) is judged by `plan`, not here.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, cast
@@ -20,6 +21,11 @@ PAPER_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e
 # The task whose questions are the study's own held-out rows.
 VALIDATION = "validation"
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Bounds against slips of the finger; what trains for longer is not a study of batch sizes.
+MAX_SEEDS = MAX_EPOCHS = 1_000_000
+MAX_STEPS = 1_000_000_000
+# The largest integer of the store and of torch's generators.
+MAX_SEED = 2**63 - 1
 
 
 def _listed(value: Any) -> Any:
@@ -28,9 +34,13 @@ def _listed(value: Any) -> Any:
 
 
 def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise ValueError(f"{value!r} is listed twice")
+    seen = set[Any]()
+    for value in values:
+        if value in seen:
+            # A section as it was written, not as the class that it became.
+            written = value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+            raise ValueError(f"{written!r} is listed twice")
+        seen.add(value)
     if not values:
         raise ValueError("the list is empty; give at least one value")
     return values
@@ -56,7 +66,9 @@ def source_of(value: Any) -> Any:
 class Source(Section):
     """Where rows come from: a hub data set, a local file, or the demo task. Exactly one of them."""
 
-    id: str | None = Field(default=None, description="hub id of a data set, such as openai/gsm8k")
+    id: str | None = Field(
+        default=None, min_length=1, description="hub id of a data set, such as openai/gsm8k"
+    )
     subset: str | None = Field(default=None, description="configuration of the hub data set")
     split: str = Field(default="train", description="split of the hub data set")
     file: str | None = Field(
@@ -157,9 +169,9 @@ class Protocol(Section):
 
     kind: Literal["fixed_samples", "fixed_steps"]
     epochs: float | None = Field(
-        default=None, gt=0, description="passes over the rows (fixed_samples)"
+        default=None, gt=0, le=MAX_EPOCHS, description="passes over the rows (fixed_samples)"
     )
-    steps: int | None = Field(default=None, gt=0, description="updates (fixed_steps)")
+    steps: int | None = Field(default=None, gt=0, le=MAX_STEPS, description="updates (fixed_steps)")
 
     @field_validator("epochs", mode="before")
     @classmethod
@@ -176,7 +188,13 @@ class Protocol(Section):
 
 
 def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """A whole number as a float; one that no float holds as infinity, which is then refused."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _method(value: Any) -> Any:
@@ -186,14 +204,14 @@ def _method(value: Any) -> Any:
 AlphaRule = Literal["rank", "2*rank"]
 
 
-class MethodSpec(BaseModel):
+class MethodSpec(Section):
     """A LoRA variant by name, with options of its own: `lora` or `{name: loraplus, ratio: 16}`.
 
     `rank` and `alpha` here replace the study's for this method alone. Published comparisons need
     that: MiLoRA's gives LoRA alpha 128 but MiLoRA and PiSSA 64.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field(description="the LoRA variant")
     rank: int | None = Field(default=None, ge=1, description="this method's r; left out: rank")
@@ -399,6 +417,15 @@ class DeclaredModel(Section):
     sliding_window: int | None = Field(default=None, gt=0)
     num_sliding_layers: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "DeclaredModel":
+        if self.num_sliding_layers > self.num_layers:
+            raise ValueError(
+                f"num_sliding_layers {self.num_sliding_layers} is above "
+                f"num_layers {self.num_layers}"
+            )
+        return self
+
 
 class DeclaredData(Section):
     """Row counts and mean lengths in tokens: `plan` works where the data cannot be reached."""
@@ -412,6 +439,15 @@ class DeclaredData(Section):
     def _floats(cls, value: Any) -> Any:
         return _as_float(value)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "DeclaredData":
+        if self.mean_target_tokens > self.mean_tokens:
+            raise ValueError(
+                f"mean_target_tokens {self.mean_target_tokens:g} is above "
+                f"mean_tokens {self.mean_tokens:g}"
+            )
+        return self
+
 
 class Declared(Section):
     """Shapes and counts used by `plan` alone, and only where the real ones cannot be read."""
@@ -424,6 +460,8 @@ def _seeds(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"{value} seeds; give at least 1, or a list of seeds")
+        if value > MAX_SEEDS:
+            raise ValueError(f"{value} seeds; give at most {MAX_SEEDS:,}, or a list of seeds")
         return tuple(range(value))
     return _listed(value)
 
@@ -435,8 +473,9 @@ class Study(Section):
     model: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         description="* hub id, local folder, file.gguf, or demo:1m | demo:4m | demo:12m | demo:28m"
     )
-    precision: Literal["bfloat16", "float16", "float32"] = Field(
-        description="of the frozen base; adapters and optimizer state are float32"
+    precision: Literal["bfloat16", "float16", "float32", "nf4", "int8"] = Field(
+        description="of the frozen base (nf4 and int8 with bitsandbytes on a CUDA device); "
+        "adapters and optimizer state are float32"
     )
     data: Data
     protocol: Annotated[tuple[Protocol, ...], BeforeValidator(_listed)] = Field(
@@ -505,9 +544,16 @@ class Study(Section):
     @classmethod
     def _whole_seeds(cls, values: tuple[int, ...]) -> tuple[int, ...]:
         for value in values:
-            if value < 0:
-                raise ValueError(f"seed {value}; give whole numbers from 0")
+            if not 0 <= value <= MAX_SEED:
+                raise ValueError(f"seed {value}; give whole numbers from 0 to 2**63 - 1")
         return _no_repeats(values)
+
+    @field_validator("model", "targets")
+    @classmethod
+    def _named(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in values:
+            raise ValueError("an empty text; give a name")
+        return values
 
     @field_validator("model", "protocol", "methods", "targets", "schedule")
     @classmethod

@@ -1,0 +1,87 @@
+"""A model of a shape with random weights, made on the device: nothing is downloaded.
+
+Speed depends on shapes and not on what weights say. What is left out of the real models (Llama 3's
+scaling of the rotary frequencies, say) does not change the arithmetic.
+"""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from loratune.models.load import Base
+from model_shapes import Shape
+
+
+def random_base(shape: Shape, *, device: torch.device, seed: int = 0) -> Base:
+    """A frozen bfloat16 model of `shape` with normal weights; nothing passes through the host.
+
+    On a CPU, which is for tests, it is float32: small bfloat16 products are very slow there.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sizes: dict[str, Any] = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": shape.tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "attn_implementation": "sdpa",
+    }
+    with torch.device("meta"):
+        model: PreTrainedModel
+        if shape.family == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+        model.to(dtype)  # pyright: ignore[reportArgumentType]
+    model.to_empty(device=device)
+    model.tie_weights()
+    # The rotary frequencies are buffers that are computed, in float32, when the module is made.
+    decoder: Any = model.model
+    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)
+    assert all("rotary_emb" in name for name, _ in model.named_buffers())
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=0.02, generator=generator)
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    return Base(
+        model=model,
+        tokenizer=_tokenizer(),
+        source=f"random:{shape.name}",
+        fingerprint=f"random:{shape.name}",
+        device=device,
+    )
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Only its special tokens are asked for: rows are random token ids."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )

@@ -1,0 +1,849 @@
+"""The packed engine: the trials of a study trained together over one resident base.
+
+Each trial has a slot. A step lays rows of many trials end to end and runs the base once; each token
+goes through its own trial's adapter. A trial updates when its own batch is complete; until then its
+gradient waits. A slot that becomes free takes the next trial at once. Learning rates, scales, steps
+and who sits in which slot are data: nothing is compiled anew for them.
+
+What it promises, against the reference engine: the same rows in the same order, the same
+initialisation, the exact token mean over the whole batch, the same updates; numbers that differ by
+rounding alone (tests hold how much), whoever the neighbours are. Going on from snapshots of all its
+trials is bit-equal to not having stopped, on one machine. Dropout is drawn per trial, row and
+feature, so it does not depend on neighbours, but its masks are not the reference engine's.
+
+What it does not: methods that are not `Packable`, and models whose attention itself has dropout.
+
+On CUDA a step's results are read while the next one runs; on a CPU at once.
+"""
+
+# torch is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loratune.data.order import row_order
+from loratune.data.prepare import PreparedData
+from loratune.data.rows import EncodedRows, concatenate
+from loratune.engine.account import Account
+from loratune.engine.attention import has_row_attention
+from loratune.engine.base import Event, Failed, Feed, Finished, Progress, Snapshot, Work
+from loratune.engine.divergence import DivergenceWatch
+from loratune.engine.dora_gains import DoraGains
+from loratune.engine.laying import StepRows, most_filler_rows
+from loratune.engine.loss import num_targets
+from loratune.engine.memory import release_memory, sent
+from loratune.engine.optimizer import RowUpdate, update_rows
+from loratune.engine.packed_model import StepSize, group_targets, installed
+from loratune.engine.slots import (
+    RowLayout,
+    Slots,
+    from_row,
+    frozen_row,
+    lay_out,
+    re_lay,
+    to_row,
+)
+from loratune.errors import LoratuneError, StudyError
+from loratune.methods import load_method
+from loratune.methods.adapter_files import AdapterFiles
+from loratune.methods.base import Method, Packable
+from loratune.models.load import Base
+from loratune.models.targets import block_linears, target_modules
+from loratune.planning.horizon import lr_factor
+from loratune.planning.packing import Demand, PackShape, choose_next, fill_step
+from loratune.records import Outcome, Trial
+
+# Steps that are not full run at a part of the size, if that holds them: each size compiles once.
+PARTS_OF_A_STEP = (1, 4, 16)
+# float16 gradients below 6e-8 vanish: losses are multiplied by a power of two, as large as keeps
+# the gradients finite. Start, factor and patience as in torch.amp.GradScaler.
+FIRST_LOSS_SCALE = 2.0**16
+UPDATES_BEFORE_GROWTH = 2000
+
+
+class PackedEngine:
+    """Trains the trials of one base model and one set of targets, as many at once as have a slot.
+
+    `data` is keyed by data fingerprint. `shape` says what is allocated; it is made smaller when the
+    device runs out of memory.
+    """
+
+    name = "packed"
+
+    def __init__(
+        self,
+        base: Base,
+        data: Mapping[str, PreparedData],
+        *,
+        shape: PackShape,
+        targets: Sequence[str],
+        find_method: Callable[[str], Method] = load_method,
+        compile_blocks: bool | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._base = base
+        self._data = data
+        self._shape = shape
+        self._targets = tuple(targets)
+        self._find_method = find_method
+        self._compile_blocks = (
+            # Where attention pads its rows, every step has another size.
+            has_row_attention(base.device) if compile_blocks is None else compile_blocks
+        )
+        self._clock = clock
+
+    @property
+    def shape(self) -> PackShape:
+        """What is allocated now."""
+        return self._shape
+
+    def train(self, feed: Feed) -> Generator[Event]:
+        """See `engine.base.Engine`. Out of memory, all trials go on in a smaller pack."""
+        parked: list[Work] = []
+        while True:
+            session = _Session(
+                self._base,
+                self._data,
+                shape=self._shape,
+                targets=self._targets,
+                find_method=self._find_method,
+                compile_blocks=self._compile_blocks,
+                clock=self._clock,
+                parked=parked,
+            )
+            try:
+                yield from session.events(feed)
+                return
+            except _TooLarge as error:
+                parked, reason, began = error.parked, error.reason, error.began
+            del session
+            release_memory(self._base.device)
+            smaller = _shrunk(self._shape, longest=self._longest_row(), began=began)
+            if smaller is None:
+                for work in parked[:1]:
+                    account = Account()
+                    yield Finished(
+                        account.outcome(
+                            work.trial,
+                            "out_of_memory",
+                            peak_memory_bytes=None,
+                            rows_per_microbatch=1,
+                            reason=f"not even one row of one trial fits: {reason}",
+                        ),
+                        None,
+                    )
+                parked = parked[1:]
+            else:
+                self._shape = smaller
+
+    def _longest_row(self) -> int:
+        return _longest_row(self._data)
+
+
+class _TooLarge(Exception):
+    """The device ran out of memory; `parked` are the trials that were under way, rewound."""
+
+    def __init__(self, parked: list[Work], reason: str, *, began: bool) -> None:
+        super().__init__(reason)
+        self.parked = parked
+        self.reason = reason
+        self.began = began
+
+
+def _shrunk(shape: PackShape, *, longest: int, began: bool) -> PackShape | None:
+    """A smaller pack: fewer tokens a step, then blocks that keep less, then fewer slots.
+
+    A pack that could not even be allocated (not `began`) has too many slots.
+    """
+    if (began or shape.num_slots == 1) and shape.tokens_per_step > longest:
+        return replace(shape, tokens_per_step=max(longest, shape.tokens_per_step // 2))
+    if began and not shape.gradient_checkpointing:
+        return replace(shape, gradient_checkpointing=True)
+    if shape.num_slots > 1:
+        return replace(shape, num_slots=shape.num_slots // 2)
+    return None
+
+
+def _longest_row(data: Mapping[str, PreparedData]) -> int:
+    sets = [rows for one in data.values() for rows in (one.train, one.validation) if rows]
+    return max(int(rows.lengths.max()) for rows in sets)
+
+
+@dataclass(frozen=True, eq=False)
+class _RowSizes:
+    """Tokens, and tokens with loss, of every training row: int64[num_rows]."""
+
+    lengths: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: EncodedRows) -> "_RowSizes":
+        """A row's first token has no loss, whatever its mask says."""
+        counted = rows.is_target.copy()
+        counted[rows.offsets[:-1]] = False
+        before = np.concatenate([[0], np.cumsum(counted)])
+        return cls(rows.lengths, before[rows.offsets[1:]] - before[rows.offsets[:-1]])
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A trial in a slot: where it is in its data, and what it has done.
+
+    `update` is the batch under way, `rows_done` how many of its rows have been through the model,
+    `attempt` grows when a batch is begun anew, so that results of the former try are told apart.
+    """
+
+    slot: int
+    trial: Trial
+    data: PreparedData
+    sizes: "_RowSizes"
+    method: Packable
+    lr_factors: tuple[float, float, float]
+    frozen_P: Tensor | None
+    watch: DivergenceWatch
+    account: Account
+    loss_scale: float
+    has_magnitudes: bool = False
+    update: int = 0
+    rows_done: int = 0
+    attempt: int = 0
+    good_updates: int = 0
+    batch: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    targets: int = 0
+
+    def begin_batch(self, update: int) -> None:
+        """Make `update` the batch under way, none of it done."""
+        trial = self.trial
+        self.update, self.rows_done = update, 0
+        if update == trial.num_updates:
+            return
+        is_last = update + 1 == trial.num_updates
+        self.batch = row_order(
+            trial.seed,
+            num_rows=trial.num_train_rows,
+            start=update * trial.batch_size,
+            count=trial.last_batch_size if is_last else trial.batch_size,
+        )
+        self.lengths = self.sizes.lengths[self.batch]
+        self.targets = int(self.sizes.targets[self.batch].sum())
+
+    @property
+    def is_through(self) -> bool:
+        """All of its batches have been through the model."""
+        return self.update == self.trial.num_updates
+
+    @property
+    def is_complete(self) -> bool:
+        """The results of all its batches are known; what is left is validation."""
+        return len(self.account.losses) == self.trial.num_updates
+
+    def row_update(self) -> RowUpdate:
+        """The optimizer step of the batch under way."""
+        trial = self.trial
+        factor = lr_factor(
+            trial.schedule,
+            update=self.update,
+            num_updates=trial.num_updates,
+            warmup=trial.warmup_steps,
+        )
+        a, b, other = (trial.learning_rate * factor * one for one in self.lr_factors)
+        return RowUpdate(
+            slot=self.slot,
+            step=self.update + 1,
+            learning_rates=(a, b, other),
+            beta1=trial.beta1,
+            beta2=trial.beta2,
+            eps=(trial.eps, trial.eps, trial.eps),
+            weight_decays=(trial.weight_decay, trial.weight_decay, trial.weight_decay),
+            max_grad_norm=trial.max_grad_norm,
+            loss_scale=self.loss_scale,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """One completed batch of a step whose results are not read yet."""
+
+    seat: _Seat
+    update: int
+    attempt: int
+    num_rows: int
+    num_tokens: int
+    targets: int
+
+
+@dataclass(eq=False)
+class _Launched:
+    """A step on its way: float64[2, U] loss sums and gradient norms will be in `results`."""
+
+    done: tuple[_Done, ...]
+    results: Tensor | None
+    event: torch.cuda.Event | None
+    tokens: tuple[tuple[_Seat, int], ...]
+
+
+class _Session:
+    """One allocation of slots on one base, from its first step to its last."""
+
+    def __init__(
+        self,
+        base: Base,
+        data: Mapping[str, PreparedData],
+        *,
+        shape: PackShape,
+        targets: Sequence[str],
+        find_method: Callable[[str], Method],
+        compile_blocks: bool,
+        clock: Callable[[], float],
+        parked: Sequence[Work],
+    ) -> None:
+        self.base = base
+        self.data = data
+        self.shape = shape
+        self.device = base.device
+        self.find_method = find_method
+        self.compile_blocks = compile_blocks
+        self.clock = clock
+        self.parked = list(parked)
+        self.targets = target_modules(base.model, targets)
+        self.longest_row = _longest_row(data)
+        self.seats: dict[int, _Seat] = {}
+        self.launched: deque[_Launched] = deque()
+        self.read_at = clock()
+        # A step's results are read when so many later ones are under way. In float16 none is: an
+        # overflow takes a batch back before the next one is trained on.
+        lags = self.device.type == "cuda" and base.model.dtype != torch.float16
+        self.depth = 1 if lags else 0
+        self.sizes = {name: _RowSizes.of(one.train) for name, one in data.items()}
+        rows = sum(len(one.train) for one in data.values())
+        tokens = sum(int(one.train.lengths.sum()) for one in data.values())
+        self.mean_row_tokens = tokens / rows
+
+    # The order of events ------------------------------------------------------------------------
+
+    def events(self, feed: Feed) -> Generator[Event]:
+        """See `engine.base.Engine.train`.
+
+        Raises:
+            _TooLarge: out of memory.
+        """
+        device, shape = self.device, self.shape
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        began = False
+        try:
+            # With dropout every layer drops features of its own.
+            groups = group_targets(self.base.model, self.targets, apart=shape.dropout)
+            # Each layer alone, as in a snapshot, which any later pack can take up.
+            self.single = group_targets(self.base.model, self.targets, apart=True)
+            layout = lay_out(groups, rank=shape.rank, magnitudes=shape.magnitudes)
+            self.slots = Slots(
+                layout,
+                num_slots=shape.num_slots,
+                dtype=self.base.model.dtype,
+                device=device,
+                corrected=shape.corrected,
+            )
+            self.loss_A = torch.zeros(shape.num_slots, dtype=torch.float64, device=device)
+            self.keep_A = (
+                torch.ones(shape.num_slots, dtype=torch.float32, device=device)
+                if shape.dropout
+                else None
+            )
+            linears = block_linears(self.base.model)
+            weights = {name: linears[name].weight.detach() for name in self.targets}
+            self.gains = DoraGains(self.slots, weights) if shape.magnitudes else None
+            with installed(
+                self.base.model,
+                self.slots,
+                keep_A=self.keep_A,
+                longest_row=self.longest_row,
+                compile_blocks=self.compile_blocks,
+                gradient_checkpointing=shape.gradient_checkpointing,
+            ) as model:
+                self.model = model
+                began = True
+                while True:
+                    self._forget_dropped(feed)
+                    yield from self._admit(feed)
+                    if not self.seats:
+                        return
+                    is_launched = self._launch()
+                    while len(self.launched) > (self.depth if is_launched else 0):
+                        yield from self._read()
+                    for seat in [one for one in self.seats.values() if one.is_complete]:
+                        yield self._finish(seat)
+                    if feed.wants_snapshot():
+                        while self.launched:
+                            yield from self._read()
+                        for _, seat in sorted(self.seats.items()):
+                            yield self._snapshot(seat)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        # Not within the handler: the error's traceback would keep tensors alive.
+        while self.launched:
+            yield from self._read()
+        raise _TooLarge(self._park(), reason, began=began)
+
+    def _forget_dropped(self, feed: Feed) -> None:
+        for slot, seat in list(self.seats.items()):
+            if feed.is_dropped(seat.trial.trial_id):
+                del self.seats[slot]
+        self.parked = [one for one in self.parked if not feed.is_dropped(one.trial.trial_id)]
+
+    # Coming in ----------------------------------------------------------------------------------
+
+    def _admit(self, feed: Feed) -> Generator[Event]:
+        """Fill the free slots."""
+        while len(self.seats) < self.shape.num_slots:
+            work = self._next(feed)
+            if work is None:
+                return
+            try:
+                self._seat(work)
+            except LoratuneError as error:
+                yield Failed(work.trial.trial_id, error)
+
+    def _next(self, feed: Feed) -> Work | None:
+        if self.parked:
+            return self.parked.pop(0)
+        while waiting := feed.waiting():
+            begun = [trial for trial in waiting if feed.is_begun(trial)]
+            chosen = choose_next(
+                begun or waiting,
+                [seat.trial for seat in self.seats.values()],
+                tokens=self.shape.tokens_per_step,
+                mean_row_tokens=self.mean_row_tokens,
+            )
+            work = feed.claim(chosen)
+            if work is not None:
+                return work
+        return None
+
+    def _seat(self, work: Work) -> None:
+        """Put a trial into a free slot: the one it had, if it is free."""
+        trial = work.trial
+        method = self.find_method(trial.method.name)
+        if not isinstance(method, Packable):
+            raise StudyError(
+                f"method {trial.method.name!r} does not train in packs; use --engine reference"
+            )
+        free = [slot for slot in range(self.shape.num_slots) if slot not in self.seats]
+        layout = self.slots.layout
+        factors = method.lr_factors(trial)
+        account, watch = (
+            Account(),
+            DivergenceWatch(trial.num_updates, vocab_size=self.base.model.config.vocab_size),
+        )
+        seat = _Seat(
+            slot=free[0],
+            trial=trial,
+            data=self.data[trial.data_fingerprint],
+            sizes=self.sizes[trial.data_fingerprint],
+            method=method,
+            lr_factors=(
+                factors.get("A", 1.0),
+                factors.get("B", 1.0),
+                factors.get("other", 1.0),
+            ),
+            frozen_P=None,
+            watch=watch,
+            account=account,
+            loss_scale=FIRST_LOSS_SCALE if self.base.model.dtype == torch.float16 else 1.0,
+        )
+        if work.snapshot is None:
+            layers = method.start(self.base.model, trial, targets=self.targets)
+            seat.has_magnitudes = any(one.magnitude_E is not None for one in layers.values())
+            takes = any(one.a0_RD is not None for one in layers.values())
+            if takes > self.shape.corrected or seat.has_magnitudes > self.shape.magnitudes:
+                raise StudyError(
+                    f"method {trial.method.name!r} starts with more than its description says; set "
+                    "takes_from_base and has_magnitudes there"
+                )
+            row_P, seat.frozen_P = to_row(layers, layout), frozen_row(layers, layout)
+            self.slots.put(seat.slot, row_P, frozen_P=seat.frozen_P, scale=trial.scale)
+            seat.begin_batch(0)
+            if self.gains is not None and seat.has_magnitudes:
+                self.gains.refresh([seat.slot])
+        else:
+            self._restore(seat, work.snapshot, free)
+        self.slots.refresh(seat.slot)
+        if self.keep_A is not None:
+            self.keep_A[seat.slot] = 1 - trial.dropout
+        self.seats[seat.slot] = seat
+
+    # One step -----------------------------------------------------------------------------------
+
+    def _launch(self) -> bool:
+        """Run the model once over rows of many trials, and update those whose batch is complete.
+
+        False where no trial has a row left to give: all wait for their results.
+        """
+        taken = self._take_rows()
+        if not taken:
+            return False
+        rows, tokens = self._rows_of(taken)
+        self.model.train_step(rows, into_A=self.loss_A, size=self._size(rows))
+        done = list[_Done]()
+        updates = list[RowUpdate]()
+        for slot, count in taken.items():
+            seat = self.seats[slot]
+            seat.rows_done += count
+            if seat.rows_done == len(seat.batch):
+                updates.append(seat.row_update())
+                done.append(
+                    _Done(
+                        seat,
+                        update=seat.update,
+                        attempt=seat.attempt,
+                        num_rows=len(seat.batch),
+                        num_tokens=int(seat.lengths.sum()),
+                        targets=seat.targets,
+                    )
+                )
+        results, event = None, None
+        if updates:
+            norms_U = update_rows(self.slots, updates)
+            which = sent(torch.tensor([one.slot for one in updates]), self.device)
+            if self.gains is not None:
+                self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
+            results, event = self._sent_home(
+                torch.stack([self.loss_A[which], norms_U.to(torch.float64)])
+            )
+            self.loss_A.index_fill_(0, which, 0)
+            for one in done:
+                one.seat.begin_batch(one.seat.update + 1)
+        self.launched.append(_Launched(tuple(done), results, event, tokens))
+        return True
+
+    def _take_rows(self) -> dict[int, int]:
+        demands = [
+            Demand(
+                slot=slot,
+                updates_left=seat.trial.num_updates - seat.update,
+                row_tokens=seat.lengths[seat.rows_done :].tolist(),
+            )
+            for slot, seat in sorted(self.seats.items())
+            if not seat.is_through
+        ]
+        return fill_step(
+            demands,
+            tokens=self.shape.tokens_per_step,
+            rows=self._most_rows(self.shape.tokens_per_step),
+        )
+
+    def _rows_of(self, taken: Mapping[int, int]) -> tuple[StepRows, tuple[tuple[_Seat, int], ...]]:
+        parts = list[EncodedRows]()
+        slots, weights, keys = list[int](), list[float](), list[NDArray[np.int64]]()
+        tokens = list[tuple[_Seat, int]]()
+        fresh = set[int]()
+        for slot, count in taken.items():
+            seat = self.seats[slot]
+            part = seat.data.train.take(seat.batch[seat.rows_done : seat.rows_done + count])
+            parts.append(part)
+            tokens.append((seat, len(part.input_ids)))
+            slots += [slot] * count
+            # Of the whole batch: summed over steps, the gradient is that of the batch's token mean.
+            weights += [seat.loss_scale / seat.targets] * count
+            place = seat.update * seat.trial.batch_size + seat.rows_done
+            keys.append(_row_keys(seat.trial.seed, place, count))
+            if seat.rows_done == 0:
+                fresh.add(slot)
+        rows = StepRows(
+            rows=concatenate(parts),
+            slots=np.array(slots, dtype=np.int64),
+            weights=np.array(weights),
+            keys=np.concatenate(keys),
+            fresh=frozenset(fresh),
+        )
+        return rows, tuple(tokens)
+
+    def _size(self, rows: StepRows) -> StepSize | None:
+        """The smallest of the compiled sizes that holds the rows; None where nothing is compiled."""
+        if not self.compile_blocks:
+            return None
+        num_tokens = len(rows.rows.input_ids)
+        largest = max(self.shape.tokens_per_step, self.longest_row)
+        fitting = [
+            math.ceil(largest / part / 64) * 64
+            for part in PARTS_OF_A_STEP
+            if largest // part >= num_tokens and self._most_rows(largest // part) >= len(rows.rows)
+        ]
+        chosen = fitting[-1] if fitting else math.ceil(num_tokens / 64) * 64
+        return StepSize(
+            num_tokens=chosen,
+            num_rows=max(self._most_rows(chosen), len(rows.rows))
+            + most_filler_rows(num_tokens=chosen, longest_row=self.longest_row),
+        )
+
+    def _most_rows(self, tokens: int) -> int:
+        """Rows of a step: twice as many as tokens / mean length, so that the bound seldom binds."""
+        return max(1, math.ceil(2 * tokens / self.mean_row_tokens))
+
+    def _sent_home(self, results: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self.device.type != "cuda":
+            return results, None
+        home = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+        home.copy_(results, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return home, event
+
+    # Its results --------------------------------------------------------------------------------
+
+    def _read(self) -> Generator[Event]:
+        """Take in the results of the oldest step under way."""
+        step = self.launched.popleft()
+        if step.event is not None:
+            step.event.synchronize()
+        now = self.clock()
+        self._share_out(now - self.read_at, step.tokens)
+        self.read_at = now
+        if step.results is None:
+            return
+        for one, (loss_sum, norm) in zip(step.done, step.results.T.tolist(), strict=True):
+            seat = one.seat
+            if self.seats.get(seat.slot) is not seat or seat.attempt != one.attempt:
+                continue
+            yield from self._take_in(one, loss_sum=loss_sum, norm=norm)
+
+    def _take_in(self, one: _Done, *, loss_sum: float, norm: float) -> Generator[Event]:
+        seat, trial = one.seat, one.seat.trial
+        loss = loss_sum / one.targets
+        if self._rescaled(one, loss=loss, norm=norm):
+            return
+        account = seat.account
+        account.losses.append(loss)
+        account.grad_norms.append(norm)
+        account.targets.append(one.targets)
+        account.num_tokens += one.num_tokens
+        yield Progress(trial.trial_id, one.update, one.num_rows, loss)
+        reason = seat.watch.reason_after(loss, update=one.update, grad_norm=norm)
+        if reason is not None:
+            del self.seats[seat.slot]
+            yield Finished(
+                self._outcome(seat, "diverged", stopped_at_update=one.update, reason=reason), None
+            )
+
+    def _rescaled(self, one: _Done, *, loss: float, norm: float) -> bool:
+        """Whether a float16 gradient overflowed: then its batch is begun anew at a smaller scale."""
+        seat = one.seat
+        if math.isfinite(norm):
+            seat.good_updates += 1
+            if seat.loss_scale != 1 and seat.good_updates == UPDATES_BEFORE_GROWTH:
+                seat.loss_scale, seat.good_updates = seat.loss_scale * 2, 0
+            return False
+        if seat.loss_scale <= 1 or not math.isfinite(loss):
+            return False
+        seat.loss_scale, seat.good_updates = seat.loss_scale / 2, 0
+        self._rewind(seat, one.update)
+        return True
+
+    def _rewind(self, seat: _Seat, update: int) -> None:
+        seat.attempt += 1
+        self.loss_A[seat.slot] = 0
+        seat.begin_batch(update)
+
+    def _finish(self, seat: _Seat) -> Finished:
+        began = self.clock()
+        validation_loss = self._validation_loss(seat)
+        now = self.clock()
+        seat.account.seconds += now - began
+        self.read_at += now - began
+        del self.seats[seat.slot]
+        reason = seat.watch.reason_at_end(
+            seat.account.train_loss(seat.trial.num_updates), validation_loss
+        )
+        if reason is not None:
+            last = seat.trial.num_updates - 1
+            return Finished(
+                self._outcome(
+                    seat,
+                    "diverged",
+                    stopped_at_update=last,
+                    reason=reason,
+                    validation_loss=validation_loss,
+                ),
+                None,
+            )
+        outcome = self._outcome(seat, "done", validation_loss=validation_loss)
+        return Finished(outcome, self._exported(seat))
+
+    def _validation_loss(self, seat: _Seat) -> float | None:
+        rows = seat.data.validation
+        if rows is None:
+            return None
+        everything = np.arange(len(rows))
+        left: list[int] = rows.lengths.tolist()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        begin = 0
+        while begin < len(rows):
+            (count,) = fill_step(
+                [Demand(seat.slot, 1, left[begin:])],
+                tokens=self.shape.tokens_per_step,
+                rows=self._most_rows(self.shape.tokens_per_step),
+            ).values()
+            chosen = everything[begin : begin + count]
+            step = StepRows(
+                rows=rows.take(chosen),
+                slots=np.full(count, seat.slot, dtype=np.int64),
+                weights=np.zeros(count),
+                keys=np.zeros(count, dtype=np.int64),
+                fresh=frozenset(),
+            )
+            total += self.model.loss_sum(step, size=self._size(step))
+            begin += count
+        return float(total) / num_targets(rows, everything)
+
+    def _exported(self, seat: _Seat) -> AdapterFiles:
+        layers = from_row(
+            self.slots.params_AP[seat.slot].cpu(),
+            self.slots.layout,
+            rank=seat.trial.rank,
+            frozen_P=seat.frozen_P,
+            magnitudes=seat.has_magnitudes,
+        )
+        # In the order of the model, whatever the groups.
+        ordered = {name: layers[name] for name in self.targets}
+        return seat.method.export_layers(self.base.model, seat.trial, ordered)
+
+    def _outcome(self, seat: _Seat, status: str, **more: object) -> Outcome:
+        on_cuda = self.device.type == "cuda"
+        longest = int(seat.data.train.lengths.max())
+        return seat.account.outcome(
+            seat.trial,
+            "done" if status == "done" else "diverged",
+            peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if on_cuda else None,
+            rows_per_microbatch=min(
+                seat.trial.batch_size, max(1, self.shape.tokens_per_step // longest)
+            ),
+            **more,
+        )
+
+    @staticmethod
+    def _share_out(seconds: float, tokens: Iterable[tuple[_Seat, int]]) -> None:
+        """A step's wall time belongs to its trials by their tokens."""
+        tokens = list(tokens)
+        total = sum(count for _, count in tokens)
+        for seat, count in tokens:
+            seat.account.seconds += seconds * count / total
+
+    # Snapshots ----------------------------------------------------------------------------------
+
+    def _own_layout(self, seat: _Seat) -> RowLayout:
+        """The layout of the trial's snapshots: its own rank, every layer by itself."""
+        return lay_out(self.single, rank=seat.trial.rank, magnitudes=seat.has_magnitudes)
+
+    def _snapshot(self, seat: _Seat) -> Snapshot:
+        slots, slot, trial = self.slots, seat.slot, seat.trial
+        rows = {
+            "params": slots.params_AP[slot],
+            "first": slots.first_AP[slot],
+            "second": slots.second_AP[slot],
+            "loss": self.loss_A[slot].reshape(1),
+        }
+        if seat.rows_done:
+            rows["grads"] = slots.grads_AP[slot]
+        if seat.frozen_P is not None:
+            # Part of the state: a decomposition that is computed again may differ in its last bits.
+            rows["frozen"] = seat.frozen_P
+        own = self._own_layout(seat)
+        tensors = {
+            name: row.cpu().clone()
+            if name == "loss"
+            else re_lay(row.cpu(), slots.layout, own, rank=trial.rank)
+            for name, row in rows.items()
+        }
+        if seat.has_magnitudes:
+            # They were worked out together with other trials', whose number moves their last bits.
+            for name, rows_AE in self._gains():
+                tensors[name] = _re_lay_outputs(rows_AE[slot].cpu(), slots.layout, own)
+        return Snapshot(
+            trial_id=trial.trial_id,
+            update=seat.update,
+            tensors=tensors,
+            facts={
+                **seat.account.facts(),
+                "engine": PackedEngine.name,
+                "slot": slot,
+                "rows_done": seat.rows_done,
+                "loss_scale": seat.loss_scale,
+                "good_updates": seat.good_updates,
+                "has_magnitudes": seat.has_magnitudes,
+            },
+        )
+
+    def _restore(self, seat: _Seat, snapshot: Snapshot, free: Sequence[int]) -> None:
+        """Everything as it was when the snapshot was made."""
+        facts, trial, layout = snapshot.facts, seat.trial, self.slots.layout
+        before = cast("int", facts["slot"])
+        seat.slot = before if before in free else free[0]
+        seat.account = Account.from_facts(facts)
+        seat.account.replay(seat.watch)
+        seat.loss_scale = cast("float", facts["loss_scale"])
+        seat.good_updates = cast("int", facts["good_updates"])
+        seat.has_magnitudes = cast("bool", facts["has_magnitudes"])
+        seat.begin_batch(snapshot.update)
+        seat.rows_done = cast("int", facts["rows_done"])
+        own = self._own_layout(seat)
+        rows = {
+            name: re_lay(snapshot.tensors[name], own, layout, rank=trial.rank)
+            for name in ("params", "first", "second", "grads", "frozen")
+            if name in snapshot.tensors
+        }
+        seat.frozen_P = rows.get("frozen")
+        slots, slot = self.slots, seat.slot
+        slots.put(slot, _filled(rows["params"], layout), frozen_P=seat.frozen_P, scale=trial.scale)
+        slots.first_AP[slot].copy_(_filled(rows["first"], layout))
+        slots.second_AP[slot].copy_(_filled(rows["second"], layout))
+        if "grads" in rows:
+            slots.grads_AP[slot].copy_(_filled(rows["grads"], layout))
+        self.loss_A[slot] = snapshot.tensors["loss"][0].to(self.device)
+        if seat.has_magnitudes:
+            for name, rows_AE in self._gains():
+                rows_AE[slot].copy_(_re_lay_outputs(snapshot.tensors[name], own, layout))
+
+    def _gains(self) -> list[tuple[str, Tensor]]:
+        """DoRA's factors of all slots, by their names in snapshots."""
+        gain_AE, inverse_norm_AE = self.slots.gain_AE, self.slots.inverse_norm_AE
+        assert gain_AE is not None
+        assert inverse_norm_AE is not None
+        return [("gain", gain_AE), ("inverse_norm", inverse_norm_AE)]
+
+    def _park(self) -> list[Work]:
+        """Every seat as work to go on with, at the beginning of its batch under way."""
+        works = list[Work]()
+        for seat in self.seats.values():
+            self._rewind(seat, seat.update)
+            works.append(Work(seat.trial, self._snapshot(seat)))
+        self.seats.clear()
+        return works + self.parked
+
+
+def _filled(row_P: Tensor, layout: RowLayout) -> Tensor:
+    """A row without m as one with: zeros at its end."""
+    return torch.cat([row_P, row_P.new_zeros(layout.size - len(row_P))])
+
+
+def _re_lay_outputs(values_E: Tensor, source: RowLayout, target: RowLayout) -> Tensor:
+    """A number for each output, laid out as m is in one layout, in another."""
+    row_P = torch.cat([values_E.new_zeros(source.ends[1]), values_E])
+    return re_lay(row_P, source, target, rank=0)[target.ends[1] :].clone()
+
+
+def _row_keys(seed: int, place: int, count: int) -> NDArray[np.int64]:
+    """A number for each of `count` rows from `place` on in the stream of a seed."""
+    start = (seed * 0xD1342543DE82EF95 + place) % 2**63
+    return (np.arange(count, dtype=np.uint64) + np.uint64(start)).astype(np.int64)

@@ -1,0 +1,463 @@
+"""A linear layer of the frozen base under the adapters of many trials, forward and backward.
+
+    y = bias + gain * (W x + up (down x'))        x' is x, or x after the adapter's dropout
+
+Each token goes through its own slot's factors. `down` and `up` are lists of one or two pairs. The
+first is the trained one, in the form in which it multiplies: A (or A - A0) and scale B'. The second
+is the correction of the methods that start from a part of the base,
+
+    scale (B A - B0 A0) = (scale B) (A - A0) + (scale (B - B0)) A0,
+
+written as differences, because in 16 bits A - A0 keeps what A would round away. Dropout does not
+fall on the correction, as in the published code, so that where any is dropped it is
+
+    scale (B A x' - B0 A0 x) = (scale B) ((A - A0) x' + A0 (x' - x)) + (scale (B - B0)) A0 x.
+
+`gain` is DoRA's m / |W + scale B A|, one for every other method and absent where no trial of a pack
+needs it.
+
+Layers that read the same input (query, key and value; gate and up) are one group: one product with
+their weights side by side, one pass over the input for all of their adapters.
+
+The gradients of A, B and m do not travel through autograd: they are summed into float32 buffers
+that outlive a step, since a batch may be spread over several. The compiler is not told that the
+backward writes into them: told, it copies the whole buffer of all slots for each layer (seen with
+torch 2.11: three quarters of the time). Nothing else in a step reads or writes them, and the
+backward's result is always used, so that it runs exactly once. The input always requires a
+gradient, or nothing would call it.
+
+Legend: A slots, M tokens, D in, E out (all members of a group), R rank, K = members x R.
+"""
+
+# torch is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from loratune.engine.grouped import GroupedProducts, LoopedProducts
+from loratune.engine.routing import Routing
+
+
+@cache
+def products_on(device_type: str) -> GroupedProducts:
+    """The implementation of the low-rank products on a kind of device."""
+    if device_type != "cuda":
+        return LoopedProducts()
+    from loratune.engine.kernels import TritonProducts  # Triton is there with CUDA alone.
+
+    return TritonProducts()
+
+
+@torch.library.custom_op("loratune::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    x_adapter: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    gain: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y_ME, and for the backward H_MK, the correction's H_MK, W x' + up (down x') before the gain.
+
+    Args:
+        x: M x D.
+        x_adapter: what the adapters see, where it is not x.
+        weight: E x D.
+        bias: E.
+        downs: one or two of A x K x D.
+        ups: one or two of A x R x E.
+        gain: A x E, DoRA's m / norm.
+        routing: the tensors of a `Routing`.
+        segments: bounds of the members in E.
+    """
+    routes, products = Routing(*routing), products_on(x.device.type)
+    seen = x if x_adapter is None else x_adapter
+    plain = gain is None
+    hs = [x.new_empty(len(x), down.shape[1]) for down in downs]
+    if x_adapter is None or len(downs) == 1:
+        products.shrink(seen, downs, routes, into=hs)
+    else:
+        # The correction sees x itself: A x' - A0 x, and A0 x.
+        products.shrink(x_adapter, downs[:1], routes, into=hs[:1])
+        products.shrink(x, downs[1:], routes, into=hs[1:])
+        dropped = torch.empty_like(hs[1])
+        products.shrink(x_adapter - x, downs[1:], routes, into=[dropped])
+        hs[0] += dropped
+    y = x.new_empty(len(x), weight.shape[0])
+    for ranks, outputs in _members(ups[0], segments):
+        products.expand(
+            [h[:, ranks] for h in hs],
+            [up[:, :, outputs] for up in ups],
+            routes,
+            into_MN=y[:, outputs],
+            bias_N=bias[outputs] if plain and bias is not None else None,
+        )
+    # One rounding of base and adapter together, and no pass over y for their sum.
+    torch.addmm(y, x if plain else seen, weight.t(), out=y)
+    # An operator may not return one tensor twice: each absent one is its own.
+    h, correction = hs[0], hs[1] if len(hs) == 2 else x.new_empty(0)
+    if gain is None:
+        return y, h, correction, x.new_empty(0)
+    before = y
+    y = (before * _of_tokens(gain, routes)).to(before.dtype)
+    if x_adapter is not None:
+        # DoRA drops features for the part that it rescales, not for the base's own output.
+        y = torch.addmm(y, x - x_adapter, weight.t())
+    if bias is not None:
+        y += bias
+    return y, h, correction, before
+
+
+@packed_linear.register_fake
+def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
+    x: Tensor,
+    x_adapter: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    gain: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    hs = [x.new_empty(x.shape[0], down.shape[1]) for down in downs]
+    return (
+        y,
+        hs[0],
+        hs[1] if len(hs) == 2 else x.new_empty(0),
+        x.new_empty(0) if gain is None else torch.empty_like(y),
+    )
+
+
+@torch.library.custom_op("loratune::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    grads_y: Sequence[Tensor],
+    x: Tensor,
+    x_adapter: Tensor | None,
+    h: Tensor,
+    correction: Tensor,
+    before: Tensor,
+    weight: Tensor,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scale: Tensor,
+    gain: Tensor | None,
+    inverse_norm: Tensor | None,
+    grad_down: Tensor,
+    grad_up: Tensor,
+    grad_magnitude: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """dL/dx and dL/dx' (empty where x' is x); adds the adapters' gradients to their buffers.
+
+    Args, beyond those of `packed_linear` and what it returns:
+        grads_y: M x each member's width.
+        scale: A; multiplies the gradient of B.
+        inverse_norm: A x E, DoRA's 1 / norm.
+        grad_down, grad_up, grad_magnitude: float32 buffers like down, up and gain; written to.
+    """
+    routes, products = Routing(*routing), products_on(x.device.type)
+    seen = x if x_adapter is None else x_adapter
+    hs = [h] if correction.numel() == 0 else [h, correction]
+    grad_hs = [torch.empty_like(one) for one in hs]
+    grads = list(grads_y)
+    members = _members(ups[0], segments)
+    for index, (ranks, outputs) in enumerate(members):
+        grad = grads[index]
+        if gain is not None:
+            assert inverse_norm is not None
+            assert grad_magnitude is not None
+            _add_magnitudes(
+                products,
+                grad * before[:, outputs],
+                routes,
+                into=grad_magnitude[:, outputs],
+                scale_AE=inverse_norm[:, outputs],
+            )
+            grad = grads[index] = (grad * _of_tokens(gain[:, outputs], routes)).to(grad.dtype)
+        products.shrink(
+            grad,
+            [up[:, :, outputs] for up in ups],
+            routes,
+            into=[one[:, ranks] for one in grad_hs],
+        )
+        products.outer(
+            [one[:, ranks] for one in hs],
+            grad,
+            routes,
+            into_AKN=grad_up[:, :, outputs],
+            scale_A=scale,
+        )
+    products.outer(grad_hs[:1], seen, routes, into_AKN=grad_down)
+    grad_seen = torch.empty_like(x)
+    corrects_apart = x_adapter is not None and len(downs) == 2
+    through = [grad_hs[0], grad_hs[0]] if corrects_apart else grad_hs
+    products.expand(through, downs, routes, into_MN=grad_seen)
+    parts = [weight[outputs] for _, outputs in members]
+    if x_adapter is None or gain is not None:
+        for grad, part in zip(grads, parts, strict=True):
+            torch.addmm(grad_seen, grad, part, out=grad_seen)
+        if x_adapter is None:
+            return grad_seen, x.new_empty(0)
+    # Through the base's own output, which has seen x and knows no gain.
+    grad_x = torch.zeros_like(x)
+    for grad, part in zip(grads_y, parts, strict=True):
+        torch.addmm(grad_x, grad, part, out=grad_x)
+    if gain is not None:
+        grad_seen -= grad_x
+    if corrects_apart:
+        through_correction = torch.empty_like(x)
+        difference = grad_hs[1] - grad_hs[0]
+        products.expand([difference], downs[1:], routes, into_MN=through_correction)
+        grad_x += through_correction
+    return grad_x, grad_seen
+
+
+@packed_linear_backward.register_fake
+def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
+    grads_y: Sequence[Tensor],
+    x: Tensor,
+    x_adapter: Tensor | None,
+    h: Tensor,
+    correction: Tensor,
+    before: Tensor,
+    weight: Tensor,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scale: Tensor,
+    gain: Tensor | None,
+    inverse_norm: Tensor | None,
+    grad_down: Tensor,
+    grad_up: Tensor,
+    grad_magnitude: Tensor | None,
+    routing: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if x_adapter is None else torch.empty_like(x)
+
+
+class _PackedLinears(torch.autograd.Function):
+    """The two operators as one function with an output for each member.
+
+    Not the operator's own autograd: its one output would be split, and the members' gradients laid
+    side by side again by a pass over all of them.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, x_adapter: Tensor | None, group: "PackedGroup"
+    ) -> tuple[Tensor, ...]:
+        """The members' outputs, M x each one's width."""
+        routing = group.step.routing
+        y, h, correction, before = packed_linear(
+            x,
+            x_adapter,
+            group.weight_ED,
+            group.bias_E,
+            group.downs,
+            group.ups,
+            group.gain_AE,
+            routing,
+            group.segments,
+        )
+        ctx.save_for_backward(x, x_adapter, h, correction, before)
+        ctx.group, ctx.routing = group, routing
+        widths = [high - low for low, high in pairwise(group.segments)]
+        return y.split(widths, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Through x and x'; the group's gradients go to their buffers."""
+        x, x_adapter, h, correction, before = ctx.saved_tensors
+        group = ctx.group
+        grad_x, grad_seen = packed_linear_backward(
+            [grad.contiguous() for grad in grads],
+            x,
+            x_adapter,
+            h,
+            correction,
+            before,
+            group.weight_ED,
+            group.downs,
+            group.ups,
+            group.scale_A,
+            group.gain_AE,
+            group.inverse_norm_AE,
+            group.grad_down,
+            group.grad_up,
+            group.grad_magnitude,
+            ctx.routing,
+            group.segments,
+        )
+        return grad_x, None if x_adapter is None else grad_seen, None
+
+
+def _members(up_ARE: Tensor, segments: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Each member's columns of H, and its outputs."""
+    rank = up_ARE.shape[1]
+    return [
+        (slice(index * rank, (index + 1) * rank), slice(low, high))
+        for index, (low, high) in enumerate(pairwise(segments))
+    ]
+
+
+def _of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
+    """Each token's own slot's gain; one for filler."""
+    slots_M = routing.token_slot_M.long()
+    picked = gain_AE.index_select(0, slots_M.clamp(min=0))
+    return torch.where((slots_M >= 0)[:, None], picked, 1)
+
+
+def _add_magnitudes(
+    products: GroupedProducts,
+    product_ME: Tensor,
+    routing: Routing,
+    *,
+    into: Tensor,
+    scale_AE: Tensor,
+) -> None:
+    """Sum over a slot's tokens of dL/dy * (W x + ...), over the norm: the gradient of m."""
+    ones = product_ME.new_zeros(len(product_ME), 16)  # 16: what matrix units need
+    ones[:, 0] = 1
+    sums = torch.zeros(len(into), 16, into.shape[1], dtype=torch.float32, device=into.device)
+    products.outer([ones], product_ME, routing, into_AKN=sums)
+    into.masked_fill_(routing.is_fresh_A.view(-1, 1) != 0, 0)
+    into += sums[:, 0] * scale_AE
+
+
+@final
+class PackedGroup(nn.Module):
+    """Linear layers that read one input, under one set of slots. Called by its first member.
+
+    `weight` is the members' weights side by side, E x D. All tensors are views of the pack's.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        segments: Sequence[int],
+        downs: Sequence[Tensor],
+        ups: Sequence[Tensor],
+        scale_A: Tensor,
+        grad_down: Tensor,
+        grad_up: Tensor,
+        gain_AE: Tensor | None,
+        inverse_norm_AE: Tensor | None,
+        grad_magnitude: Tensor | None,
+        step: "StepRouting",
+        dropout: "Dropout | None",
+    ) -> None:
+        super().__init__()
+        self.weight_ED = weight_ED
+        self.bias_E = bias_E
+        self.segments = list(segments)
+        self.downs, self.ups = list(downs), list(ups)
+        self.scale_A = scale_A
+        self.grad_down, self.grad_up = grad_down, grad_up
+        self.gain_AE, self.inverse_norm_AE = gain_AE, inverse_norm_AE
+        self.grad_magnitude = grad_magnitude
+        self.step = step
+        self.dropout = dropout
+        self.pending: tuple[Tensor, ...] | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The members' outputs, each 1 x M x its width."""
+        x_MD = x.view(-1, x.shape[-1])
+        # Features are dropped while training, which is when gradients are wanted.
+        drops = self.dropout is not None and torch.is_grad_enabled()
+        x_adapter = self.dropout(x_MD, self.step) if drops else None
+        ys = _PackedLinears.apply(x_MD, x_adapter, self)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+
+@final
+class PackedLinear(nn.Linear):
+    """Stands in a base model where one member of a `PackedGroup` stood, with that one's weight.
+
+    Members are called in their order and with one and the same input, as every decoder's attention
+    and gated MLP do; the engine checks its logits against the base's own before it trains.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, group: PackedGroup, *, member: int, num_members: int
+    ) -> None:
+        # Not nn.Linear's own, which would draw a weight: this one has its predecessor's.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        # A list hides the group from named_modules: it stands in the model once a member.
+        self._group = [group]
+        self._member = member
+        self._is_last = member + 1 == num_members
+
+    def forward(self, x: Tensor) -> Tensor:
+        """1 x M x D to 1 x M x E."""
+        group = self._group[0]
+        if self._member == 0:
+            group.pending = group(x)
+        assert group.pending is not None
+        y = group.pending[self._member]
+        if self._is_last:
+            group.pending = None
+        return y
+
+
+class StepRouting:
+    """What all packed layers of a model ask about the step under way; written by the engine.
+
+    `routing` are the tensors of a `Routing`. `token_key_M` (int32) is a number of each token's own
+    (trial's seed, row, position), `keep_A` the share of features that a slot's dropout keeps.
+    """
+
+    def __init__(self) -> None:
+        self.routing: list[Tensor] = []
+        self.token_key_M: Tensor | None = None
+        self.keep_A: Tensor | None = None
+
+
+@final
+class Dropout(nn.Module):
+    """Dropout whose mask is a pure function of trial, row, position, layer and feature.
+
+    So a trial drops the same numbers whoever its neighbours are, wherever its batch is cut, and
+    after a resume. The hash is the finaliser of MurmurHash3 in 32 bits; torch's integers wrap.
+    """
+
+    def __init__(self, *, salt: int) -> None:
+        super().__init__()
+        self._salt = salt
+
+    def forward(self, x_MD: Tensor, step: StepRouting) -> Tensor:
+        """x with each feature zeroed with its slot's probability, the others scaled up."""
+        assert step.token_key_M is not None
+        assert step.keep_A is not None
+        features_D = torch.arange(x_MD.shape[1], dtype=torch.int32, device=x_MD.device)
+        mixed_MD = _mix(step.token_key_M[:, None] ^ _mix(features_D + self._salt)[None, :])
+        uniform_MD = (mixed_MD & 0x7FFFFF).to(torch.float32) / 0x800000
+        slots_M = step.routing[-1].long()
+        keep_M = torch.where(slots_M >= 0, step.keep_A[slots_M.clamp(min=0)], 1.0)
+        scaled_MD = (x_MD / keep_M[:, None]).to(x_MD.dtype)
+        return torch.where(uniform_MD < keep_M[:, None], scaled_MD, 0)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser on int32; shifts are made logical by a mask."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * -2048144789  # 0x85ebca6b as int32
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * -1028477387  # 0xc2b2ae35 as int32
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -1,0 +1,72 @@
+"""Forward and backward over steps of one size, captured once as CUDA graphs and then replayed.
+
+A small model's kernels are shorter than their launches: a step of a 135M model has thousands of
+them. Replayed, a step is two launches. What differs from step to step stands in buffers that keep
+their addresses. The head and its loss stay outside: the number of target tokens varies.
+"""
+
+# torch is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from loratune.engine.memory import sent
+
+# Before a capture everything must have run: compilers, autotuners, handles, workspaces.
+WARM_UPS = 2
+
+
+class Replay:
+    """A body captured over buffers of its own.
+
+    `body` takes the buffers and returns the embedded tokens, which require a gradient where
+    `backward` is wanted, and the last hidden states. It runs a few times on `example`, whose
+    gradients must be nobody's, before it is captured.
+    """
+
+    def __init__(
+        self,
+        body: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]],
+        example: Sequence[Tensor],
+        *,
+        backward: bool,
+        device: torch.device,
+        pool: Any,
+    ) -> None:
+        self._buffers = [sent(one, device) for one in example]
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.set_grad_enabled(backward):
+            for _ in range(WARM_UPS):
+                embedded, hidden = body(self._buffers)
+                if backward:
+                    torch.autograd.grad(hidden, embedded, torch.zeros_like(hidden))
+            del embedded, hidden
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        self._forward = torch.cuda.CUDAGraph()
+        self._backward = torch.cuda.CUDAGraph() if backward else None
+        with torch.set_grad_enabled(backward), torch.cuda.graph(self._forward, pool=pool):
+            embedded, hidden = body(self._buffers)
+        if self._backward is not None:
+            self._grad_hidden = torch.zeros_like(hidden)
+            with torch.cuda.graph(self._backward, pool=pool):
+                torch.autograd.grad(hidden, embedded, self._grad_hidden)
+        self._hidden = hidden.detach()
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The hidden states for these inputs (on the CPU); they last until the next call."""
+        for buffer, one in zip(self._buffers, inputs, strict=True):
+            buffer.copy_(one.pin_memory(), non_blocking=True)
+        self._forward.replay()
+        return self._hidden
+
+    def backward(self, grad_hidden: Tensor) -> None:
+        """The backward of the latest forward."""
+        self._grad_hidden.copy_(grad_hidden)
+        cast("torch.cuda.CUDAGraph", self._backward).replay()
