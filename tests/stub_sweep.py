@@ -1,7 +1,7 @@
 """A sweep without torch: a stub engine whose numbers are a pure function of the trial.
 
 Run as a program it is one `run` of a small study in the folder named, as a process that can be
-killed: `python stub_sweep.py DIR SECONDS_PER_UPDATE one|pack`.
+killed: `python stub_sweep.py DIR SECONDS_PER_UPDATE one|pack [NUM_PROCESSES]`.
 """
 
 import hashlib
@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loratune.crew import CrewMember
 from loratune.engine.base import Event, Failed, Feed, Finished, Progress, Snapshot, Work
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100
@@ -68,6 +70,10 @@ def number(trial: Trial, what: str) -> float:
     return 1.0 + int.from_bytes(digest[:4], "big") / 2**32
 
 
+def never(*_: object) -> bool:
+    return False
+
+
 @dataclass
 class StubEngine:
     """Trains one trial after another."""
@@ -76,7 +82,7 @@ class StubEngine:
     num_at_once: int = 1
     seconds_per_update: float = 0.0
     trained: list[str] = field(default_factory=list)
-    fails: Callable[[Trial], bool] = lambda trial: False
+    fails: Callable[[Trial], bool] = never
 
     def train(self, feed: Feed) -> Generator[Event]:
         while waiting := feed.waiting():
@@ -111,7 +117,7 @@ class StubPack(StubEngine):
     name: str = "pack"
     num_at_once: int = 5
     seats: int = 5
-    breaks: Callable[[Trial, int], bool] = lambda trial, update: False
+    breaks: Callable[[Trial, int], bool] = never
     most: int = 0
 
     def train(self, feed: Feed) -> Generator[Event]:
@@ -289,11 +295,25 @@ def sweep_stub(
     )
 
 
+def make_stub(loaded: LoadedStudy, stub: StubEngine) -> StubWorkshop:
+    return StubWorkshop(loaded, stub)
+
+
+def stub_crew(loaded: LoadedStudy, *stubs: StubEngine) -> list[CrewMember]:
+    """A process for each stub."""
+    return [
+        CrewMember(f"stub {index}", partial(make_stub, loaded, stub))
+        for index, stub in enumerate(stubs)
+    ]
+
+
 if __name__ == "__main__":
     study = stub_study()
+    made = STUBS[sys.argv[3]](seconds_per_update=float(sys.argv[2]))
     sweep_stub(
         Path(sys.argv[1]),
         study,
-        workshop=StubWorkshop(study, STUBS[sys.argv[3]](seconds_per_update=float(sys.argv[2]))),
+        workshop=StubWorkshop(study, made),
         snapshot_seconds=0.0,
+        crew=stub_crew(study, *[made] * int(sys.argv[4])) if len(sys.argv) > 4 else (),
     )

@@ -242,7 +242,17 @@ def test_tune_writes_a_study_prints_it_runs_it_and_answers(loratune, furnished, 
 def test_an_interrupted_run_exits_130_and_goes_on_to_the_same_table(furnished, finished, loratune):
     (furnished / "slow.yaml").write_text(STUDY.replace("epochs: 1", "epochs: 30"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    base = [sys.executable, "-m", "loratune.cli", "run", "slow.yaml", "--out"]
+    # Packed, a trial has other neighbours afterwards, and its numbers differ by rounding.
+    base = [
+        sys.executable,
+        "-m",
+        "loratune.cli",
+        "run",
+        "slow.yaml",
+        "--engine",
+        "reference",
+        "--out",
+    ]
     with subprocess.Popen(
         [*base, "stopped"], cwd=furnished, env=environment, stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL,
@@ -284,6 +294,53 @@ def test_the_engine_is_chosen_and_what_it_cannot_train_is_refused(loratune, furn
     assert chosen.code == 0, chosen.err
     table = list(csv.DictReader(io.StringIO(loratune("results", tmp_path / "out").out)))
     assert {row["engine"] for row in table} == {"reference"}
+
+
+def test_two_processes_stopped_from_the_terminal_go_on_to_the_table_of_one(
+    furnished, finished, loratune
+):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "loratune.cli", "run", "study.yaml", "--out", "shared",
+        "--devices", "cpu,cpu",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=furnished, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("[2/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal.
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "goes on" in rest
+    assert "Traceback" not in rest
+    done = subprocess.run(
+        command, cwd=furnished, env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    # One line a trial and no other process's: the parent alone speaks.
+    assert all(line[0] in "[0123456789d" for line in done.stderr.splitlines()), done.stderr
+    of_one, of_two = (
+        list(csv.DictReader(io.StringIO(loratune("results", folder).out)))
+        for folder in (finished, furnished / "shared")
+    )
+    learned = ("train_loss", "validation_loss")
+    for one, two in zip(of_one, of_two, strict=True):
+        same = one.keys() - {"seconds", *learned}
+        assert {name: one[name] for name in same} == {name: two[name] for name in same}
+        for name in learned:  # Other neighbours in the pack: rounding.
+            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4)
+
+
+def test_devices_that_are_not_there_or_are_given_twice_are_refused(loratune, furnished, tmp_path):
+    study = str(furnished / "study.yaml")
+    for given in (["cuda:99,cpu"], [""], ["cpu", "--device", "cpu"]):
+        refused = loratune("run", study, "--out", tmp_path / "out", "--devices", *given)
+        assert refused.code == 2, refused.err
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_trial_is_exit_code_1_and_its_reason_is_in_the_table(

@@ -481,11 +481,11 @@ def test_a_trial_that_another_process_trains_is_passed(tmp_path, monkeypatch):
     claim = Store.claim
     taken: list[str] = []
 
-    def claim_late(store, trial_id, *, provenance):
+    def claim_late(store, trial_id, **options):
         if not taken:
             taken.append(trial_id)
             return None
-        return claim(store, trial_id, provenance=provenance)
+        return claim(store, trial_id, **options)
 
     monkeypatch.setattr(Store, "claim", claim_late)
     watcher = Silent()

@@ -47,7 +47,6 @@ class Packed:
 @pytest.fixture
 def packs_lora_and_pissa(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a packed engine that trains everything but adalora."""
-    monkeypatch.setattr(workshop, "HAS_PACKED_ENGINE", True)
     monkeypatch.setattr(
         workshop, "load_method", lambda name: object() if name == "adalora" else Packed()
     )

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,6 +123,7 @@ def run(
     out: str | Path,
     store: str | None = None,
     device: str | None = None,
+    devices: str | Sequence[str] | None = None,
     engine: "EngineChoice" = "auto",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -135,6 +137,9 @@ def run(
         out: the results folder.
         store: address of a database outside the folder, shared with other studies.
         device: cpu, cuda or cuda:N; left out: a GPU if there is one.
+        devices: in the place of `device` several of this machine, each trained on by a process of
+            its own: "all" GPUs, or names. A script that asks for this needs
+            `if __name__ == "__main__":`, as everything that starts processes does.
         engine: packed (many trials at once), reference (one after another), or auto: packed for
             every method that can be packed.
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -146,19 +151,34 @@ def run(
         LoratuneError: the request is wrong; nothing was written.
         training.Interrupted: `should_stop` said so; the same call goes on.
     """
+    from loratune.crew import CrewMember
     from loratune.sweep import run_sweep
-    from loratune.workshop import LocalWorkshop, choose_device
+    from loratune.workshop import LocalWorkshop, choose_device, choose_devices
 
-    workshop = LocalWorkshop(
-        loaded,
-        choose_device(device),
-        engine_choice=engine,
-        gradient_checkpointing=gradient_checkpointing,
-        trust_remote_code=trust_remote_code,
-    )
+    if device is not None and devices is not None:
+        raise StudyError(f"device={device!r} and devices={devices!r}; give one of them")
+    chosen = (choose_device(device),) if devices is None else choose_devices(devices)
+    makers = [
+        partial(
+            LocalWorkshop,
+            loaded,
+            one,
+            engine_choice=engine,
+            gradient_checkpointing=gradient_checkpointing,
+            trust_remote_code=trust_remote_code,
+        )
+        for one in chosen
+    ]
+    members = [CrewMember(str(one), make) for one, make in zip(chosen, makers, strict=True)]
     with ProgressLine(quiet=quiet) as line:
         sweep = run_sweep(
-            loaded, out=out, workshop=workshop, watcher=line, store=store, should_stop=should_stop
+            loaded,
+            out=out,
+            workshop=makers[0](),
+            watcher=line,
+            store=store,
+            should_stop=should_stop,
+            crew=members if len(members) > 1 else (),
         )
     report(out)
     return sweep

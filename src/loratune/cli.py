@@ -70,6 +70,13 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda or cuda:N; left out: a GPU if there is one."),
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        help="Several devices of this machine, a process on each: all, or cuda:0,cuda:1.",
+    ),
+]
 EngineOption = Annotated[
     Engine,
     typer.Option(
@@ -200,6 +207,7 @@ def run(
     *,
     store: StoreOption = None,
     device: Device = None,
+    devices: Devices = None,
     engine: EngineOption = Engine.auto,
     gradient_checkpointing: Checkpointing = False,
     trust_remote_code: RemoteCode = False,
@@ -215,6 +223,7 @@ def run(
             out=out,
             store=store,
             device=device,
+            devices=devices,
             engine=engine.value,
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,

@@ -40,6 +40,12 @@ class ResultsFolder:
         """Holds the address of a store outside the folder, where one is used."""
         return self.root / "store.txt"
 
+    def address(self) -> str:
+        """The address of the store that the folder uses."""
+        if self.store_address.is_file():
+            return self.store_address.read_text(encoding="utf-8").strip()
+        return str(self.database)
+
     def adapter(self, trial_id: str) -> Path:
         """The adapter of one trial, a folder in PEFT's format."""
         return self.root / "adapters" / trial_id
@@ -66,7 +72,7 @@ def open_results(path: str | Path) -> tuple[ResultsFolder, Store, StudyRecord]:
             f"{path} {what}; expected a folder that `loratune run STUDY.yaml --out DIR` has written"
         )
     name = load_study(folder.study).study.study
-    store = open_store(_address(folder), create=False)
+    store = open_store(folder.address(), create=False)
     for record in store.studies():
         if record.name == name:
             return folder, store, record
@@ -92,10 +98,10 @@ def working_folder(
     _refuse_another_study(folder, loaded)
     if store is not None and "://" not in store:
         store = str(Path(store).expanduser().resolve())  # it is written down, and read elsewhere
-    address = store if store is not None else _address(folder)
-    if folder.store_address.is_file() and address != _address(folder):
+    address = store if store is not None else folder.address()
+    if folder.store_address.is_file() and address != folder.address():
         raise StoreError(
-            f"{path} keeps its results in {_address(folder)}, not in {address}; "
+            f"{path} keeps its results in {folder.address()}, not in {address}; "
             "leave --store out, or choose another --out"
         )
     if store is not None and folder.database.is_file():
@@ -134,12 +140,6 @@ def replace_folder(partial: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-
-
-def _address(folder: ResultsFolder) -> str:
-    if folder.store_address.is_file():
-        return folder.store_address.read_text(encoding="utf-8").strip()
-    return str(folder.database)
 
 
 @contextmanager

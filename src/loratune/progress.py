@@ -129,7 +129,7 @@ class ProgressLine:
 
     def _described(self, trial: Trial) -> str:
         others = len(self._shares) - 1
-        return describe_trial(trial) + (f" and {others} others" if others > 0 else "")
+        return describe_trial(trial) + (f" and {others} more" if others > 0 else "")
 
     def _speed(self) -> str:
         elapsed = self._clock() - self._began

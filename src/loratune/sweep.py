@@ -12,11 +12,12 @@ results read, without one.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratune.crew import Assignment, CrewMember, train_in_crew
 from loratune.folder import ResultsFolder, working_folder
 from loratune.records import FINAL_STATUSES, TrialResult
 from loratune.settling import Settling
@@ -57,6 +58,7 @@ def run_sweep(
     should_stop: Callable[[], bool] = lambda: False,
     snapshot_seconds: float = SNAPSHOT_SECONDS,
     clock: Callable[[], float] = time.monotonic,
+    crew: Sequence[CrewMember] = (),
 ) -> Sweep:
     """Train what is not trained yet, score what is not scored yet, keep what is to be kept.
 
@@ -65,6 +67,8 @@ def run_sweep(
         out: the results folder; made where it is missing, gone on with where it is this study's.
         store: address of a store outside the folder, shared with other studies.
         should_stop: asked after every update; True ends the sweep with a snapshot.
+        crew: processes that train in the place of this one, each with a workshop of its own;
+            `workshop` then only scores, once they have ended.
 
     Raises:
         Interrupted: `should_stop` said so. The folder is whole and can be gone on with.
@@ -103,23 +107,43 @@ def run_sweep(
             watcher=watcher,
             should_stop=should_stop,
         )
-        training = Training(
-            folder=folder,
-            store=opened,
-            workshop=workshop,
-            watcher=watcher,
-            wants_adapters=bool(study.scored_tasks()) or study.keep_adapters != "none",
-            should_stop=should_stop,
-            snapshot_seconds=snapshot_seconds,
-            clock=clock,
-        )
-        settling.settle_all_tried()
-        left = [trial for trial in plan.trials if trial.trial_id not in finished]
-        for group in workshop.groups(left):
-            with closing(training.train(group)) as ended:
+        left = tuple(trial for trial in plan.trials if trial.trial_id not in finished)
+        wants_adapters = bool(study.scored_tasks()) or study.keep_adapters != "none"
+        if crew:
+            assignment = Assignment(
+                study=study.study,
+                folder=folder,
+                trials=left,
+                wants_adapters=wants_adapters,
+                snapshot_seconds=snapshot_seconds,
+                since=opened.newest_attempt(),
+            )
+            training_of_all = train_in_crew(
+                crew, assignment, store=opened, watcher=watcher, should_stop=should_stop
+            )
+            with closing(training_of_all) as ended:
                 for trial in ended:
                     settling.has_ended(trial)
-            settling.have_been_tried(group)
+            settling.have_been_tried(left)
+            # Only now: scoring loads the base on a device that was training.
+            settling.settle_all_tried()
+        else:
+            settling.settle_all_tried()
+            training = Training(
+                folder=folder,
+                store=opened,
+                workshop=workshop,
+                watcher=watcher,
+                wants_adapters=wants_adapters,
+                should_stop=should_stop,
+                snapshot_seconds=snapshot_seconds,
+                clock=clock,
+            )
+            for group in workshop.groups(left):
+                with closing(training.train(group)) as ended:
+                    for trial in ended:
+                        settling.has_ended(trial)
+                settling.have_been_tried(group)
         return Sweep(
             folder=folder,
             results=opened.results(study.study),

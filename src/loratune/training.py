@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +125,9 @@ class Watcher(Protocol):
 class Training:
     """Trains groups of trials, one group after another.
 
-    `is_one_of_several` says that other processes of the same sweep train from the same store: a
-    trial that one of them holds is then nothing to remark on.
+    `since` is for processes that share a sweep: the newest attempt in the store when it began. What
+    another of them holds is then nothing to remark on, and what has failed with one of them is not
+    tried by the next.
     """
 
     folder: ResultsFolder
@@ -137,7 +138,7 @@ class Training:
     should_stop: Callable[[], bool]
     snapshot_seconds: float = SNAPSHOT_SECONDS
     clock: Callable[[], float] = time.monotonic
-    is_one_of_several: bool = False
+    since: int | None = None
 
     def train(self, group: tuple[Trial, ...]) -> Generator[Trial]:
         """Train every trial of the group that can be claimed; yields each when it has its outcome.
@@ -354,9 +355,11 @@ class _StoreFeed:
     def _claim(self, trial: Trial) -> bool:
         training = self._training
         assert self.provenance is not None
-        attempt = training.store.claim(trial.trial_id, provenance=self.provenance)
+        attempt = training.store.claim(
+            trial.trial_id, provenance=self.provenance, since=training.since
+        )
         if attempt is None:
-            if not training.is_one_of_several:
+            if training.since is None:
                 training.watcher.remarks(
                     f"{trial.trial_id} is being trained by another process; passed"
                 )
@@ -464,7 +467,9 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._done.wait(HEARTBEAT_SECONDS):
             with self._lock:
-                attempts: Collection[int] = tuple(self._attempts - self._lost)
+                attempts = self._attempts - self._lost
+            if not attempts:
+                continue
             # A store that can't be reached now may be reached again before the claims expire.
             with suppress(StoreError):
                 ended = self._store.heartbeat(attempts)

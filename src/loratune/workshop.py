@@ -219,6 +219,24 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def choose_devices(names: str | Sequence[str]) -> tuple[torch.device, ...]:
+    """Several devices of this machine: `all` GPUs, or names, also as one text with commas.
+
+    A name that stands twice is two processes on that device.
+
+    Raises:
+        CapacityError: no such device on this machine, or none is named.
+    """
+    if names == "all":
+        count = torch.cuda.device_count()
+        names = [f"cuda:{index}" for index in range(count)] or ["cpu"]
+    elif isinstance(names, str):
+        names = [name.strip() for name in names.split(",") if name.strip()]
+    if not names:
+        raise CapacityError("no device is named; give all, or devices such as cuda:0,cuda:1")
+    return tuple(choose_device(name) for name in names)
+
+
 @dataclass
 class LocalWorkshop:
     """Models, rows and engines for one study on one device.
@@ -294,8 +312,8 @@ class LocalWorkshop:
 
     def engine(self, group: Sequence[Trial]) -> Engine:
         """See `training.Workshop`."""
-        base = self._base_of(group[0])
         rows = self._survey.prepared
+        base = self._base_of(group[0])
         if self._is_packed(group[0]):
             rows = {trial.data_fingerprint: rows[trial.data_fingerprint] for trial in group}
             try:
@@ -418,6 +436,8 @@ class LocalWorkshop:
 
     def _base_of(self, trial: Trial) -> Base:
         source = model_source(trial.model, folder=self.loaded.folder)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Kernels of our own start on the current device.
         if self._base is None or self._base.source != source:
             self._base = None  # The old base goes before the new one comes.
             self._base = load_base(

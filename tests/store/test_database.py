@@ -271,6 +271,27 @@ def test_after_a_failure_the_trial_is_tried_anew_and_the_newest_outcome_counts(
     assert [one.end_kind for one in store.attempts("trial-1")] == ["finished", "finished"]
 
 
+def test_a_failure_since_a_moment_is_not_tried_again_by_those_who_ask_since_then(
+    store: Store,
+) -> None:
+    add(store, 1, 2)
+    assert store.newest_attempt() == 0
+    store.finish(claim(store, 1), outcome(1, status="failed"))
+    moment = store.newest_attempt()
+    # Failed before: it is tried again, once.
+    again = store.claim("trial-1", provenance=PROVENANCE, since=moment)
+    assert again is not None
+    assert store.newest_attempt() == again > moment
+    store.finish(again, outcome(1, status="failed"))
+    assert store.claim("trial-1", provenance=PROVENANCE, since=moment) is None
+    # Given back is not failed.
+    released = store.claim("trial-2", provenance=PROVENANCE, since=moment)
+    assert released is not None
+    store.release(released)
+    assert store.claim("trial-2", provenance=PROVENANCE, since=moment) is not None
+    assert store.claim("trial-1", provenance=PROVENANCE) is not None
+
+
 def test_an_outcome_of_another_trial_is_refused(store: Store) -> None:
     add(store, 1, 2)
     attempt = claim(store, 1)

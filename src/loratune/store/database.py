@@ -81,6 +81,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     update,
 )
@@ -315,10 +316,24 @@ class Store:
 
     # Attempts and outcomes
 
-    def claim(self, trial_id: str, *, provenance: Provenance) -> int | None:
+    def newest_attempt(self) -> int:
+        """The number of the newest attempt at any trial; 0 where there is none."""
+        with self._reading() as connection:
+            newest = select(func.coalesce(func.max(tables.attempts.c.attempt_id), 0))
+            return connection.execute(newest).scalar_one()
+
+    def claim(
+        self, trial_id: str, *, provenance: Provenance, since: int | None = None
+    ) -> int | None:
         """Take the trial to train it: the attempt's number, or None where it is not to be had.
 
         None says that a final outcome stands or that a live attempt holds the trial.
+
+        Args:
+            trial_id: the trial.
+            provenance: how it is going to be trained.
+            since: an attempt's number; an outcome of a later attempt counts as final, so that
+                several processes of one sweep do not try one after another what has failed.
 
         Raises:
             StoreError: no such trial.
@@ -327,6 +342,9 @@ class Store:
         mine = tables.attempts.c.trial_id == trial_id
         is_open = tables.attempts.c.ended_at.is_(None)
         number = select(func.coalesce(func.max(tables.attempts.c.number), 0) + 1).where(mine)
+        stands = tables.outcomes.c.status.in_(FINAL_STATUSES)
+        if since is not None:
+            stands = or_(stands, tables.outcomes.c.attempt_id > since)
         values: dict[str, Any] = {
             "trial_id": trial_id,
             "provenance": codec.provenance_to_json(provenance),
@@ -349,10 +367,7 @@ class Store:
                     number.scalar_subquery(),
                 ).where(
                     ~exists().where(mine, is_open),
-                    ~exists().where(
-                        tables.outcomes.c.trial_id == trial_id,
-                        tables.outcomes.c.status.in_(FINAL_STATUSES),
-                    ),
+                    ~exists().where(tables.outcomes.c.trial_id == trial_id, stands),
                 ),
             )
             .execution_options(preserve_rowcount=True)
