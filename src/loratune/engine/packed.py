@@ -130,22 +130,21 @@ class PackedEngine:
             del session
             release_memory(self._base.device)
             smaller = _shrunk(self._shape, longest=self._longest_row(), began=began)
-            if smaller is None:
-                for work in parked[:1]:
-                    account = Account()
-                    yield Finished(
-                        account.outcome(
-                            work.trial,
-                            "out_of_memory",
-                            peak_memory_bytes=None,
-                            rows_per_microbatch=1,
-                            reason=f"not even one row of one trial fits: {reason}",
-                        ),
-                        None,
-                    )
-                parked = parked[1:]
-            else:
+            if smaller is not None:
                 self._shape = smaller
+                continue
+            # Where not even the slots fit, no trial has been claimed yet.
+            work = parked.pop(0) if parked else _claim_first(feed)
+            if work is None:
+                return
+            outcome = Account().outcome(
+                work.trial,
+                "out_of_memory",
+                peak_memory_bytes=None,
+                rows_per_microbatch=1,
+                reason=f"not even one row of one trial fits: {reason}",
+            )
+            yield Finished(outcome, None)
 
     def _longest_row(self) -> int:
         return _longest_row(self._data)
@@ -159,6 +158,14 @@ class _TooLarge(Exception):
         self.parked = parked
         self.reason = reason
         self.began = began
+
+
+def _claim_first(feed: Feed) -> Work | None:
+    while waiting := feed.waiting():
+        work = feed.claim(waiting[0])
+        if work is not None:
+            return work
+    return None
 
 
 def _shrunk(shape: PackShape, *, longest: int, began: bool) -> PackShape | None:
@@ -410,6 +417,9 @@ class _Session:
                 return
             try:
                 self._seat(work)
+            except torch.OutOfMemoryError:
+                self.parked.insert(0, work)
+                raise
             except LoratuneError as error:
                 yield Failed(work.trial.trial_id, error)
 
