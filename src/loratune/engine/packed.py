@@ -473,6 +473,8 @@ class _Session:
         if work.snapshot is None:
             layers = method.start(self.base.model, trial, targets=self.targets)
             seat.has_magnitudes = any(one.magnitude_E is not None for one in layers.values())
+            is_corrected = any(one.a0_RD is not None for one in layers.values())
+            self._check_room(trial, corrected=is_corrected, magnitudes=seat.has_magnitudes)
             row_P, seat.frozen_P = to_row(layers, layout), frozen_row(layers, layout)
             self.slots.put(seat.slot, row_P, frozen_P=seat.frozen_P, scale=trial.scale)
             seat.begin_batch(0)
@@ -484,6 +486,30 @@ class _Session:
         if self.keep_A is not None:
             self.keep_A[seat.slot] = 1 - trial.dropout
         self.seats[seat.slot] = seat
+
+    def _check_room(self, trial: Trial, *, corrected: bool, magnitudes: bool) -> None:
+        """A pack without the buffers that a trial needs would train something else.
+
+        Raises:
+            StudyError: it has none.
+        """
+        shape = self.shape
+        lacking = [
+            what
+            for what, is_needed, is_there in (
+                (f"rank {trial.rank}", True, trial.rank <= shape.rank),
+                ("dropout", trial.dropout > 0, shape.dropout),
+                ("a part taken out of the base", corrected, shape.corrected),
+                ("magnitudes", magnitudes, shape.magnitudes),
+            )
+            if is_needed and not is_there
+        ]
+        if lacking:
+            raise StudyError(
+                f"trial {trial.trial_id} ({trial.method.name}) needs {', '.join(lacking)}, which "
+                f"its pack has no room for ({shape}); plan it into another, or use --engine "
+                "reference"
+            )
 
     # One step -----------------------------------------------------------------------------------
 
@@ -806,6 +832,9 @@ class _Session:
         }
         seat.frozen_P = rows.get("frozen")
         slots, slot = self.slots, seat.slot
+        self._check_room(
+            trial, corrected="frozen" in snapshot.tensors, magnitudes=seat.has_magnitudes
+        )
         slots.put(slot, _filled(rows["params"], layout), frozen_P=seat.frozen_P, scale=trial.scale)
         slots.first_AP[slot].copy_(_filled(rows["first"], layout))
         slots.second_AP[slot].copy_(_filled(rows["second"], layout))
