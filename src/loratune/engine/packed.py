@@ -543,6 +543,9 @@ class _Session:
         results, event = None, None
         if updates:
             norms_U = update_rows(self.slots, updates)
+            for one in done:
+                if one.seat.trial.eps == 0:
+                    self._clear_beyond_rank(one.seat)
             which = sent(torch.tensor([one.slot for one in updates]), self.device)
             if self.gains is not None:
                 self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
@@ -554,6 +557,13 @@ class _Session:
                 one.seat.begin_batch(one.seat.update + 1)
         self.launched.append(_Launched(tuple(done), results, event, tokens))
         return True
+
+    def _clear_beyond_rank(self, seat: _Seat) -> None:
+        """Without eps, Adam's step of what only fills a row up to the pack's rank is 0 / 0."""
+        layout, params_P = self.slots.layout, self.slots.params_AP[seat.slot]
+        own_P = re_lay(params_P.cpu(), layout, layout, rank=seat.trial.rank)
+        params_P.copy_(own_P)
+        self.slots.refresh(seat.slot)
 
     def _take_rows(self) -> dict[int, int]:
         demands = [
