@@ -832,6 +832,9 @@ class _Session:
         seat.loss_scale = cast("float", facts["loss_scale"])
         seat.good_updates = cast("int", facts["good_updates"])
         seat.has_magnitudes = cast("bool", facts["has_magnitudes"])
+        self._check_room(
+            trial, corrected="frozen" in snapshot.tensors, magnitudes=seat.has_magnitudes
+        )
         seat.begin_batch(snapshot.update)
         seat.rows_done = cast("int", facts["rows_done"])
         own = self._own_layout(seat)
@@ -842,9 +845,6 @@ class _Session:
         }
         seat.frozen_P = rows.get("frozen")
         slots, slot = self.slots, seat.slot
-        self._check_room(
-            trial, corrected="frozen" in snapshot.tensors, magnitudes=seat.has_magnitudes
-        )
         slots.put(slot, _filled(rows["params"], layout), frozen_P=seat.frozen_P, scale=trial.scale)
         slots.first_AP[slot].copy_(_filled(rows["first"], layout))
         slots.second_AP[slot].copy_(_filled(rows["second"], layout))
