@@ -547,8 +547,6 @@ class _Session:
                 if one.seat.trial.eps == 0:
                     self._clear_beyond_rank(one.seat)
             which = sent(torch.tensor([one.slot for one in updates]), self.device)
-            if self.gains is not None:
-                self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
             results, event = self._sent_home(
                 torch.stack([self.loss_A[which], norms_U.to(torch.float64)])
             )
@@ -556,6 +554,9 @@ class _Session:
             for one in done:
                 one.seat.begin_batch(one.seat.update + 1)
         self.launched.append(_Launched(tuple(done), results, event, tokens))
+        if self.gains is not None:
+            # Last: if it does not fit, the updates have been made and must not be made again.
+            self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
         return True
 
     def _clear_beyond_rank(self, seat: _Seat) -> None:
@@ -851,9 +852,11 @@ class _Session:
         if "grads" in rows:
             slots.grads_AP[slot].copy_(_filled(rows["grads"], layout))
         self.loss_A[slot] = snapshot.tensors["loss"][0].to(self.device)
-        if seat.has_magnitudes:
+        if seat.has_magnitudes and "gain" in snapshot.tensors:
             for name, rows_AE in self._gains():
                 rows_AE[slot].copy_(_re_lay_outputs(snapshot.tensors[name], own, layout))
+        elif seat.has_magnitudes and self.gains is not None:
+            self.gains.refresh([slot])
 
     def _gains(self) -> list[tuple[str, Tensor]]:
         """DoRA's factors of all slots, by their names in snapshots."""
@@ -867,7 +870,14 @@ class _Session:
         works = list[Work]()
         for seat in self.seats.values():
             self._rewind(seat, seat.update)
-            works.append(Work(seat.trial, self._snapshot(seat)))
+            snapshot = self._snapshot(seat)
+            # DoRA's factors may be what did not fit: they are worked out anew.
+            tensors = {
+                name: tensor
+                for name, tensor in snapshot.tensors.items()
+                if name not in ("gain", "inverse_norm")
+            }
+            works.append(Work(seat.trial, replace(snapshot, tensors=tensors)))
         self.seats.clear()
         return works + self.parked
 
