@@ -23,6 +23,7 @@ from feeds import ListFeed
 from loratune.data.order import row_order
 from loratune.engine import packed as packed_module
 from loratune.engine.base import Finished, Snapshot
+from loratune.engine.dora_gains import DoraGains
 from loratune.engine.optimizer import RowUpdate
 from loratune.engine.packed import PackedEngine
 from loratune.engine.packed_model import PackedModel
@@ -761,6 +762,16 @@ def test_out_of_memory_all_trials_go_on_in_a_smaller_pack_with_the_same_numbers(
     for trial in trials:
         updates = [one.update for one in packed.progress(trial.trial_id)]
         assert updates == list(range(trial.num_updates)), "none twice, none left out"
+        assert_same_numbers(packed, alone()[trial.trial_id], trial)
+
+
+@pytest.mark.parametrize("call", [2, 5])
+def test_out_of_memory_after_an_update_does_not_make_it_twice(monkeypatch, call):
+    trials = [one for one in one_of_each() if one.method.name in ("dora", "lora")]
+    refreshed = too_small(monkeypatch, DoraGains, "refresh", lambda number: number == call)
+    packed = pack(trials, [SMALL, LARGE])
+    assert refreshed.calls > call, "two are for the starts, the others for updates"
+    for trial in trials:
         assert_same_numbers(packed, alone()[trial.trial_id], trial)
 
 
