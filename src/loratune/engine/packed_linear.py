@@ -439,14 +439,16 @@ class Dropout(nn.Module):
 
     def __init__(self, *, salt: int) -> None:
         super().__init__()
-        self._salt = salt
+        # Far apart, or a layer's mask would be its neighbour's, one feature further: multiples of
+        # 2^32 over the golden ratio keep the features of thousands of layers from meeting.
+        self._first = (salt * 0x9E3779B1 + 2**31) % 2**32 - 2**31
 
     def forward(self, x_MD: Tensor, step: StepRouting) -> Tensor:
         """x with each feature zeroed with its slot's probability, the others scaled up."""
         assert step.token_key_M is not None
         assert step.keep_A is not None
         features_D = torch.arange(x_MD.shape[1], dtype=torch.int32, device=x_MD.device)
-        mixed_MD = _mix(step.token_key_M[:, None] ^ _mix(features_D + self._salt)[None, :])
+        mixed_MD = _mix(step.token_key_M[:, None] ^ _mix(features_D + self._first)[None, :])
         uniform_MD = (mixed_MD & 0x7FFFFF).to(torch.float32) / 0x800000
         slots_M = step.routing[-1].long()
         keep_M = torch.where(slots_M >= 0, step.keep_A[slots_M.clamp(min=0)], 1.0)
