@@ -109,7 +109,14 @@ class FirstGradients:
         return attached
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+OTHER_FAMILIES = ["mistral", "phi3", "smollm", "olmo2"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen2", "qwen3", "gemma3"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FAMILIES],
+)
 def test_packed_equals_reference_in_every_number_and_in_the_format_of_its_adapters(family):
     # One test a family: its training is the slow part.
     both = train_both(family)

@@ -55,7 +55,7 @@ def assert_independent(some: Tensor, others: Tensor, *, keep: float = 0.7) -> No
     assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / some.numel())
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize("keep", [0.5, 0.8, 0.95])
 def test_the_stated_share_is_kept_and_scaled_up(keep):
     x_MD = torch.randn(len(KEYS), WIDTH, generator=torch.Generator().manual_seed(0))
     y_MD = dropped(x_MD, KEYS, keep=keep)

@@ -266,6 +266,19 @@ def gradients_of(layers: Mapping[str, LayerTensors]) -> dict[str, Tensor]:
     return found
 
 
+def test_dropout_falls_on_training_and_not_on_validation():
+    losses = {}
+    for dropout in (0.0, 0.3):
+        with Filled("llama", dropout=dropout) as filled:
+            step, trained_A = filled.step(), torch.zeros(8, dtype=torch.float64)
+            losses[dropout] = float(filled.packed.loss_sum(step)), filled.packed.logits(step)
+            filled.packed.train_step(step, into_A=trained_A)
+            is_dropped = abs(float(trained_A.sum()) / losses[dropout][0] - 1) > 1e-3
+            assert is_dropped == (dropout > 0)
+    assert losses[0.3][0] == pytest.approx(losses[0.0][0], rel=1e-6)
+    assert torch.allclose(losses[0.3][1], losses[0.0][1], atol=1e-4)
+
+
 def test_numbers_beyond_a_trials_rank_get_no_gradient():
     with Filled("llama", dropout=0.0) as filled:
         filled.packed.train_step(filled.step(), into_A=torch.zeros(8, dtype=torch.float64))
