@@ -25,6 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.data.prepare import PreparedData, prepare
 from loratune.engine.base import Engine, Snapshot
+from loratune.engine.packed import PackedEngine
+from loratune.engine.packed_model import check_family
 from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.errors import CapacityError, DataError, LoratuneError, ModelError, StudyError
@@ -38,7 +40,9 @@ from loratune.models.demo import DEMO_MODELS, resolve_demo_model
 from loratune.models.describe import describe_model
 from loratune.models.load import Base, load_base, load_tokenizer
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
-from loratune.planning.cost import H100, Rate, tokens_that_fit
+from loratune.planning.cost import H100, QUANTISED_BYTES, Rate, tokens_that_fit
+from loratune.planning.pack_shape import plan_pack
+from loratune.planning.packing import PackShape
 from loratune.planning.shapes import declared_data_facts, declared_model_facts
 from loratune.planning.trials import DataKey
 from loratune.records import (
@@ -57,8 +61,6 @@ from loratune.study.schema import VALIDATION, Study
 
 # Narrow models on a CPU gain nothing from larger micro-batches, and lose cache.
 TOKENS_PER_MICROBATCH_ON_CPU = 4096
-# False until there is engine/packed.py: then `auto` trains all trials on the reference engine.
-HAS_PACKED_ENGINE: bool = False
 EngineChoice = Literal["auto", "packed", "reference"]
 VERSIONED = ("loratune", "torch", "transformers", "peft")
 
@@ -295,7 +297,16 @@ class LocalWorkshop:
         base = self._base_of(group[0])
         rows = self._survey.prepared
         if self._is_packed(group[0]):
-            raise AssertionError("there is no packed engine yet")  # PackedEngine(base, rows, ...)
+            rows = {trial.data_fingerprint: rows[trial.data_fingerprint] for trial in group}
+            try:
+                check_family(base.model, targets=group[0].targets)
+            except ModelError:
+                if self.engine_choice == "packed":
+                    raise
+            else:
+                return PackedEngine(
+                    base, rows, shape=self._pack_shape(group), targets=group[0].targets
+                )
         return ReferenceEngine(base, rows, tokens_per_microbatch=self._tokens_per_microbatch)
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
@@ -320,8 +331,8 @@ class LocalWorkshop:
 
     def _is_packed(self, trial: Trial) -> bool:
         return (
-            HAS_PACKED_ENGINE
-            and self.engine_choice != "reference"
+            self.engine_choice != "reference"
+            and trial.precision not in QUANTISED_BYTES
             and isinstance(load_method(trial.method.name), Packable)
         )
 
@@ -333,7 +344,7 @@ class LocalWorkshop:
     def _unpacked(self) -> tuple[str, ...]:
         """A remark on the methods that `auto` does not pack."""
         names = self._unpackable()
-        if not names or not HAS_PACKED_ENGINE or self.engine_choice != "auto":
+        if not names or self.engine_choice != "auto":
             return ()
         return (
             f"{', '.join(names)}: trained one trial after another by the reference engine; "
@@ -343,10 +354,15 @@ class LocalWorkshop:
     def _refuse_what_cannot_be_packed(self) -> None:
         if self.engine_choice != "packed":
             return
-        names = self._unpackable()
-        if names or not HAS_PACKED_ENGINE:
-            what = f"the method {', '.join(names)}" if names else "anything yet"
-            raise StudyError(f"the packed engine can't train {what}; give --engine auto")
+        names, precision = self._unpackable(), self.loaded.study.precision
+        if names:
+            raise StudyError(
+                f"the packed engine can't train the method {', '.join(names)}; give --engine auto"
+            )
+        if precision in QUANTISED_BYTES:
+            raise StudyError(
+                f"the packed engine can't train over a base in {precision}; give --engine auto"
+            )
 
     @cached_property
     def _survey(self) -> Survey:
@@ -421,6 +437,19 @@ class LocalWorkshop:
                         self._base.model, asked.prompt_ids, max_new_tokens=asked.max_new_tokens
                     )
         return self._base
+
+    def _pack_shape(self, group: Sequence[Trial]) -> PackShape:
+        """From the device's whole memory, not what is free now."""
+        on_cuda = self.device.type == "cuda"
+        total = torch.cuda.get_device_properties(self.device).total_memory if on_cuda else None
+        row_sets = {(trial.model, trial.rows) for trial in group}
+        return plan_pack(
+            group,
+            model=self._survey.models[group[0].model],
+            data=[self._survey.data[key] for key in row_sets],
+            memory_bytes=total,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
 
     def _tokens_per_microbatch(self, trial: Trial) -> int:
         """From the device's whole memory, not what is free now: the cut decides rounding."""

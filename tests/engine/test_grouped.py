@@ -18,7 +18,7 @@ RANK, WIDTH = 3, 7
 SLOTS = [1] * 5 + [2] * 17 + [4] + [-1] * 7
 PRODUCTS = LoopedProducts()
 # float32 against float64, sums of at most 20 products of numbers near 1.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = 1e-5
 
 
 def routing(*, fresh: Sequence[int] = (), fixed_size: bool = False) -> Routing:
@@ -55,7 +55,7 @@ def test_shrink_takes_each_token_through_its_own_slots_factor(num_factors, fixed
     for w_AKN, h in zip(ws, wide, strict=True):
         for token, slot in enumerate(SLOTS):
             expected = w_AKN[slot].double() @ x_MN[token].double() if slot >= 0 else torch.zeros(3)
-            assert torch.allclose(h[token, 2:5].double(), expected.double(), **CLOSE)
+            assert torch.allclose(h[token, 2:5].double(), expected.double(), rtol=CLOSE, atol=CLOSE)
         assert bool((h[:, [0, 1, 5, 6, 7]] == 9).all()), "nothing beside it is written to"
 
 
@@ -76,7 +76,7 @@ def test_expand_sums_the_factors_and_the_bias(num_factors, bias):
                 expected += h_MK[token].double() @ w_AKN[slot].double()
         if bias_N is not None:
             expected += bias_N.double()
-        assert torch.allclose(wide[token, 1:8].double(), expected, **CLOSE)
+        assert torch.allclose(wide[token, 1:8].double(), expected, rtol=CLOSE, atol=CLOSE)
     assert bool(wide[:, [0, 8, 9]].isnan().all())
 
 
@@ -104,7 +104,7 @@ def test_outer_overwrites_fresh_slots_adds_to_others_and_keeps_those_without_tok
         expected *= 1.0 if scale_A is None else float(scale_A[slot])
         if slot != 1:
             expected += before[slot].double()
-        assert torch.allclose(into[slot].double(), expected, **CLOSE), slot
+        assert torch.allclose(into[slot].double(), expected, rtol=CLOSE, atol=CLOSE), slot
 
 
 def test_the_number_of_threads_is_put_back():
@@ -144,7 +144,7 @@ def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
     )
 
     live = {"x": x, "a": a, "b": b, "m": draw(6, out, seed=8).abs()}
-    if dropped:
+    if x_adapter is not None:
         live["x'"] = x_adapter
     live = {name: one.double().requires_grad_(True) for name, one in live.items()}
     rows = list[Tensor]()

@@ -9,7 +9,7 @@ of its Adam step is rounding). What is promised is 1e-4.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -59,7 +59,7 @@ class Both:
     base: Base
     packed: Packed
     steps: Steps
-    reference: Mapping[str, tuple[Outcome, AdapterFiles, dict[str, LayerTensors]]]
+    reference: Mapping[str, tuple[Outcome, AdapterFiles, dict[str, Tensor]]]
 
 
 def train_both(family: str) -> Both:
@@ -91,6 +91,7 @@ class FirstGradients:
     """A method that notes every gradient of the first update, by PEFT's names."""
 
     inner: Any
+    gradients: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def attach(self, model: Any, trial: Trial, *, targets: Sequence[str]) -> Any:
         attached = self.inner.attach(model, trial, targets=targets)
@@ -129,7 +130,7 @@ def assert_covers_what_may_differ_between_trials(both: Both) -> None:
     finished = [both.packed.finished(trial.trial_id) for trial in TRIALS]
     assert {one.outcome.status for one in finished} == {"done"}
     assert {trial.method.name for trial in TRIALS} == set(PACKABLE)
-    for field, fewest in {
+    for name, fewest in {
         "rank": 4,
         "batch_size": 7,
         "schedule": 3,
@@ -142,7 +143,7 @@ def assert_covers_what_may_differ_between_trials(both: Both) -> None:
         "beta2": 2,
         "warmup_steps": 2,
     }.items():
-        assert len({getattr(trial, field) for trial in TRIALS}) >= fewest, field
+        assert len({getattr(trial, name) for trial in TRIALS}) >= fewest, name
     assert min(trial.num_updates for trial in TRIALS) >= 20
     # Clipping binds, or it is not tested.
     for trial in TRIALS:
@@ -575,7 +576,7 @@ def test_rescaling_a_and_b_with_adams_numbers_changes_no_bit(monkeypatch, p, q):
     def find_method(name: str) -> Any:
         return Rescaled(load_method(name), p=p, q=q)
 
-    def losses(packed: Packed) -> list[tuple[float, ...]]:
+    def losses(packed: Packed) -> list[tuple[Any, ...]]:
         found = [packed.finished(one.trial_id).outcome for one in trials]
         return [(*one.losses, one.validation_loss) for one in found]
 

@@ -4,38 +4,30 @@ It is registered with transformers as an attention implementation, so that every
 attention goes through transformers' interface works unchanged, its grouped heads and its sliding
 window included. What it needs to know of the rows comes as keyword arguments of the model's call.
 
-On CUDA from sm_80 on, in 16 bits: FlashAttention over the bounds of the rows. Elsewhere: rows are
-spread out to one batch, padded on the right, and go through SDPA; what stands
-behind a row is hidden from it by causality, and dropped when the rows are laid end to end again.
+On CUDA: kernels of our own over the bounds of the rows (`engine.attention_kernels`). Elsewhere:
+rows are spread out to one batch, padded on the right, and go through SDPA; what stands behind a row
+is hidden from it by causality, and dropped when the rows are laid end to end again.
 
-Legend: M tokens end to end, B rows, T tokens of the longest, H heads, D their width.
+Legend: M tokens end to end, B rows, T tokens of the longest, H heads, G key heads, D their width.
 """
 
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 NAME = "loratune_packed"
-# Grouped heads came with torch 2.12; before, keys and values are repeated.
-KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlashAttention over bounds runs: on CUDA from sm_80 on, in 16 bits."""
-    return (
-        device.type == "cuda"
-        and dtype != torch.float32
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+def has_row_attention(device: torch.device) -> bool:
+    """Whether attention goes by the bounds of the rows, without padding: on CUDA."""
+    return device.type == "cuda"
 
 
 def packed_attention(
@@ -61,7 +53,7 @@ def packed_attention(
         attention_mask: None: the rows say what may be seen.
         scaling: what multiplies the scores; None: 1 / sqrt(D).
         sliding_window: how many tokens back, itself counted, a token sees; None: the whole row.
-        row_bounds: int32[B + 1], for FlashAttention.
+        row_bounds: int32[B + 1], for the kernels.
         longest_row: T.
         padded_index_M: a token's place in the B x T batch, for SDPA.
         num_rows: B.
@@ -69,7 +61,11 @@ def packed_attention(
     assert attention_mask is None
     if padded_index_M is None:
         assert row_bounds is not None
-        attended = _varlen(query, key, value, row_bounds, longest_row, scaling, sliding_window)
+        q_MHD, k_MGD, v_MGD = (heads[0].transpose(0, 1) for heads in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended, _ = row_attention(
+            q_MHD, k_MGD, v_MGD, row_bounds, longest_row, scale, sliding_window
+        )
     else:
         attended = _padded(
             query, key, value, padded_index_M, num_rows, longest_row, scaling, sliding_window
@@ -80,37 +76,119 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+@torch.library.custom_op("loratune::row_attention", mutates_args=())
+def row_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     row_bounds: Tensor,
     longest_row: int,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    options: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if KNOWS_GROUPS:
-            options["enable_gqa"] = True
-        else:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = (heads.repeat_interleave(repeats, dim=1) for heads in (k, v))
-    # A token and the `sliding_window` - 1 before it; nothing after it.
-    back = -1 if sliding_window is None else sliding_window - 1
-    return varlen_attn(
-        q,
-        k,
-        v,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """o, M x H x D, and for the backward float32[H, M]; see `attention_kernels.attention_forward`.
+
+    Args:
+        q: M x H x D.
+        k, v: M x G x D.
+        row_bounds: int32[B + 1], ascending; rows may be empty.
+        longest_row: no row has more tokens.
+        scale: what multiplies the scores.
+        window: how many tokens back, itself counted, a token sees; None: the whole row.
+    """
+    from loratune.engine.attention_kernels import attention_forward  # Triton is there with CUDA.
+
+    return attention_forward(
+        _dense(q),
+        _dense(k),
+        _dense(v),
         row_bounds,
-        row_bounds,
-        longest_row,
-        longest_row,
-        scale=scaling,
-        window_size=(back, 0),
-        **options,
+        longest_row=longest_row,
+        scale=scale,
+        window=window,
     )
+
+
+@row_attention.register_fake
+def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_bounds: Tensor,
+    longest_row: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("loratune::row_attention_backward", mutates_args=())
+def row_attention_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    row_bounds: Tensor,
+    longest_row: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, contiguous."""
+    from loratune.engine.attention_kernels import attention_backward
+
+    return attention_backward(
+        _dense(grad_o),
+        _dense(q),
+        _dense(k),
+        _dense(v),
+        o.contiguous(),
+        lse.contiguous(),
+        row_bounds,
+        longest_row=longest_row,
+        scale=scale,
+        window=window,
+    )
+
+
+@row_attention_backward.register_fake
+def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    row_bounds: Tensor,
+    longest_row: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    q, k, v, row_bounds, ctx.longest_row, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, row_bounds)
+
+
+def _backward(ctx: Any, grad_o: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    assert grad_o is not None
+    grads = row_attention_backward(
+        grad_o, *ctx.saved_tensors, ctx.longest_row, ctx.scale, ctx.window
+    )
+    return *grads, None, None, None, None
+
+
+row_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _dense(heads: Tensor) -> Tensor:
+    """The kernels take any strides but that of a head's features."""
+    return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
 def _padded(

@@ -36,7 +36,7 @@ from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
 from loratune.data.rows import EncodedRows, concatenate
 from loratune.engine.account import Account
-from loratune.engine.attention import has_varlen
+from loratune.engine.attention import has_row_attention
 from loratune.engine.base import Event, Failed, Feed, Finished, Progress, Snapshot, Work
 from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.dora_gains import DoraGains
@@ -99,7 +99,7 @@ class PackedEngine:
         self._find_method = find_method
         self._compile_blocks = (
             # Where attention pads its rows, every step has another size.
-            has_varlen(base.device, base.model.dtype) if compile_blocks is None else compile_blocks
+            has_row_attention(base.device) if compile_blocks is None else compile_blocks
         )
         self._clock = clock
 
@@ -169,12 +169,14 @@ def _claim_first(feed: Feed) -> Work | None:
 
 
 def _shrunk(shape: PackShape, *, longest: int, began: bool) -> PackShape | None:
-    """A smaller pack: fewer tokens a step while that is possible, then fewer slots.
+    """A smaller pack: fewer tokens a step, then blocks that keep less, then fewer slots.
 
     A pack that could not even be allocated (not `began`) has too many slots.
     """
     if (began or shape.num_slots == 1) and shape.tokens_per_step > longest:
         return replace(shape, tokens_per_step=max(longest, shape.tokens_per_step // 2))
+    if began and not shape.gradient_checkpointing:
+        return replace(shape, gradient_checkpointing=True)
     if shape.num_slots > 1:
         return replace(shape, num_slots=shape.num_slots // 2)
     return None
@@ -376,6 +378,7 @@ class _Session:
                 keep_A=self.keep_A,
                 longest_row=self.longest_row,
                 compile_blocks=self.compile_blocks,
+                gradient_checkpointing=shape.gradient_checkpointing,
             ) as model:
                 self.model = model
                 began = True
@@ -507,8 +510,8 @@ class _Session:
         if lacking:
             raise StudyError(
                 f"trial {trial.trial_id} ({trial.method.name}) needs {', '.join(lacking)}, which "
-                f"its pack has no room for ({shape}); plan it into another, or use --engine "
-                "reference"
+                f"its pack has no room for ({shape}); if the method starts with more than its "
+                "description says, set takes_from_base and has_magnitudes there"
             )
 
     # One step -----------------------------------------------------------------------------------

@@ -25,17 +25,18 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from loratune.data.rows import lay_end_to_end
-from loratune.engine.attention import NAME, has_varlen
+from loratune.engine.attention import NAME, has_row_attention
 from loratune.engine.head import Targets, head_losses
 from loratune.engine.laying import LaidOut, StepRows, lay_out_step
 from loratune.engine.memory import sent
 from loratune.engine.packed_linear import Dropout, PackedGroup, PackedLinear, StepRouting
 from loratune.engine.replay import Replay
 from loratune.engine.routing import Routing, route
-from loratune.engine.slots import GroupShape, Slots, views
+from loratune.engine.slots import GroupShape, Slots, lay_out, views
 from loratune.errors import ModelError
 from loratune.methods.resident import Resident
-from loratune.models.targets import block_linears, decoder_blocks
+from loratune.models.load import set_gradient_checkpointing
+from loratune.models.targets import block_linears, decoder_blocks, target_modules
 
 # Layers of these names read the same input wherever they stand side by side.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -169,7 +170,7 @@ class PackedModel:
         self._step.routing = Routing.of(routing, self._lengths).tensors()
         self._step.token_key_M = keys
         where: dict[str, Any]
-        if has_varlen(self._device, self._model.dtype):
+        if has_row_attention(self._device):
             where = {"row_bounds": bounds, "longest_row": self._longest_row}
         else:
             counts = bounds.diff()
@@ -261,6 +262,7 @@ def installed(
     keep_A: Tensor | None,
     longest_row: int,
     compile_blocks: bool,
+    gradient_checkpointing: bool = False,
 ) -> Iterator[PackedModel]:
     """The packed model, for as long as the block runs; afterwards the base is as it was.
 
@@ -270,10 +272,16 @@ def installed(
         keep_A: the share of features that each slot's dropout keeps; None: no trial drops any.
         longest_row: no row of any step is longer.
         compile_blocks: compile the decoder's blocks.
+        gradient_checkpointing: blocks keep their input alone for the backward pass.
 
     Raises:
         ModelError: the family computes something that the packed form does not.
     """
+    if getattr(model.config, "attention_dropout", 0.0):
+        raise ModelError(
+            f"{type(model).__name__} has attention_dropout={model.config.attention_dropout:g}, "
+            "which the packed engine does not draw; train it with --engine reference"
+        )
     resident = Resident(model)
     expected = _check_rows(model)
     step = StepRouting()
@@ -283,6 +291,9 @@ def installed(
         _replace_linears(model, slots, step)
         model.config._attn_implementation = NAME  # transformers' own setting
         _compare(packed, model, expected, slots)
+        set_gradient_checkpointing(model, enabled=gradient_checkpointing)
+        # Blocks checkpoint in training mode alone; no dropout of the base's own is there to begin.
+        model.train(gradient_checkpointing)
         if compile_blocks:
             # One more for each size of a step, kind of block, and training or not.
             torch._dynamo.reset()  # torch's documented call
@@ -291,6 +302,19 @@ def installed(
         yield packed
     finally:
         resident.restore()
+
+
+def check_family(model: PreTrainedModel, *, targets: Sequence[str]) -> None:
+    """Install a pack of one slot and take it off again: whether the family can be packed at all.
+
+    Raises:
+        ModelError: see `installed`.
+    """
+    names = target_modules(model, targets)
+    layout = lay_out(group_targets(model, names, apart=False), rank=1, magnitudes=False)
+    slots = Slots(layout, num_slots=1, dtype=model.dtype, device=model.device, corrected=False)
+    with installed(model, slots, keep_A=None, longest_row=16, compile_blocks=False):
+        pass
 
 
 def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) -> None:
@@ -329,12 +353,20 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
 
 def _side_by_side(members: Sequence[nn.Linear]) -> Tensor:
     """The members' weights as one matrix; they become views of it, so that none is there twice."""
-    if len(members) == 1:
-        return members[0].weight.detach()
-    together = torch.cat([one.weight.detach() for one in members])
-    for one, part in zip(
-        members, together.split([one.out_features for one in members]), strict=True
-    ):
+    weights = [one.weight.detach() for one in members]
+    first = weights[0]
+    at = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != at or not weight.is_contiguous():
+            break
+        at += weight.numel() * weight.element_size()
+    else:
+        # An earlier pack has laid them so.
+        height = sum(len(weight) for weight in weights)
+        return first.as_strided((height, first.shape[1]), first.stride())
+    together = torch.cat(weights)
+    heights = [one.out_features for one in members]
+    for one, part in zip(members, together.split(heights), strict=True):
         one.weight.data = part
     return together
 

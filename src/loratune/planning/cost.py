@@ -24,6 +24,7 @@ from scipy.optimize import least_squares
 from loratune.errors import AnalysisError
 from loratune.planning.targets import matched_linears
 from loratune.records import DataFacts, LinearShape, ModelFacts, Trial
+from loratune.study.methods import describe
 
 # An activation, and a weight that is not quantised.
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "nf4": 2, "int8": 2}
@@ -34,7 +35,6 @@ QUANTISED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 BYTES_PER_TRAINED_PARAMETER = 16
 # A second, frozen set of factors (the part that was taken out of the base), float32.
 BYTES_PER_FROZEN_FACTOR = 4
-METHODS_WITH_FROZEN_FACTORS = ("pissa", "milora", "olora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def trial_cost(
         hidden_size=model.hidden_size,
     )
     factors = rank * sum((one.in_features + one.out_features) * one.count for one in linears)
-    frozen = factors if trial.method.name in METHODS_WITH_FROZEN_FACTORS else 0
+    frozen = factors if describe(trial.method.name).takes_from_base else 0
     resident = min(trial.batch_size * data.max_row_tokens, tokens_per_microbatch)
     return TrialCost(
         num_tokens=num_tokens,

@@ -30,6 +30,7 @@ class PackShape:
     corrected: bool = False
     magnitudes: bool = False
     dropout: bool = False
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class MethodDescription:
     where the start is computed from the weights, so that the seed moves only data order and
     dropout. `implementation` is "module:attribute" of the tensor part (`methods.base.Method`).
     `not_quantised` says why the method cannot train over a quantised base; None: it can.
+    `takes_from_base` and `has_magnitudes` say what a pack must hold beside A and B: the frozen part
+    that is taken out of the base, a trained number for each output.
     """
 
     name: str
@@ -48,6 +50,8 @@ class MethodDescription:
     scale: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     draws_initialisation: bool = True
     not_quantised: str | None = None
+    takes_from_base: bool = False
+    has_magnitudes: bool = False
     options: Mapping[str, Option] = field(default_factory=dict[str, Option])
 
     def scale_of(self, *, rank: int, alpha: float) -> float:
@@ -83,6 +87,7 @@ _BUILT_IN = (
         implementation="loratune.methods.pissa:METHOD",
         draws_initialisation=False,
         not_quantised=_TAKES_A_PART_OUT,
+        takes_from_base=True,
         options={
             "niter": Option(
                 None,
@@ -98,12 +103,14 @@ _BUILT_IN = (
         implementation="loratune.methods.milora:METHOD",
         draws_initialisation=False,
         not_quantised=_TAKES_A_PART_OUT,
+        takes_from_base=True,
     ),
     MethodDescription(
         name="dora",
         summary="LoRA on the direction of each weight column, its magnitude trained apart",
         source="Liu et al. 2024, arXiv 2402.09353",
         implementation="loratune.methods.dora:METHOD",
+        has_magnitudes=True,
         not_quantised=(
             "the norms of its rows are computed from the weights themselves, which a quantised "
             "base holds packed"
@@ -123,6 +130,7 @@ _BUILT_IN = (
         implementation="loratune.methods.olora:METHOD",
         draws_initialisation=False,
         not_quantised=_TAKES_A_PART_OUT,
+        takes_from_base=True,
     ),
     MethodDescription(
         name="adalora",
