@@ -437,11 +437,13 @@ class Dropout(nn.Module):
     after a resume. The hash is the finaliser of MurmurHash3 in 32 bits; torch's integers wrap.
     """
 
-    def __init__(self, *, salt: int) -> None:
+    def __init__(self, *, salt: int, device: torch.device) -> None:
         super().__init__()
         # Far apart, or a layer's mask would be its neighbour's, one feature further: multiples of
         # 2^32 over the golden ratio keep the features of thousands of layers from meeting.
-        self._first = (salt * 0x9E3779B1 + 2**31) % 2**32 - 2**31
+        first = (salt * 0x9E3779B1 + 2**31) % 2**32 - 2**31
+        # A tensor, or the compiler would compile each layer anew for its number.
+        self._first = torch.tensor(first, dtype=torch.int32, device=device)
 
     def forward(self, x_MD: Tensor, step: StepRouting) -> Tensor:
         """x with each feature zeroed with its slot's probability, the others scaled up."""
