@@ -37,7 +37,7 @@ def dropped(
     step.token_key_M = keys_M
     step.keep_A = torch.tensor([keep, 1.0])
     step.routing = [torch.zeros(len(keys_M), dtype=torch.int32) if slots is None else slots]
-    return Dropout(salt=salt)(x_MD, step)
+    return Dropout(salt=salt, device=x_MD.device)(x_MD, step)
 
 
 def kept(keys_M: Tensor, *, salt: int = 0, keep: float = 0.7, width: int = WIDTH) -> Tensor:

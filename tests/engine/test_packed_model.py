@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -205,7 +206,7 @@ class Masked(nn.Module):
         step.token_key_M = self._keys_T
         step.keep_A = torch.tensor([self._keep])
         step.routing = [torch.zeros(len(self._keys_T), dtype=torch.int32)]
-        return x_BTD * Dropout(salt=self._salt)(torch.ones_like(x_BTD[0]), step)
+        return x_BTD * Dropout(salt=self._salt, device=CPU)(torch.ones_like(x_BTD[0]), step)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -292,6 +293,38 @@ def test_numbers_beyond_a_trials_rank_get_no_gradient():
                 assert not any(bool(one.any()) for one in magnitudes)
             # What is not the trial's own is zero: laid out again, its own is all that there is.
             assert torch.equal(to_row(own, layout), gradient_P)
+
+
+# torch's compiler instantiates an autograd function to trace it, and warns of that itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dropout", [0.1, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_compiled_layers_share_their_code_however_many_there_are(monkeypatch, dropout):
+    compiled = nn.Module.compile
+    # A backend that needs no C compiler; what is traced anew is the same.
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda block, **more: compiled(block, backend="aot_eager", **more)
+    )
+    trial = tiny_trial(DATA, dropout=dropout, batch_size=12)
+    plain = pack([trial], [DATA], shape=shape_for([trial], num_slots=1))
+    graphs = dict[int, int]()
+    for num_layers in (2, 3):
+        torch.compiler.reset()
+        counters["stats"].clear()
+        model = tiny_model("llama", num_layers=num_layers).requires_grad_(False)
+        packed = pack(
+            [trial],
+            [DATA],
+            base=replace(tiny_base(), model=model),
+            shape=shape_for([trial], num_slots=1),
+            compile_blocks=True,
+        )
+        graphs[num_layers] = counters["stats"]["unique_graphs"]
+        if num_layers == 2:
+            found, expected = (run.finished(trial.trial_id).outcome for run in (packed, plain))
+            assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    torch.compiler.reset()
+    assert graphs[2] > 0
+    assert graphs[3] == graphs[2]
 
 
 # What is refused ----------------------------------------------------------------------------------
