@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -205,7 +206,7 @@ class Masked(nn.Module):
         step.token_key_M = self._keys_T
         step.keep_A = torch.tensor([self._keep])
         step.routing = [torch.zeros(len(self._keys_T), dtype=torch.int32)]
-        return x_BTD * Dropout(salt=self._salt)(torch.ones_like(x_BTD[0]), step)
+        return x_BTD * Dropout(salt=self._salt, device=CPU)(torch.ones_like(x_BTD[0]), step)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -266,6 +267,19 @@ def gradients_of(layers: Mapping[str, LayerTensors]) -> dict[str, Tensor]:
     return found
 
 
+def test_dropout_falls_on_training_and_not_on_validation():
+    losses = {}
+    for dropout in (0.0, 0.3):
+        with Filled("llama", dropout=dropout) as filled:
+            step, trained_A = filled.step(), torch.zeros(8, dtype=torch.float64)
+            losses[dropout] = float(filled.packed.loss_sum(step)), filled.packed.logits(step)
+            filled.packed.train_step(step, into_A=trained_A)
+            is_dropped = abs(float(trained_A.sum()) / losses[dropout][0] - 1) > 1e-3
+            assert is_dropped == (dropout > 0)
+    assert losses[0.3][0] == pytest.approx(losses[0.0][0], rel=1e-6)
+    assert torch.allclose(losses[0.3][1], losses[0.0][1], atol=1e-4)
+
+
 def test_numbers_beyond_a_trials_rank_get_no_gradient():
     with Filled("llama", dropout=0.0) as filled:
         filled.packed.train_step(filled.step(), into_A=torch.zeros(8, dtype=torch.float64))
@@ -275,9 +289,42 @@ def test_numbers_beyond_a_trials_rank_get_no_gradient():
             gradient_P = filled.slots.grads_AP[slot]
             own = from_row(gradient_P, layout, rank=trial.rank, frozen_P=None, magnitudes=True)
             if trial.method.name != "dora":
-                assert all(not bool(one.magnitude_E.any()) for one in own.values())
+                magnitudes: list[Any] = [one.magnitude_E for one in own.values()]
+                assert not any(bool(one.any()) for one in magnitudes)
             # What is not the trial's own is zero: laid out again, its own is all that there is.
             assert torch.equal(to_row(own, layout), gradient_P)
+
+
+# torch's compiler instantiates an autograd function to trace it, and warns of that itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dropout", [0.1, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_compiled_layers_share_their_code_however_many_there_are(monkeypatch, dropout):
+    compiled = nn.Module.compile
+    # A backend that needs no C compiler; what is traced anew is the same.
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda block, **more: compiled(block, backend="aot_eager", **more)
+    )
+    trial = tiny_trial(DATA, dropout=dropout, batch_size=12)
+    plain = pack([trial], [DATA], shape=shape_for([trial], num_slots=1))
+    graphs = dict[int, int]()
+    for num_layers in (2, 3):
+        torch.compiler.reset()
+        counters["stats"].clear()
+        model = tiny_model("llama", num_layers=num_layers).requires_grad_(False)
+        packed = pack(
+            [trial],
+            [DATA],
+            base=replace(tiny_base(), model=model),
+            shape=shape_for([trial], num_slots=1),
+            compile_blocks=True,
+        )
+        graphs[num_layers] = counters["stats"]["unique_graphs"]
+        if num_layers == 2:
+            found, expected = (run.finished(trial.trial_id).outcome for run in (packed, plain))
+            assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    torch.compiler.reset()
+    assert graphs[2] > 0
+    assert graphs[3] == graphs[2]
 
 
 # What is refused ----------------------------------------------------------------------------------

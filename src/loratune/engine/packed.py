@@ -130,22 +130,21 @@ class PackedEngine:
             del session
             release_memory(self._base.device)
             smaller = _shrunk(self._shape, longest=self._longest_row(), began=began)
-            if smaller is None:
-                for work in parked[:1]:
-                    account = Account()
-                    yield Finished(
-                        account.outcome(
-                            work.trial,
-                            "out_of_memory",
-                            peak_memory_bytes=None,
-                            rows_per_microbatch=1,
-                            reason=f"not even one row of one trial fits: {reason}",
-                        ),
-                        None,
-                    )
-                parked = parked[1:]
-            else:
+            if smaller is not None:
                 self._shape = smaller
+                continue
+            # Where not even the slots fit, no trial has been claimed yet.
+            work = parked.pop(0) if parked else _claim_first(feed)
+            if work is None:
+                return
+            outcome = Account().outcome(
+                work.trial,
+                "out_of_memory",
+                peak_memory_bytes=None,
+                rows_per_microbatch=1,
+                reason=f"not even one row of one trial fits: {reason}",
+            )
+            yield Finished(outcome, None)
 
     def _longest_row(self) -> int:
         return _longest_row(self._data)
@@ -159,6 +158,14 @@ class _TooLarge(Exception):
         self.parked = parked
         self.reason = reason
         self.began = began
+
+
+def _claim_first(feed: Feed) -> Work | None:
+    while waiting := feed.waiting():
+        work = feed.claim(waiting[0])
+        if work is not None:
+            return work
+    return None
 
 
 def _shrunk(shape: PackShape, *, longest: int, began: bool) -> PackShape | None:
@@ -413,6 +420,9 @@ class _Session:
                 return
             try:
                 self._seat(work)
+            except torch.OutOfMemoryError:
+                self.parked.insert(0, work)
+                raise
             except LoratuneError as error:
                 yield Failed(work.trial.trial_id, error)
 
@@ -466,12 +476,8 @@ class _Session:
         if work.snapshot is None:
             layers = method.start(self.base.model, trial, targets=self.targets)
             seat.has_magnitudes = any(one.magnitude_E is not None for one in layers.values())
-            takes = any(one.a0_RD is not None for one in layers.values())
-            if takes > self.shape.corrected or seat.has_magnitudes > self.shape.magnitudes:
-                raise StudyError(
-                    f"method {trial.method.name!r} starts with more than its description says; set "
-                    "takes_from_base and has_magnitudes there"
-                )
+            is_corrected = any(one.a0_RD is not None for one in layers.values())
+            self._check_room(trial, corrected=is_corrected, magnitudes=seat.has_magnitudes)
             row_P, seat.frozen_P = to_row(layers, layout), frozen_row(layers, layout)
             self.slots.put(seat.slot, row_P, frozen_P=seat.frozen_P, scale=trial.scale)
             seat.begin_batch(0)
@@ -483,6 +489,30 @@ class _Session:
         if self.keep_A is not None:
             self.keep_A[seat.slot] = 1 - trial.dropout
         self.seats[seat.slot] = seat
+
+    def _check_room(self, trial: Trial, *, corrected: bool, magnitudes: bool) -> None:
+        """A pack without the buffers that a trial needs would train something else.
+
+        Raises:
+            StudyError: it has none.
+        """
+        shape = self.shape
+        lacking = [
+            what
+            for what, is_needed, is_there in (
+                (f"rank {trial.rank}", True, trial.rank <= shape.rank),
+                ("dropout", trial.dropout > 0, shape.dropout),
+                ("a part taken out of the base", corrected, shape.corrected),
+                ("magnitudes", magnitudes, shape.magnitudes),
+            )
+            if is_needed and not is_there
+        ]
+        if lacking:
+            raise StudyError(
+                f"trial {trial.trial_id} ({trial.method.name}) needs {', '.join(lacking)}, which "
+                f"its pack has no room for ({shape}); if the method starts with more than its "
+                "description says, set takes_from_base and has_magnitudes there"
+            )
 
     # One step -----------------------------------------------------------------------------------
 
@@ -516,9 +546,10 @@ class _Session:
         results, event = None, None
         if updates:
             norms_U = update_rows(self.slots, updates)
+            for one in done:
+                if one.seat.trial.eps == 0:
+                    self._clear_beyond_rank(one.seat)
             which = sent(torch.tensor([one.slot for one in updates]), self.device)
-            if self.gains is not None:
-                self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
             results, event = self._sent_home(
                 torch.stack([self.loss_A[which], norms_U.to(torch.float64)])
             )
@@ -526,7 +557,17 @@ class _Session:
             for one in done:
                 one.seat.begin_batch(one.seat.update + 1)
         self.launched.append(_Launched(tuple(done), results, event, tokens))
+        if self.gains is not None:
+            # Last: if it does not fit, the updates have been made and must not be made again.
+            self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
         return True
+
+    def _clear_beyond_rank(self, seat: _Seat) -> None:
+        """Without eps, Adam's step of what only fills a row up to the pack's rank is 0 / 0."""
+        layout, params_P = self.slots.layout, self.slots.params_AP[seat.slot]
+        own_P = re_lay(params_P.cpu(), layout, layout, rank=seat.trial.rank)
+        params_P.copy_(own_P)
+        self.slots.refresh(seat.slot)
 
     def _take_rows(self) -> dict[int, int]:
         demands = [
@@ -795,6 +836,9 @@ class _Session:
         seat.loss_scale = cast("float", facts["loss_scale"])
         seat.good_updates = cast("int", facts["good_updates"])
         seat.has_magnitudes = cast("bool", facts["has_magnitudes"])
+        self._check_room(
+            trial, corrected="frozen" in snapshot.tensors, magnitudes=seat.has_magnitudes
+        )
         seat.begin_batch(snapshot.update)
         seat.rows_done = cast("int", facts["rows_done"])
         own = self._own_layout(seat)
@@ -811,9 +855,11 @@ class _Session:
         if "grads" in rows:
             slots.grads_AP[slot].copy_(_filled(rows["grads"], layout))
         self.loss_A[slot] = snapshot.tensors["loss"][0].to(self.device)
-        if seat.has_magnitudes:
+        if seat.has_magnitudes and "gain" in snapshot.tensors:
             for name, rows_AE in self._gains():
                 rows_AE[slot].copy_(_re_lay_outputs(snapshot.tensors[name], own, layout))
+        elif seat.has_magnitudes and self.gains is not None:
+            self.gains.refresh([slot])
 
     def _gains(self) -> list[tuple[str, Tensor]]:
         """DoRA's factors of all slots, by their names in snapshots."""
@@ -827,7 +873,14 @@ class _Session:
         works = list[Work]()
         for seat in self.seats.values():
             self._rewind(seat, seat.update)
-            works.append(Work(seat.trial, self._snapshot(seat)))
+            snapshot = self._snapshot(seat)
+            # DoRA's factors may be what did not fit: they are worked out anew.
+            tensors = {
+                name: tensor
+                for name, tensor in snapshot.tensors.items()
+                if name not in ("gain", "inverse_norm")
+            }
+            works.append(Work(seat.trial, replace(snapshot, tensors=tensors)))
         self.seats.clear()
         return works + self.parked
 

@@ -437,16 +437,20 @@ class Dropout(nn.Module):
     after a resume. The hash is the finaliser of MurmurHash3 in 32 bits; torch's integers wrap.
     """
 
-    def __init__(self, *, salt: int) -> None:
+    def __init__(self, *, salt: int, device: torch.device) -> None:
         super().__init__()
-        self._salt = salt
+        # Far apart, or a layer's mask would be its neighbour's, one feature further: multiples of
+        # 2^32 over the golden ratio keep the features of thousands of layers from meeting.
+        first = (salt * 0x9E3779B1 + 2**31) % 2**32 - 2**31
+        # A tensor, or the compiler would compile each layer anew for its number.
+        self._first = torch.tensor(first, dtype=torch.int32, device=device)
 
     def forward(self, x_MD: Tensor, step: StepRouting) -> Tensor:
         """x with each feature zeroed with its slot's probability, the others scaled up."""
         assert step.token_key_M is not None
         assert step.keep_A is not None
         features_D = torch.arange(x_MD.shape[1], dtype=torch.int32, device=x_MD.device)
-        mixed_MD = _mix(step.token_key_M[:, None] ^ _mix(features_D + self._salt)[None, :])
+        mixed_MD = _mix(step.token_key_M[:, None] ^ _mix(features_D + self._first)[None, :])
         uniform_MD = (mixed_MD & 0x7FFFFF).to(torch.float32) / 0x800000
         slots_M = step.routing[-1].long()
         keep_M = torch.where(slots_M >= 0, step.keep_A[slots_M.clamp(min=0)], 1.0)

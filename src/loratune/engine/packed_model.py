@@ -343,7 +343,9 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
             else slots.inverse_norm_AE[:, outputs],
             grad_magnitude=None if magnitude is None else _apart(magnitude),
             step=step,
-            dropout=None if step.keep_A is None else Dropout(salt=index),
+            dropout=None
+            if step.keep_A is None
+            else Dropout(salt=index, device=slots.params_AP.device),
         )
         for member, name in enumerate(shape.names):
             parent, _, own = name.rpartition(".")

@@ -1,0 +1,77 @@
+"""The head's losses and gradients against cross_entropy and autograd."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from loratune.engine import head
+from loratune.engine.head import Targets, head_losses
+
+NUM_TOKENS, WIDTH, VOCABULARY = 700, 16, 50
+
+
+def example(*, bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Targets]:
+    generator = torch.Generator().manual_seed(0)
+    hidden_MD = torch.randn(NUM_TOKENS, WIDTH, generator=generator)
+    weight_VD = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    index_L = torch.randperm(NUM_TOKENS, generator=generator)[:600].sort().values
+    targets = Targets(
+        index_L=index_L,
+        labels_L=torch.randint(VOCABULARY, (600,), generator=generator),
+        slots_L=torch.zeros(600, dtype=torch.long),
+        weights_L=torch.rand(600, generator=generator),
+    )
+    bias_V = torch.randn(VOCABULARY, generator=generator) if bias else None
+    return hidden_MD, weight_VD, bias_V, targets
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_losses_and_gradients_are_those_of_cross_entropy_however_it_is_cut(
+    monkeypatch, bias, chunk
+):
+    if chunk is not None:
+        # 256 tokens at a time, the smallest cut that there is.
+        monkeypatch.setattr(head, "LOGITS_AT_ONCE", chunk)
+    hidden_MD, weight_VD, bias_V, targets = example(bias=bias)
+    before = hidden_MD.clone()
+    losses_L, grad_MD = head_losses(hidden_MD, weight_VD, bias_V, targets, with_gradient=True)
+    assert torch.equal(hidden_MD, before)
+
+    live = hidden_MD.clone().requires_grad_(True)
+    logits_LV = functional.linear(live[targets.index_L], weight_VD, bias_V)
+    expected_L = functional.cross_entropy(logits_LV, targets.labels_L, reduction="none")
+    (expected_L * targets.weights_L).sum().backward()
+    # float32: some 1e-6 of numbers up to 20.
+    assert torch.allclose(losses_L, expected_L.detach(), rtol=1e-5, atol=1e-5)
+    assert grad_MD is not None
+    assert live.grad is not None
+    assert torch.allclose(grad_MD, live.grad, rtol=1e-5, atol=1e-5)
+    without = torch.ones(NUM_TOKENS, dtype=torch.bool)
+    without[targets.index_L] = False
+    assert not grad_MD[without].any()
+
+
+def test_validation_gives_the_same_losses_and_no_gradient():
+    hidden_MD, weight_VD, bias_V, targets = example(bias=True)
+    with_gradient, _ = head_losses(hidden_MD, weight_VD, bias_V, targets, with_gradient=True)
+    without, grad_MD = head_losses(hidden_MD, weight_VD, bias_V, targets, with_gradient=False)
+    assert torch.equal(with_gradient, without)
+    assert grad_MD is None
+
+
+def test_no_targets_are_no_losses():
+    hidden_MD, weight_VD, bias_V, targets = example(bias=False)
+    none = Targets(*(part[:0] for part in targets))
+    losses_L, grad_MD = head_losses(hidden_MD, weight_VD, bias_V, none, with_gradient=True)
+    assert losses_L.shape == (0,)
+    assert grad_MD is not None
+    assert not grad_MD.any()
+
+
+def test_large_logits_do_not_overflow():
+    hidden_MD, weight_VD, bias_V, targets = example(bias=False)
+    losses_L, grad_MD = head_losses(hidden_MD * 1e4, weight_VD, bias_V, targets, with_gradient=True)
+    assert grad_MD is not None
+    assert bool(torch.isfinite(losses_L).all())
+    assert bool(torch.isfinite(grad_MD).all())
