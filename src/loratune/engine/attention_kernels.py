@@ -16,8 +16,8 @@ Not covered: masks other than causal and a sliding window, dropout, more than 25
 Legend: M tokens end to end, B rows, H query heads, G key heads, D their width.
 """
 
-# triton has no types.
-# pyright: basic
+# triton has no types, and is there with CUDA builds of torch alone.
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 
 from functools import cache
 from typing import NamedTuple
@@ -38,36 +38,36 @@ class Launch(NamedTuple):
 
 
 # By the width of a head, filled up to a power of two. For 16 bits and large shared memory (A100,
-# H100). Guesses from registers and shared memory, not measured.
+# H100). Chosen so that ptxas for sm_90 spills no registers; not measured.
 FORWARD = {
-    16: Launch(128, 64, 4, 3),
-    32: Launch(128, 64, 4, 3),
-    64: Launch(128, 64, 4, 3),
+    16: Launch(64, 64, 4, 3),
+    32: Launch(64, 64, 4, 3),
+    64: Launch(64, 64, 4, 3),
     128: Launch(128, 64, 8, 3),
     256: Launch(64, 32, 4, 2),
 }
 # The backward of rows of any length: one pass for the queries' gradient, one for the keys'.
 BACKWARD_QUERIES = {
-    16: Launch(64, 64, 4, 3),
-    32: Launch(64, 64, 4, 3),
-    64: Launch(64, 64, 4, 3),
-    128: Launch(128, 64, 8, 2),
+    16: Launch(64, 64, 4, 2),
+    32: Launch(64, 64, 4, 2),
+    64: Launch(64, 64, 4, 2),
+    128: Launch(64, 64, 4, 2),
     256: Launch(64, 32, 8, 2),
 }
 BACKWARD_KEYS = {
-    16: Launch(64, 64, 4, 3),
-    32: Launch(64, 64, 4, 3),
-    64: Launch(64, 64, 4, 2),
+    16: Launch(32, 64, 4, 2),
+    32: Launch(32, 64, 4, 2),
+    64: Launch(32, 64, 4, 2),
     128: Launch(64, 64, 8, 2),
     256: Launch(32, 64, 8, 1),
 }
 # Where the longest row fits in one block of `keys`, one pass makes all three gradients, and the
 # scores are computed once instead of twice. The first that fits is taken.
 BACKWARD_WHOLE: dict[int, tuple[Launch, ...]] = {
-    16: (Launch(64, 64, 4, 2), Launch(64, 128, 8, 2)),
-    32: (Launch(64, 64, 4, 2), Launch(64, 128, 8, 2)),
-    64: (Launch(64, 64, 4, 2), Launch(64, 128, 8, 2)),
-    128: (Launch(64, 64, 8, 2),),
+    16: (Launch(32, 64, 4, 2), Launch(32, 128, 8, 2)),
+    32: (Launch(32, 64, 4, 2), Launch(32, 128, 8, 2)),
+    64: (Launch(32, 64, 4, 2), Launch(32, 128, 8, 2)),
+    128: (Launch(32, 64, 4, 2), Launch(32, 128, 8, 2)),
     256: (),
 }
 # Less shared memory than this, or float32: `_cautious`.
@@ -161,18 +161,18 @@ def _forward(
         is_n = ns < length
         k = _load(k_ptr, ns, stride_km, is_n, D, BD)
         v = _load(v_ptr, ns, stride_vm, is_n, D, BD)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s = tl.where(_sees(ms[:, None], ns[None, :], window, WINDOWED), s, float("-inf"))
         larger = tl.maximum(most, tl.max(s, 1))
         # A query that has seen nothing yet: its maximum is -inf, and -inf - -inf is no number.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
-        p = tl.exp2(s - shift[:, None])
-        shrunk = tl.exp2(most - shift)
+        p = tl.exp2(s * scale - (shift * scale)[:, None])
+        shrunk = tl.exp2((most - shift) * scale)
         total = total * shrunk + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrunk[:, None], input_precision=PRECISION)
         most = larger
     _store(o_ptr, ms, num_heads * D, acc / total[:, None], is_m, D, BD)
-    tl.store(lse_ptr + ms, most + tl.log2(total), mask=is_m)
+    tl.store(lse_ptr + ms, most * scale + tl.log2(total), mask=is_m)
 
 
 @triton.jit
@@ -373,10 +373,11 @@ def attention_forward(
         q_MHD, k_MGD, v_MGD: any strides but that of D, which is 1.
         row_bounds: int32[B + 1], ascending.
         longest_row: no row has more tokens.
-        scale: what multiplies the scores.
+        scale: what multiplies the scores; positive.
         window: how many tokens back, itself counted, a token sees; None: the whole row.
         launch: None: what the tables say.
     """
+    assert scale > 0, scale
     num_tokens, num_heads, width = q_MHD.shape
     padded = _padded_width(width)
     if launch is None:
@@ -540,8 +541,12 @@ def _shared_bytes(device: int) -> int:
 
 
 def _cautious(operand: Tensor) -> Launch:
-    """Blocks whose four operands fit in small shared memory: 16 KiB each, or 8 KiB on sm_75."""
-    room = 16384 if _shared_bytes(operand.device.index) >= 96 * 1024 else 8192
+    """Blocks whose four operands fit in small shared memory, 16 KiB each, or 8 KiB on sm_75.
+
+    float32 is multiplied without matrix units, from registers: 8 KiB too.
+    """
+    ample = operand.element_size() == 2 and _shared_bytes(operand.device.index) >= 96 * 1024
+    room = 16384 if ample else 8192
     row_bytes = _padded_width(operand.shape[-1]) * operand.element_size()
     block = max(16, min(64, room // row_bytes))
     return Launch(block, block, 4, 1)
