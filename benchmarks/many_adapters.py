@@ -8,8 +8,9 @@ from loratune.data.prepare import PreparedData
 from loratune.engine.base import Engine, Event, Failed, Finished, Progress, Work
 from loratune.engine.packed import PackedEngine
 from loratune.models.load import Base
+from loratune.planning.pack_shape import pack_bytes
 from loratune.planning.packing import PackShape
-from loratune.records import Trial
+from loratune.records import ModelFacts, Trial
 from measure import Advance
 from model_shapes import TARGETS
 
@@ -37,9 +38,9 @@ def packed_engine(
     )
 
 
-def planned_memory_bytes() -> int | None:
-    """What planning says that a pack needs. None: there is no such function yet."""
-    return None
+def planned_memory_bytes(pack: PackShape, facts: ModelFacts) -> int:
+    """What planning says that a pack needs."""
+    return pack_bytes(pack, model=facts, precision="bfloat16", targets=TARGETS)
 
 
 class ListFeed:

@@ -120,5 +120,8 @@ def release_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most that was allocated since `release_memory`; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """The most that was taken from the device since `release_memory`; None on a CPU.
+
+    Not what tensors held: a captured step keeps its memory when its tensors are gone.
+    """
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None

@@ -293,7 +293,7 @@ class Bench:
             flops_per_second=speed.tokens_per_second * a_token,
             peak_memory_bytes=peak_memory_bytes(self.device),
             planned_memory_bytes=(
-                planned_memory_bytes()
+                planned_memory_bytes(pack, shape.facts)
                 if pack is not None
                 else self._planned_alone(case, data, rows_per_microbatch=rows_per_microbatch)
             ),

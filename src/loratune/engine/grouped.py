@@ -15,7 +15,8 @@ Legend: A slots, M tokens, K directions, N features.
 """
 
 # torch is only partly typed.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager

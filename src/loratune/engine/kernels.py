@@ -10,8 +10,8 @@ reaches no other slot's tokens.
 Legend: A slots, M tokens, K directions, N features, T tiles, C chunks.
 """
 
-# triton has no types.
-# pyright: basic
+# triton has no types, and is there with CUDA builds of torch alone.
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 
 from collections.abc import Sequence
 

@@ -766,7 +766,7 @@ class _Session:
         return seat.account.outcome(
             seat.trial,
             "done" if status == "done" else "diverged",
-            peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if on_cuda else None,
+            peak_memory_bytes=torch.cuda.max_memory_reserved(self.device) if on_cuda else None,
             rows_per_microbatch=min(
                 seat.trial.batch_size, max(1, self.shape.tokens_per_step // longest)
             ),

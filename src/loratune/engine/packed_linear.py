@@ -378,8 +378,8 @@ class PackedGroup(nn.Module):
         """The members' outputs, each 1 x M x its width."""
         x_MD = x.view(-1, x.shape[-1])
         # Features are dropped while training, which is when gradients are wanted.
-        drops = self.dropout is not None and torch.is_grad_enabled()
-        x_adapter = self.dropout(x_MD, self.step) if drops else None
+        drops = torch.is_grad_enabled()
+        x_adapter = self.dropout(x_MD, self.step) if drops and self.dropout is not None else None
         ys = _PackedLinears.apply(x_MD, x_adapter, self)
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
@@ -404,11 +404,11 @@ class PackedLinear(nn.Linear):
         self._member = member
         self._is_last = member + 1 == num_members
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """1 x M x D to 1 x M x E."""
         group = self._group[0]
         if self._member == 0:
-            group.pending = group(x)
+            group.pending = group(input)
         assert group.pending is not None
         y = group.pending[self._member]
         if self._is_last:

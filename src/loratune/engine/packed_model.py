@@ -13,7 +13,7 @@ Legend: M tokens of a step, V vocabulary.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -249,7 +249,7 @@ def _siblings(
         if own != family[0] or any(one not in left for one in names):
             continue
         members = [linears[one] for one in names]
-        if len({(one.in_features, one.bias is None) for one in members}) == 1:
+        if len({(one.in_features, _has_bias(one)) for one in members}) == 1:
             return names
     return (name,)
 
@@ -263,7 +263,7 @@ def installed(
     longest_row: int,
     compile_blocks: bool,
     gradient_checkpointing: bool = False,
-) -> Iterator[PackedModel]:
+) -> Generator[PackedModel]:
     """The packed model, for as long as the block runs; afterwards the base is as it was.
 
     Args:
@@ -289,14 +289,14 @@ def installed(
     packed = PackedModel(model, slots, step, longest_row=longest_row)
     try:
         _replace_linears(model, slots, step)
-        model.config._attn_implementation = NAME  # transformers' own setting
+        model.config._attn_implementation = NAME  # pyright: ignore[reportPrivateUsage]  # its setter
         _compare(packed, model, expected, slots)
         set_gradient_checkpointing(model, enabled=gradient_checkpointing)
         # Blocks checkpoint in training mode alone; no dropout of the base's own is there to begin.
         model.train(gradient_checkpointing)
         if compile_blocks:
             # One more for each size of a step, kind of block, and training or not.
-            torch._dynamo.reset()  # torch's documented call
+            torch.compiler.reset()
             for block in decoder_blocks(model):
                 block.compile(dynamic=False)
         yield packed
@@ -328,9 +328,9 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
         outputs = slice(at_m, at_m + sum(shape.out_features))
         group = PackedGroup(
             weight_ED=_side_by_side(members),
-            bias_E=None
-            if members[0].bias is None
-            else torch.cat([one.bias.detach() for one in members]),
+            bias_E=torch.cat([one.bias.detach() for one in members])
+            if _has_bias(members[0])
+            else None,
             segments=shape.segments,
             downs=[one.down_AKD for one in factors],
             ups=[one.up_ARE for one in factors],
@@ -351,6 +351,11 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
             parent, _, own = name.rpartition(".")
             packed = PackedLinear(members[member], group, member=member, num_members=len(members))
             setattr(model.get_submodule(parent), own, packed)
+
+
+def _has_bias(linear: nn.Linear) -> bool:
+    # torch declares a Parameter, and puts None there.
+    return cast("Tensor | None", linear.bias) is not None
 
 
 def _side_by_side(members: Sequence[nn.Linear]) -> Tensor:

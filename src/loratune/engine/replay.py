@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from loratune.engine.memory import sent
+from loratune.engine.memory import release_memory, sent
 
 # Before a capture everything must have run: compilers, autotuners, handles, workspaces.
 WARM_UPS = 2
@@ -43,12 +43,11 @@ class Replay:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.set_grad_enabled(backward):
             for _ in range(WARM_UPS):
-                embedded, hidden = body(self._buffers)
-                if backward:
-                    torch.autograd.grad(hidden, embedded, torch.zeros_like(hidden))
-            del embedded, hidden
+                _run(body, self._buffers, backward=backward)
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
+        # A captured step has memory of its own: what the warm-ups had must be free for it.
+        release_memory(device)
         self._forward = torch.cuda.CUDAGraph()
         self._backward = torch.cuda.CUDAGraph() if backward else None
         with torch.set_grad_enabled(backward), torch.cuda.graph(self._forward, pool=pool):
@@ -70,3 +69,14 @@ class Replay:
         """The backward of the latest forward."""
         self._grad_hidden.copy_(grad_hidden)
         cast("torch.cuda.CUDAGraph", self._backward).replay()
+
+
+def _run(
+    body: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]],
+    buffers: Sequence[Tensor],
+    *,
+    backward: bool,
+) -> None:
+    embedded, hidden = body(buffers)
+    if backward:
+        torch.autograd.grad(hidden, embedded, torch.zeros_like(hidden))

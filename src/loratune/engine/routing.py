@@ -14,6 +14,7 @@ Legend: A slots, M tokens of a step, T tiles, C chunks (runs of tiles that one k
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,8 @@ class Routing:
     @classmethod
     def of(cls, whole: Tensor, lengths: Sequence[int]) -> "Routing":
         """Views of what `route` gave, sent to a device in one piece."""
-        return cls(*whole.split(list(lengths)))
+        parts = cast("tuple[Tensor, ...]", whole.split(list(lengths)))  # torch leaves it untyped
+        return cls(*parts)
 
     def tensors(self) -> list[Tensor]:
         """The fields in order: what `Routing(*tensors)` takes."""
