@@ -129,7 +129,7 @@ def test_results_have_the_columns_that_others_rely_on(loratune, finished):
     assert list(table[0]) == RESULT_COLUMNS
     assert len(table) == NUM_TRIALS
     assert {row["status"] for row in table} == {"done"}
-    assert {row["engine"] for row in table} == {"reference"}
+    assert {row["engine"] for row in table} == {"packed"}
     assert json.loads(loratune("results", finished, "--format", "json").out)[0].keys() == set(
         RESULT_COLUMNS
     )

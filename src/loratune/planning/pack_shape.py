@@ -105,7 +105,12 @@ def pack_bytes(
         + FIXED_BYTES
         + shape.num_slots * slot_bytes(shape, model=model, precision=precision, targets=targets)
         + shape.tokens_per_step
-        * token_bytes(model, precision, gradient_checkpointing=shape.gradient_checkpointing)
+        * token_bytes(
+            model,
+            precision,
+            gradient_checkpointing=shape.gradient_checkpointing,
+            magnitudes=shape.magnitudes,
+        )
     )
 
 
@@ -124,19 +129,24 @@ def slot_bytes(
 
 
 def token_bytes(
-    model: ModelFacts, precision: str, *, gradient_checkpointing: bool = False
+    model: ModelFacts,
+    precision: str,
+    *,
+    gradient_checkpointing: bool = False,
+    magnitudes: bool = False,
 ) -> float:
     """What a token takes: kept by every block, and by the backward of one block and the head.
 
     A block keeps the inputs of its two norms and their outputs, queries, keys and values before and
     after their rotation, the attention's output, and gate, up and their product. Checkpointed, it
-    keeps its input, and one block at a time keeps all of it.
+    keeps its input, and one block at a time keeps all of it. With `magnitudes` (DoRA) every linear
+    layer also keeps its output before it is rescaled.
     """
     hidden, ffn, width = model.hidden_size, model.intermediate_size, model.attention_width
     outputs = sum(one.out_features * one.count for one in model.linears) / model.num_layers
     qkv = max(width, outputs - 2 * hidden - 2 * ffn)
     rotated = width + (qkv - width) / 2
-    kept = 4 * hidden + qkv + rotated + width + 3 * ffn
+    kept = 4 * hidden + qkv + rotated + width + 3 * ffn + (outputs if magnitudes else 0)
     backward = qkv + 3 * hidden + 3 * ffn
     ends = 4 * hidden
     of_blocks = model.num_layers * kept
