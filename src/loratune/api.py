@@ -6,6 +6,7 @@ Functions that train import torch when they are called; the others never do.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -158,6 +159,9 @@ def run(
     if device is not None and devices is not None:
         raise StudyError(f"device={device!r} and devices={devices!r}; give one of them")
     chosen = (choose_device(device),) if devices is None else choose_devices(devices)
+    # Processes on one CPU share its cores; each with a thread a core would be in the others' way.
+    on_cpu = sum(one.type == "cpu" for one in chosen)
+    num_threads = max(1, (os.cpu_count() or 1) // on_cpu) if on_cpu > 1 else None
     makers = [
         partial(
             LocalWorkshop,
@@ -166,6 +170,7 @@ def run(
             engine_choice=engine,
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
+            num_threads=num_threads,
         )
         for one in chosen
     ]

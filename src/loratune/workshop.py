@@ -243,6 +243,7 @@ class LocalWorkshop:
 
     `engine_choice`: `packed` trains many trials at once and refuses a study with a method that it
     does not have; `reference` trains them one after another; `auto` packs what can be packed.
+    `num_threads` is this process's share of a CPU that several train on; None: torch's own choice.
     """
 
     loaded: LoadedStudy
@@ -251,10 +252,15 @@ class LocalWorkshop:
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     rate: Rate = H100
+    num_threads: int | None = None
     _base: Base | None = field(default=None, init=False)
     _asked: dict[tuple[str, str, str], TaskQuestions] = field(
         default_factory=dict[tuple[str, str, str], TaskQuestions], init=False
     )
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
 
     def plan(self) -> Plan:
         """See `training.Workshop`.
