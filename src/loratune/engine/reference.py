@@ -14,12 +14,9 @@ threads; on CUDA only as far as PyTorch's deterministic kernels reach.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-import gc
 import hashlib
-import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping
 from typing import cast
 
 import torch
@@ -27,9 +24,11 @@ from torch import Tensor
 
 from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
+from loratune.engine.account import Account
 from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot
-from loratune.engine.divergence import DivergenceWatch, last_tenth
+from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
+from loratune.engine.memory import release_memory
 from loratune.methods import load_method
 from loratune.methods.base import Attached, Method
 from loratune.models.load import Base
@@ -91,32 +90,13 @@ class ReferenceEngine:
                 return
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
-            _release_memory(self._base.device)
+            release_memory(self._base.device)
             if budget <= longest:
                 yield Finished(_out_of_memory(trial, reason, self._clock() - started), None)
                 return
             # A snapshot holds the cut it was made with, which is the one that did not fit.
             snapshot = None
             budget = max(longest, budget // 2)
-
-
-@dataclass
-class _Account:
-    """What has been done so far: all that an outcome is made of, and part of every snapshot."""
-
-    losses: list[float] = field(default_factory=list[float])
-    grad_norms: list[float] = field(default_factory=list[float])
-    targets: list[int] = field(default_factory=list[int])
-    num_tokens: int = 0
-    seconds: float = 0.0
-
-    def train_loss(self, num_updates: int) -> float:
-        """The token mean over the last 10% of `num_updates`."""
-        tail = last_tenth(num_updates)
-        losses, targets = self.losses[-tail:], self.targets[-tail:]
-        return math.fsum(loss * count for loss, count in zip(losses, targets, strict=True)) / sum(
-            targets
-        )
 
 
 class _Run:
@@ -138,7 +118,7 @@ class _Run:
         self.rows = rows
         self.tokens_per_microbatch = tokens_per_microbatch
         self.clock = clock
-        self.account = _Account()
+        self.account = Account()
         self._pad_id = cast("int", base.tokenizer.pad_token_id)
 
     def events(self, snapshot: Snapshot | None, feed: Feed) -> Generator[Event]:
@@ -276,23 +256,17 @@ class _Run:
         reason: str | None = None,
         loss: float | None = None,
     ) -> Outcome:
-        account, device = self.account, self.base.device
-        complete = len(account.losses) == self.trial.num_updates
-        on_cuda = device.type == "cuda"
-        return Outcome(
-            trial_id=self.trial.trial_id,
-            status="done" if status == "done" else "diverged",
-            num_updates=len(account.losses),
-            train_loss=account.train_loss(self.trial.num_updates) if complete else None,
+        device = self.base.device
+        return self.account.outcome(
+            self.trial,
+            "done" if status == "done" else "diverged",
             validation_loss=loss,
-            seconds=account.seconds,
-            num_tokens=account.num_tokens,
-            peak_memory_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
+            peak_memory_bytes=(
+                torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            ),
             rows_per_microbatch=self._rows_per_microbatch(),
             stopped_at_update=update,
             reason=reason,
-            losses=tuple(account.losses),
-            grad_norms=tuple(account.grad_norms),
         )
 
     def _rows_per_microbatch(self) -> int:
@@ -312,17 +286,12 @@ class _Run:
         tensors["random.cpu"] = torch.get_rng_state()
         if self.base.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.base.device)
-        account = self.account
         return Snapshot(
             trial_id=self.trial.trial_id,
             update=update,
             tensors=tensors,
             facts={
-                "losses": list(account.losses),
-                "grad_norms": list(account.grad_norms),
-                "targets": list(account.targets),
-                "num_tokens": account.num_tokens,
-                "seconds": account.seconds,
+                **self.account.facts(),
                 "tokens_per_microbatch": self.tokens_per_microbatch,
             },
         )
@@ -336,19 +305,10 @@ class _Run:
     ) -> int:
         """Everything as it was when the snapshot was made; the update to go on with."""
         facts, tensors = snapshot.facts, snapshot.tensors
-        self.account = _Account(
-            losses=list(cast("Sequence[float]", facts["losses"])),
-            grad_norms=list(cast("Sequence[float]", facts["grad_norms"])),
-            targets=list(cast("Sequence[int]", facts["targets"])),
-            num_tokens=cast("int", facts["num_tokens"]),
-            seconds=cast("float", facts["seconds"]),
-        )
+        self.account = Account.from_facts(facts)
         # The cut decides rounding: going on with another one would not be bit-equal.
         self.tokens_per_microbatch = cast("int", facts["tokens_per_microbatch"])
-        for update, (loss, norm) in enumerate(
-            zip(self.account.losses, self.account.grad_norms, strict=True)
-        ):
-            watch.reason_after(loss, update=update, grad_norm=norm)
+        self.account.replay(watch)
         attached.load_state(
             {
                 name.removeprefix("adapter."): tensor
@@ -391,21 +351,10 @@ def _seed(purpose: str, seed: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _out_of_memory(trial: Trial, reason: str, seconds: float) -> Outcome:
-    return Outcome(
-        trial_id=trial.trial_id,
-        status="out_of_memory",
-        num_updates=0,
-        train_loss=None,
-        validation_loss=None,
-        seconds=seconds,
-        num_tokens=0,
+    return Account(seconds=seconds).outcome(
+        trial,
+        "out_of_memory",
         peak_memory_bytes=None,
         rows_per_microbatch=1,
         reason=f"not even one row a micro-batch fits: {reason}",
