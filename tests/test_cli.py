@@ -278,7 +278,10 @@ def test_an_interrupted_run_exits_130_and_goes_on_to_the_same_table(furnished, f
     for folder in ("stopped", "whole"):
         table = list(csv.DictReader(io.StringIO(loratune("results", furnished / folder).out)))
         tables.append([{k: v for k, v in row.items() if k != "seconds"} for row in table])
-    assert tables[0] == tables[1]
+    for (*names, validation_loss, losses), (*others, loss, again) in zip(*tables, strict=True):
+        assert names == others
+        assert loss == pytest.approx(validation_loss, rel=tolerance, abs=0)
+        assert again == pytest.approx(losses, rel=tolerance, abs=0)
 
 
 def test_the_engine_is_chosen_and_what_it_cannot_train_is_refused(loratune, furnished, tmp_path):
@@ -522,14 +525,20 @@ def test_answers_are_given_where_torch_cannot_be_imported(finished, tmp_path):
     assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
 
 
+# The reference engine goes on bit-equal. In a pack a trial may find other neighbours afterwards,
+# and then differs by rounding: 1e-7 a product in float32, which 20 epochs of updates add up.
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_the_real_engine_ends_with_the_same_bits(
-    tmp_path, loratune
+@pytest.mark.parametrize(("engine", "tolerance"), [("reference", 0.0), ("packed", 1e-4)])
+def test_killed_at_twenty_random_moments_a_real_engine_ends_with_the_same_numbers(
+    tmp_path, loratune, engine, tolerance
 ):
     furnish(tmp_path)
     (tmp_path / "study.yaml").write_text(STUDY.replace("epochs: 1", "epochs: 20"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "loratune.cli", "run", "study.yaml", "--quiet", "--out"]
+    command = [
+        *(sys.executable, "-m", "loratune.cli", "run", "study.yaml", "--quiet"),
+        *("--engine", engine, "--out"),
+    ]
 
     def start(folder: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -564,4 +573,7 @@ def test_killed_at_twenty_random_moments_the_real_engine_ends_with_the_same_bits
                 ]
             )
     assert len(tables[0]) == NUM_TRIALS
-    assert tables[0] == tables[1]
+    for (*names, validation_loss, losses), (*others, loss, again) in zip(*tables, strict=True):
+        assert names == others
+        assert loss == pytest.approx(validation_loss, rel=tolerance, abs=0)
+        assert again == pytest.approx(losses, rel=tolerance, abs=0)
