@@ -57,6 +57,15 @@ def stub_study(name: str = "stub", *, batch_size: str = "[8, 16]", more: str = "
     return parse_study(text, name="stub.yaml", folder=Path.cwd())
 
 
+def growing_study(more: str = "") -> LoadedStudy:
+    """Two methods at two batch sizes whose best LR may be anywhere: the stub draws its losses."""
+    text = STUDY.format(name="growing", batch_size="[8, 16]", more=more)
+    text = text.replace(
+        "learning_rate: [1e-3, 1e-2]", "learning_rate: {values: [1e-3, 1e-2], extend: 2}"
+    ).replace("seeds: 2", "seeds: {grid: 1, around_best: 2, confirm: 2}")
+    return parse_study(text, name="growing.yaml", folder=Path.cwd())
+
+
 @dataclass(frozen=True)
 class StubAdapter:
     text: str
@@ -264,6 +273,9 @@ class Silent:
 
     def begins(self, plan: Plan, *, finished: frozenset[str]) -> None:
         self.told.append(f"{len(finished)} of {len(plan.trials)}")
+
+    def plans_more(self, trials: Sequence[Trial]) -> None:
+        self.told.append(f"{len(trials)} more")
 
     def trial_begins(self, trial: Trial) -> None: ...
 

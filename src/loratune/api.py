@@ -48,10 +48,11 @@ __all__ = [
     "tune",
 ]
 
-# What `tune` and `compare` sweep: wide enough for an interior optimum on most data, two seeds so
-# that an interval exists. Batch sizes stop where an epoch would have fewer than 8 updates.
+# What `tune` and `compare` sweep: wide enough for an interior optimum on most data, one seed to
+# find the best LRs and two more around them, so that an interval exists. Batch sizes stop where an
+# epoch would have fewer than 8 updates.
 GRID_BATCH_SIZES = (2, 8, 32, 128)
-GRID_LEARNING_RATES = "[5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]"
+GRID_LEARNING_RATES = "{values: [1e-4, 2e-4, 5e-4, 1e-3, 2e-3], extend: 4}"
 FEWEST_UPDATES_IN_GRID = 8
 HELD_OUT_SHARE, MOST_HELD_OUT = 10, 512
 
@@ -312,6 +313,8 @@ def new_study(
         rank=rank,
         batch_sizes=json.dumps(sizes),
         learning_rates=GRID_LEARNING_RATES,
+        # A best of many is flattered by its luck; what is compared gets seeds that chose nothing.
+        confirm=", confirm: 5" if len(methods) > 1 else "",
     )
     return parse_study(text, name="the study made for you", folder=here)
 
@@ -341,7 +344,7 @@ alpha: rank
 targets: all-linear
 batch_size: {batch_sizes}
 learning_rate: {learning_rates}
-seeds: 2                     # two are the fewest that give an interval
+seeds: {{grid: 1, around_best: 2{confirm}}}  # further seeds where they decide something
 schedule: {{kind: cosine, warmup_ratio: 0.0}}
 select_on: validation_loss
 keep_adapters: best

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 
 Status = Literal["planned", "running", "done", "diverged", "stopped", "out_of_memory", "failed"]
+Purpose = Literal["search", "confirm"]
 FinishedStatus = Literal["done", "diverged", "stopped", "out_of_memory", "failed"]
 
 # Statuses whose outcome stands: asking for the trial again does not train it again. `failed` and
@@ -250,6 +251,7 @@ class TrialResult:
     """All that the store knows of one trial of one study; what analysis starts from.
 
     `outcome` is None for planned and running trials. `scores` are those of the study's choice.
+    `purpose` "confirm": a fresh seed of what had been chosen; it must not take part in choosing.
     """
 
     study: str
@@ -259,6 +261,7 @@ class TrialResult:
     outcome: Outcome | None
     scores: tuple[Score, ...]
     engine: str | None
+    purpose: Purpose = "search"
 
 
 @dataclass(frozen=True, slots=True)

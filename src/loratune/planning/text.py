@@ -13,6 +13,7 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
     lines = [
         f"study {study.study}: {len(trials):,} trials in {plan.num_cells:,} cells "
         "(a cell: all trials that differ only in LR and seed)",
+        *_further(plan),
         "",
         f"  model          {_listed(trial.model for trial in trials)}",
         f"  methods        {_listed(trial.method.name for trial in trials)}",
@@ -40,6 +41,23 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
     if list_trials:
         lines += ["", *map(_trial_line, trials)]
     return "\n".join(lines)
+
+
+def _further(plan: Plan) -> list[str]:
+    """What outcomes will call for; it stands in the totals."""
+    seeds, extend = plan.study.seeds, plan.study.learning_rate.extend
+    lines = list[str]()
+    if plan.num_further_trials:
+        lines.append(
+            f"and {plan.num_further_trials:,} more once outcomes are known: {seeds.around_best} "
+            f"further seeds around each cell's best LR, {seeds.confirm} fresh ones for each "
+            "curve's best cell"
+        )
+    if extend:
+        lines.append(
+            f"a best LR at an end of the grid adds up to {extend} beyond it (not counted here)"
+        )
+    return lines
 
 
 def _trial_line(trial: Trial) -> str:

@@ -271,14 +271,14 @@ def _sensitivity(curves: Sequence[Curve]) -> FigureData:
 def _rate_dot(cell: Cell, index: int) -> Dot:
     rate = cell.rates[index]
     scores = [one for one in rate.seed_scores if one is not None and math.isfinite(one)]
-    eligible = rate.verdict == "eligible"
+    scored = rate.verdict in ("eligible", "screened")
     return Dot(
         x=rate.learning_rate,
-        y=rate.mean if eligible else None,
+        y=rate.mean if scored else None,
         low=None,
         high=None,
         num_seeds=len(scores),
-        flag="" if eligible else "diverged" if rate.verdict == "diverged" else "missing",
+        flag="" if scored else "diverged" if rate.verdict == "diverged" else "missing",
     )
 
 
