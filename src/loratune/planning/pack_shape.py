@@ -168,8 +168,8 @@ def token_bytes(
     if shape.magnitudes:
         # The widest group's gains and its rescaled outputs, in float32.
         backward += 4 * 2 * (2 * ffn)
-    # Embedded tokens, the last block's output, hidden states, their gradient twice; the last norm is
-    # not compiled: its input in float32, and five more such while it goes backward.
+    # Embedded tokens, the last block's output, hidden states, their gradient twice. The last norm
+    # is not compiled: its input in float32, and five more such while it goes backward.
     ends = element * 5 * hidden + 4 * 6 * hidden
     return of_blocks + backward + ends
 
