@@ -80,7 +80,7 @@ def random_base(shape: Shape, *, device: torch.device, seed: int = 0) -> Base:
 def save_random_model(shape: Shape, folder: Path) -> None:
     """A model of `shape` as a folder that `loratune run` loads; its words are w4, w5, ..."""
     base = random_base(shape, device=torch.device("cpu"))
-    base.model.to(torch.bfloat16)
+    base.model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
     base.model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
 
