@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loratune.errors import StudyError
 from loratune.planning.cost import Rate, TrialCost, trial_cost
+from loratune.planning.packs import PlannedPack, plan_packs
 from loratune.planning.trials import DataKey, plan_trials
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import cell_key
@@ -21,7 +22,8 @@ NUM_QUESTIONS = {"gsm8k": 1319, "humaneval": 164}
 class Plan:
     """The trials in order and the totals of their costs.
 
-    `hours` is the time of one device at `device`'s rate, one trial after another.
+    `hours` is the time of one device at `device`'s rate, one trial after another; `packs` are the
+    trials as the packed engine trains them, on an H100: empty where the rate is of another device.
     `detectable_effect` is a fraction (0.03 = 3 points) or None where no test task with a known size
     is scored; `provisional` says that model or data were declared, so that ids will change.
     """
@@ -39,6 +41,7 @@ class Plan:
     disk_bytes: int
     detectable_effect: float | None
     provisional: bool
+    packs: tuple[PlannedPack, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The totals under the names that others rely on."""
@@ -55,6 +58,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "detectable_effect": self.detectable_effect,
             "provisional": self.provisional,
+            "packs": [pack.to_json() for pack in self.packs],
         }
 
 
@@ -92,6 +96,11 @@ def make_plan(
         disk_bytes=_disk_bytes(study, costs, num_cells=len(cells)),
         detectable_effect=detectable_effect(study),
         provisional=any(trial.provisional for trial in trials),
+        packs=(
+            plan_packs(trials, costs, models=models, data=data, memory_bytes=rate.memory_bytes)
+            if rate.memory_bytes is not None
+            else ()
+        ),
     )
 
 
