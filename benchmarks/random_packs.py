@@ -40,6 +40,7 @@ from loratune.planning.pack_shape import SHARE_OF_MEMORY, pack_bytes, plan_pack
 from loratune.planning.packing import PackShape
 from loratune.records import Trial
 from loratune.study.methods import choose
+from loratune.workshop import choose_device
 from many_adapters import ListFeed
 from measure import release_memory
 from model_shapes import SHAPES, TARGETS, Shape
@@ -171,6 +172,7 @@ class Bench:
                 min(1.0, draw.memory_bytes / self.total_bytes), self.device
             )
         before = self._allocator()
+        left = torch.cuda.memory_reserved(self.device) if on_cuda else None
         data = self.data[draw.rows]
         engine = PackedEngine(
             self.base, {data.facts.fingerprint: data}, shape=draw.shape, targets=TARGETS
@@ -199,6 +201,7 @@ class Bench:
             "statuses": statuses,
             "num_updates": num_updates,
             "seconds": seconds,
+            "reserved_before_bytes": left,
             "reserved_bytes": reserved,
             "allocated_bytes": allocated,
             "num_out_of_memory": after["num_ooms"] - before["num_ooms"],
@@ -296,13 +299,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--most-trials", type=int, default=32, help="in a pack")
     parser.add_argument("--minutes", type=float, help="start no pack that may end later")
     parser.add_argument("--json", type=Path, help="write results here, and go on from it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     return parser.parse_args(arguments)
 
 
 def make_bench(options: argparse.Namespace) -> Bench:
     """The base and the rows."""
-    device = torch.device(options.device)
+    device = choose_device(options.device)
     on_cuda = device.type == "cuda"
     shape = SHAPES[options.shape or ("135m" if on_cuda else "tiny")]
     if options.layers is not None:

@@ -20,6 +20,8 @@ from loratune.planning.trials import DataKey
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.methods import describe
 
+# Checkpointed blocks run their forward once more: about 6 N FLOPs a token in the place of 4 N.
+CHECKPOINTED = 1.5
 # Hidden width and FLOP/s of full steps, rank 16, batch size 4, one H100 (docs/benchmarks.md).
 H100_PACKED = ((576, 215e12), (1024, 314e12), (2048, 452e12), (4096, 519e12))
 
@@ -92,6 +94,7 @@ def plan_packs(
             members, model=model, data=[data[key] for key in row_sets], memory_bytes=memory_bytes
         )
         flops = math.fsum(cost.flops for _, cost in group)
+        flops *= CHECKPOINTED if shape.gradient_checkpointing else 1.0
         packs.append(
             PlannedPack(
                 model=first.model,
