@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loratune.errors import StudyError
 from loratune.planning.cost import Rate, TrialCost, trial_cost
+from loratune.planning.packs import PlannedPack, plan_packs
 from loratune.planning.trials import DataKey, plan_trials, siblings
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import cell_key
@@ -23,7 +24,8 @@ class Plan:
 
     `num_further_trials` is how many the study asks for once outcomes are known, where no best LR
     lies at an edge: the totals count them, `trials` does not hold them. `hours` is the time of one
-    device at `device`'s rate, one trial after another.
+    device at `device`'s rate, one trial after another; `packs` are the planned trials as the packed
+    engine trains them, on an H100: empty where the rate is of another device.
     `detectable_effect` is a fraction (0.03 = 3 points) or None where no test task with a known size
     is scored; `provisional` says that model or data were declared, so that ids will change.
     """
@@ -43,6 +45,7 @@ class Plan:
     disk_bytes: int
     detectable_effect: float | None
     provisional: bool
+    packs: tuple[PlannedPack, ...] = ()
 
     def siblings(self, trial: Trial, points: Iterable[tuple[float, int]]) -> tuple[Trial, ...]:
         """The trials of a planned trial's cell at other points, each an (LR, seed)."""
@@ -63,6 +66,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "detectable_effect": self.detectable_effect,
             "provisional": self.provisional,
+            "packs": [pack.to_json() for pack in self.packs],
         }
 
 
@@ -115,6 +119,11 @@ def make_plan(
         disk_bytes=_disk_bytes(study, costs, num_cells=len(cells)),
         detectable_effect=detectable_effect(study),
         provisional=any(trial.provisional for trial in trials),
+        packs=(
+            plan_packs(trials, costs, models=models, data=data, memory_bytes=rate.memory_bytes)
+            if rate.memory_bytes is not None
+            else ()
+        ),
     )
 
 

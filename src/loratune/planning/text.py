@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from loratune.planning.build import Plan
+from loratune.planning.packs import PlannedPack
 from loratune.records import Trial
 
 
@@ -31,6 +32,7 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
         f"  peak memory    {plan.peak_memory_bytes / 2**30:.1f} GiB (an estimate)",
         f"  disk           {plan.disk_bytes / 2**30:.2f} GiB",
     ]
+    lines += map(_pack_line, plan.packs)
     if plan.detectable_effect is not None:
         lines.append(
             f"  detectable     differences from {100 * plan.detectable_effect:.1f} points of "
@@ -66,6 +68,16 @@ def _trial_line(trial: Trial) -> str:
         f"alpha={trial.alpha:g}  rows={trial.num_train_rows}  batch={trial.batch_size}  "
         f"lr={trial.learning_rate:g}  seed={trial.seed}  updates={trial.num_updates}  "
         f"warmup={trial.warmup_steps}  last_batch={trial.last_batch_size}"
+    )
+
+
+def _pack_line(pack: PlannedPack) -> str:
+    shape = pack.shape
+    checkpointed = ", checkpointed" if shape.gradient_checkpointing else ""
+    return (
+        f"  packed         {pack.num_trials:,} trials of {pack.model} in {shape.num_slots} slots, "
+        f"{shape.tokens_per_step:,} tokens a step{checkpointed}: "
+        f"{pack.peak_memory_bytes / 2**30:.1f} GiB, {_hours(pack.hours)} hours of full steps"
     )
 
 
