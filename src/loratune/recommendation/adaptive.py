@@ -1,0 +1,430 @@
+"""An adaptive search of batch size and learning rate: what to train next, and when to stop.
+
+A Gaussian process (scikit-learn's; an anisotropic Matern kernel and white noise) models a method's
+validation loss over (log2 batch size, ln LR). Each round proposes a pack of trials: points at which
+posterior samples of the surface have their best, weighted by how much better it is there than at
+the present answer, each taken into account before the next is chosen (its posterior variance does
+not depend on what will be measured), and further seeds of the answer where its own noise decides.
+This goes on until the expected regret of the answer, E[loss at the answer - least loss], over joint
+posterior samples, is below a margin, or the budget is spent, which is said.
+
+The idea: Thompson sampling with top-two weighting (Russo 2016, arXiv 1602.08448), and pending
+points as in batch Bayesian optimisation (Ginsbourger et al. 2010, kriging believer).
+
+What is modelled is z = tau log(1 + log(loss / best) / tau) with tau = 0.1: near the best it is the
+relative excess over it, far off the walls are pressed down, so that one length scale fits both.
+
+Divergence is data. At one batch size all LRs at or above one that diverged are taken to diverge
+too, all at or below one that trained are safe, and between them a logistic regression over all batch
+sizes says how likely it is. Only a point that was trained, and where no seed diverged, can be the
+answer.
+
+Not covered: noise of the validation rows; uncertainty of the kernel's parameters (they are the most
+likely ones), so that the expected regret is too low at times: docs/decisions.md measures how often.
+Pure: a function of the observations, whatever their order.
+"""
+
+# scikit-learn and scipy come without complete types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from sklearn.linear_model import LogisticRegression
+
+Floats = NDArray[np.float64]
+
+RATES_PER_DECADE = 8
+# Relative excess over the best loss up to which z is that excess.
+TAU = 0.1
+NUM_SAMPLES = 1000
+# Four doublings of the batch size and a factor of 4.5 in LR are one unit of length.
+UNIT = np.array([4.0, 1.5])
+# Of the answer, before the search may end: one seed alone may be lucky.
+LEAST_SEEDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPoint:
+    """A trial to train: a batch size, an LR and a seed."""
+
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A trial that was trained. `loss` is None where it diverged.
+
+    A trial without an answer (failed, stopped early) is `useless`: its point is left alone.
+    """
+
+    batch_size: int
+    learning_rate: float
+    seed: int
+    loss: float | None
+    useless: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be tried: points (batch size, LR), each with the seeds that it may have."""
+
+    points: tuple[tuple[int, float], ...]
+    seeds: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def coordinates(self) -> Floats:
+        """[points, 2]: log2 of the batch size, ln of the LR."""
+        return np.array([[math.log2(size), math.log(rate)] for size, rate in self.points])
+
+    @cached_property
+    def index(self) -> dict[tuple[int, float], int]:
+        """Where a point stands."""
+        return {point: index for index, point in enumerate(self.points)}
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Those that may be tried, ascending."""
+        return tuple(sorted({size for size, _ in self.points}))
+
+
+def make_space(
+    batch_sizes: Sequence[int], *, low: float, high: float, seeds: Sequence[int]
+) -> Space:
+    """Every batch size with LRs from low to high, 8 a decade, in two digits."""
+    steps = max(2, round(RATES_PER_DECADE * math.log10(high / low)))
+    rates = [float(f"{low * (high / low) ** (step / steps):.2g}") for step in range(1, steps)]
+    inside = [rate for rate in rates if low < rate < high]
+    points = tuple((size, rate) for size in sorted(batch_sizes) for rate in (low, *inside, high))
+    return Space(points, (tuple(seeds),) * len(points))
+
+
+def initial_design(space: Space, *, num_trials: int) -> tuple[SearchPoint, ...]:
+    """The first points, spread evenly: the R2 sequence (Roberts 2018) over ranks, the ends spared.
+
+    Every point has its first seed. A point that is not in the space is replaced by the nearest LR
+    at its batch size.
+    """
+    sizes = space.batch_sizes
+    logs = space.coordinates[:, 1]
+    low, high = float(logs.min()), float(logs.max())
+    chosen = dict[int, None]()
+    step = 0
+    while len(chosen) < min(num_trials, len(space.points)):
+        across, along = (0.5 + step * 0.7548776662466927) % 1, (0.5 + step * 0.5698402909980532) % 1
+        step += 1
+        size = sizes[int(across * len(sizes))]
+        target = low + (0.1 + 0.8 * along) * (high - low)
+        at_size = [
+            index
+            for index, point in enumerate(space.points)
+            if point[0] == size and index not in chosen
+        ]
+        if at_size:
+            chosen[min(at_size, key=lambda index: abs(float(logs[index]) - target))] = None
+    return tuple(_at(space, index, space.seeds[index][0]) for index in chosen)
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The posterior over a space's points, and what is known of divergence.
+
+    `mean` [points] and `covariance` [points, points] are of z, `reference` is the loss at z = 0,
+    `noise` the variance of one trial's z, `diverges` [points] the probability that a trial does.
+    `num_seeds` [points] counts trials with a loss; `safe` [points]: trained, and no seed diverged.
+    `left` [points]: seeds that can still be tried.
+    """
+
+    space: Space
+    mean: Floats
+    covariance: Floats
+    reference: float
+    noise: float
+    diverges: Floats
+    num_seeds: NDArray[np.int64]
+    safe: NDArray[np.bool_]
+    left: tuple[tuple[int, ...], ...]
+
+    def excess(self, z: Floats) -> Floats:
+        """The relative excess over `reference` that is meant by z."""
+        return np.exp(TAU * np.expm1(np.clip(z / TAU, -50.0, 4.0))) - 1
+
+
+def fit_surface(observations: Sequence[Observed], space: Space) -> Surface | None:
+    """The posterior given the observations; None where fewer than three trials have a loss."""
+    known = sorted(observations, key=lambda one: (one.batch_size, one.learning_rate, one.seed))
+    with_loss = [one for one in known if one.loss is not None and not one.useless]
+    if len(with_loss) < 3:
+        return None
+    at = np.array([space.index[one.batch_size, one.learning_rate] for one in with_loss])
+    logs = np.log([float(one.loss) for one in with_loss if one.loss is not None])
+    reference = float(logs.min())
+    z = TAU * np.log1p((logs - reference) / TAU)
+    centre, spread = float(np.median(z)), max(float(z.std()), 1e-3)
+    x = space.coordinates / UNIT
+    process = _fitted_process(x[at], (z - centre) / spread, spread=spread)
+    noise = float(process.kernel_.k2.noise_level)
+    mean, covariance = process.predict(x, return_cov=True)
+    # scikit-learn's covariance is that of a new trial at each point: take its noise out.
+    covariance = np.asarray(covariance) - noise * np.eye(len(x))
+    return Surface(
+        space=space,
+        mean=centre + spread * np.asarray(mean),
+        covariance=spread**2 * covariance,
+        reference=math.exp(reference),
+        noise=spread**2 * noise,
+        diverges=_divergence(known, space),
+        num_seeds=np.bincount(at, minlength=len(x)),
+        safe=_safe(known, space),
+        left=_left(known, space),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SearchAnswer:
+    """What the surface says. Regrets are fractions of the loss.
+
+    `expected_loss` is the posterior mean at the answer, `loss_low` and `loss_high` its central 95%.
+    `acceptable_batch_sizes`: at the LR that is best there, within `margin` of the best with
+    95% posterior probability; `possible_batch_sizes`: those that hold the best in 5% of samples
+    or more.
+    """
+
+    batch_size: int
+    learning_rate: float
+    num_seeds: int
+    expected_loss: float
+    loss_low: float
+    loss_high: float
+    expected_regret: float
+    acceptable_batch_sizes: tuple[int, ...]
+    possible_batch_sizes: tuple[int, ...]
+    rates: tuple[tuple[int, float], ...]
+
+
+def search_answer(surface: Surface, *, margin: float) -> SearchAnswer | None:
+    """The best of the safe points by the posterior mean; None where none is safe."""
+    if not surface.safe.any():
+        return None
+    chosen = _chosen(surface)
+    samples, possible = _samples(surface, surface.covariance)
+    excess = surface.excess(samples)
+    best = np.where(possible, excess, np.inf).min(axis=1)
+    regret = np.maximum((1 + excess) / (1 + best)[:, None] - 1, 0.0)
+    sizes = surface.space.coordinates[:, 0]
+    holder = np.where(possible, samples, np.inf).argmin(axis=1)
+    acceptable, possible_sizes = list[int](), list[int]()
+    rates = list[tuple[int, float]]()
+    for size in surface.space.batch_sizes:
+        here = sizes == math.log2(size)
+        if float(here[holder].mean()) >= 0.05:
+            possible_sizes.append(size)
+        if not (here & surface.safe).any():
+            continue
+        # The best LR of a batch size need not have been tried there, only one above it.
+        index = _least(surface.mean, here & _below_a_safe_one(surface))
+        rates.append((size, surface.space.points[index][1]))
+        if float((regret[:, index] <= margin).mean()) >= 0.95:
+            acceptable.append(size)
+    size, rate = surface.space.points[chosen]
+    at = surface.reference * (1 + excess[:, chosen])
+    return SearchAnswer(
+        batch_size=size,
+        learning_rate=rate,
+        num_seeds=int(surface.num_seeds[chosen]),
+        expected_loss=surface.reference * float(1 + surface.excess(surface.mean)[chosen]),
+        loss_low=float(np.quantile(at, 0.025)),
+        loss_high=float(np.quantile(at, 0.975)),
+        expected_regret=float(regret[:, chosen].mean()),
+        acceptable_batch_sizes=tuple(acceptable),
+        possible_batch_sizes=tuple(possible_sizes),
+        rates=tuple(rates),
+    )
+
+
+def propose(
+    surface: Surface | None, space: Space, observations: Sequence[Observed], *, num_trials: int
+) -> tuple[SearchPoint, ...]:
+    """The next pack of trials, at most `num_trials`; fewer where nothing is left to learn.
+
+    Without a surface (nearly everything diverged) it is lower LRs, or more of the first design.
+    """
+    if surface is None:
+        return _without_surface(space, observations, num_trials=num_trials)
+    covariance = surface.covariance
+    left = [list(seeds) for seeds in surface.left]
+    taken = surface.num_seeds.astype(np.float64)
+    picks = list[SearchPoint]()
+    for pick in range(num_trials):
+        open_ = np.array([bool(seeds) for seeds in left]) & (surface.diverges < 0.9)
+        if not open_.any():
+            break
+        index = _next(surface, covariance, open_, taken, pick=pick)
+        picks.append(_at(space, index, left[index].pop(0)))
+        taken[index] += 1
+        column = covariance[:, index]
+        covariance = covariance - np.outer(column, column) / (column[index] + surface.noise)
+    return tuple(picks)
+
+
+def _next(
+    surface: Surface, covariance: Floats, open_: NDArray[np.bool_], taken: Floats, *, pick: int
+) -> int:
+    """The point to try: where samples beat the answer most, or the answer, if less is known of it."""
+    samples, possible = _samples(surface, covariance, pick=pick)
+    excess = surface.excess(samples)
+    gain = np.zeros(len(surface.mean))
+    chosen = _chosen(surface) if surface.safe.any() else None
+    holder = np.where(possible & open_, samples, np.inf).argmin(axis=1)
+    rows = np.arange(len(samples))
+    if chosen is None:
+        np.add.at(gain, holder, 1.0)
+        return int(gain.argmax())
+    np.add.at(gain, holder, np.maximum(excess[:, chosen] - excess[rows, holder], 0.0))
+    if not gain.any():
+        gain[chosen] = 1.0
+    rival = int(np.where(open_, gain, -1.0).argmax())
+    fewer = taken[chosen] < LEAST_SEEDS and float(gain.sum()) / len(samples) < 0.01
+    less_known = covariance[chosen, chosen] > covariance[rival, rival]
+    return chosen if open_[chosen] and (fewer or less_known) else rival
+
+
+def _samples(
+    surface: Surface, covariance: Floats, *, pick: int = 0
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """[samples, points] of z, and whether a trial would live there, by one draw for all points."""
+    rng = np.random.default_rng([int(surface.num_seeds.sum()), pick])
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    samples = surface.mean + rng.standard_normal((NUM_SAMPLES, len(values))) @ root.T
+    return samples, surface.diverges < rng.uniform(0.0, 1.0, (NUM_SAMPLES, 1))
+
+
+def _chosen(surface: Surface) -> int:
+    return _least(surface.mean, surface.safe)
+
+
+def _least(values: Floats, among: NDArray[np.bool_]) -> int:
+    return int(np.where(among, values, np.inf).argmin())
+
+
+def _below_a_safe_one(surface: Surface) -> NDArray[np.bool_]:
+    return surface.diverges == 0.0
+
+
+def _fitted_process(x: Floats, y: Floats, *, spread: float) -> Any:
+    """The most likely kernel from one start; bounds keep length scales and noise plausible.
+
+    Noise: a relative standard deviation of 0.05% to 5% of the loss.
+    """
+    noise = [(bound / spread) ** 2 for bound in (5e-4, 2e-3, 5e-2)]
+    kernel = ConstantKernel(2.0, (0.1, 100.0)) * Matern([1.0, 1.0], (0.2, 10.0), nu=2.5)
+    kernel = kernel + WhiteKernel(noise[1], (noise[0], noise[2]))
+    process = GaussianProcessRegressor(kernel, alpha=1e-10)
+    with warnings.catch_warnings():
+        # A parameter at its bound is no trouble here.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        process.fit(x, y)
+    return process
+
+
+def _lowest_diverged(observations: Sequence[Observed]) -> dict[int, float]:
+    lowest = dict[int, float]()
+    for one in observations:
+        if one.loss is None and not one.useless:
+            rate = min(one.learning_rate, lowest.get(one.batch_size, math.inf))
+            lowest[one.batch_size] = rate
+    return lowest
+
+
+def _safe(observations: Sequence[Observed], space: Space) -> NDArray[np.bool_]:
+    """Trained with a loss, and no seed diverged there or at a lower LR."""
+    lowest = _lowest_diverged(observations)
+    safe = np.zeros(len(space.points), dtype=np.bool_)
+    for one in observations:
+        bound = lowest.get(one.batch_size, math.inf)
+        if one.loss is not None and not one.useless and one.learning_rate < bound:
+            safe[space.index[one.batch_size, one.learning_rate]] = True
+    return safe
+
+
+def _left(observations: Sequence[Observed], space: Space) -> tuple[tuple[int, ...], ...]:
+    """The seeds not tried at each point; none where a trial gave nothing."""
+    tried = dict[tuple[int, float], set[int]]()
+    closed = set[tuple[int, float]]()
+    for one in observations:
+        tried.setdefault((one.batch_size, one.learning_rate), set()).add(one.seed)
+        if one.useless:
+            closed.add((one.batch_size, one.learning_rate))
+    return tuple(
+        ()
+        if point in closed
+        else tuple(seed for seed in seeds if seed not in tried.get(point, set()))
+        for point, seeds in zip(space.points, space.seeds, strict=True)
+    )
+
+
+def _divergence(observations: Sequence[Observed], space: Space) -> Floats:
+    """[points]: 0 up to the highest safe LR of a batch size, 1 from the lowest that diverged on.
+
+    Between them the logistic regression of all trials on log2 batch and ln LR; without any that
+    diverged, 0.
+    """
+    lowest = _lowest_diverged(observations)
+    safe = _safe(observations, space)
+    highest = dict[int, float]()
+    for (size, rate), one_safe in zip(space.points, safe, strict=True):
+        if one_safe:
+            highest[size] = max(rate, highest.get(size, 0.0))
+    between = np.zeros(len(space.points))
+    counted = [one for one in observations if not one.useless]
+    verdicts = np.array([one.loss is None for one in counted])
+    if verdicts.any():
+        if verdicts.all():
+            between[:] = 0.5
+        else:
+            x = np.array([[math.log2(one.batch_size), math.log(one.learning_rate)] for one in counted])
+            model = LogisticRegression(C=10.0).fit(x / UNIT, verdicts)
+            between = np.asarray(model.predict_proba(space.coordinates / UNIT))[:, 1]
+    return np.array(
+        [
+            1.0
+            if rate >= lowest.get(size, math.inf)
+            else 0.0
+            if rate <= highest.get(size, 0.0)
+            else float(chance)
+            for (size, rate), chance in zip(space.points, between, strict=True)
+        ]
+    )
+
+
+def _without_surface(
+    space: Space, observations: Sequence[Observed], *, num_trials: int
+) -> tuple[SearchPoint, ...]:
+    """The lowest LRs that did not diverge yet, at the batch sizes in turn."""
+    lowest = _lowest_diverged(observations)
+    left = _left(observations, space)
+    open_ = [
+        index
+        for index, (size, rate) in enumerate(space.points)
+        if left[index] and rate < lowest.get(size, math.inf)
+    ]
+    open_.sort(key=lambda index: (space.points[index][1], space.points[index][0]))
+    return tuple(_at(space, index, left[index][0]) for index in open_[:num_trials])
+
+
+def _at(space: Space, index: int, seed: int) -> SearchPoint:
+    size, rate = space.points[index]
+    return SearchPoint(size, rate, seed)
