@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 
 Status = Literal["planned", "running", "done", "diverged", "stopped", "out_of_memory", "failed"]
-Purpose = Literal["search", "confirm"]
+Purpose = Literal["search", "adaptive", "confirm"]
 FinishedStatus = Literal["done", "diverged", "stopped", "out_of_memory", "failed"]
 
 # Statuses whose outcome stands: asking for the trial again does not train it again. `failed` and
@@ -252,6 +252,7 @@ class TrialResult:
 
     `outcome` is None for planned and running trials. `scores` are those of the study's choice.
     `purpose` "confirm": a fresh seed of what had been chosen; it must not take part in choosing.
+    "adaptive": of a search that has no grid, so that no LR of it is an edge.
     """
 
     study: str

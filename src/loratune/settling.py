@@ -2,8 +2,9 @@
 
 A study may ask for more once outcomes are known (`recommendation.rounds`): a cell's grid grows, its
 best LR gets further seeds, and when no cell has anything left, the best one of each curve gets
-fresh seeds that confirm it. A cell that asks for nothing more is settled: it is scored, its LR is
-chosen, and the adapters that are not kept are dropped.
+fresh seeds that confirm it. An adaptive search (`recommendation.adaptive`) asks for all cells of a
+curve together, round by round. A cell that asks for nothing more is settled: it is scored, its LR
+is chosen, and the adapters that are not kept are dropped.
 
 Scoring needs the base model, which an engine holds while it trains. A cell with something to score
 therefore waits until no engine is at work; one with nothing to score is settled at once, so that
@@ -12,7 +13,7 @@ cell keeps its adapters until then.
 """
 
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +22,8 @@ from loratune.analyse.cells import Cell, make_cells
 from loratune.analyse.curves import make_curves
 from loratune.folder import ResultsFolder
 from loratune.planning.build import Plan
-from loratune.recommendation.rounds import Point, confirmation, refinement
+from loratune.recommendation.rounds import Point, confirmation, next_points_of, refinement
+from loratune.recommendation.searched import observed
 from loratune.records import FINAL_STATUSES, Purpose, Trial, TrialResult
 from loratune.store.database import Store
 from loratune.study.identity import cell_key
@@ -67,13 +69,16 @@ class Settling:
         self._plan = plan
         self._cells = dict[tuple[object, ...], _Open]()
         self._key_of = dict[str, tuple[object, ...]]()
-        asks_more = bool(study.learning_rate.extend or study.seeds.around_best)
+        rates = study.learning_rate
+        asks_more = bool(rates.extend or study.seeds.around_best or rates.search)
+        purpose: Purpose = "search" if rates.search is None else "adaptive"
         for key, cell in groupby(plan.trials, key=cell_key):  # The plan keeps a cell together.
             trials = tuple(cell)
             untried = {one.trial_id for one in trials} - set(finished)
-            self._cells[key] = _Open(trials, untried, asks_more)
+            self._cells[key] = _Open(trials, untried, asks_more, purpose)
             self._key_of |= {one.trial_id: key for one in trials}
         self._has_confirmed = not study.seeds.confirm
+        self._searched_with = self._curves() if study.learning_rate.search is not None else {}
 
     def has_ended(self, trial: Trial) -> tuple[Trial, ...]:
         """A trial has its outcome, an engine may be at work; what is to be trained besides."""
@@ -105,11 +110,16 @@ class Settling:
     def _advance(self, keys: Collection[tuple[object, ...]], *, idle: bool) -> tuple[Trial, ...]:
         """Refine and settle cells as far as can be done now; what is to be trained besides."""
         further = list[Trial]()
-        for key in keys:
+        waiting = list(keys)
+        for key in waiting:
             cell = self._cells.get(key)
             if cell is None or cell.untried:
                 continue
-            if cell.asks_more and (idle or self.study.select_on == "validation_loss"):
+            if cell.asks_more and cell.purpose == "adaptive":
+                further += self._search(self._searched_with[key])
+                if not cell.asks_more:  # The others of the curve can be settled, too.
+                    waiting += self._searched_with[key]
+            elif cell.asks_more and (idle or self.study.select_on == "validation_loss"):
                 further += self._refine(key, cell)
             if cell.untried or cell.asks_more or not (idle or not self.study.scored_tasks()):
                 continue
@@ -137,6 +147,46 @@ class Settling:
                 return new
         cell.asks_more = False
         return []
+
+    def _search(self, keys: Sequence[tuple[object, ...]]) -> list[Trial]:
+        """Add what an adaptive search proposes for a curve, once all that it has was tried.
+
+        The rounds begin with the first design whatever has been trained since, so that a study that
+        was stopped asks for the same.
+        """
+        cells = {key: self._cells[key] for key in keys}
+        at_size = {cell.trials[0].batch_size: key for key, cell in cells.items()}
+        while not any(cell.untried for cell in cells.values()):
+            trials = tuple(trial for cell in cells.values() for trial in cell.trials)
+            results = self._results(trials)
+            if any(result.status in ("planned", "running") for result in results):
+                return []  # Another process has some of it.
+            points = next_points_of(self.study, observed(results))
+            new = list[Trial]()
+            for size, key in at_size.items():
+                wanted = [(one.learning_rate, one.seed) for one in points if one.batch_size == size]
+                if wanted:
+                    new += self._add(key, cells[key], wanted)
+            if new:
+                return new
+            if not points:
+                for cell in cells.values():
+                    cell.asks_more = False
+                break
+        return []
+
+    def _curves(self) -> dict[tuple[object, ...], tuple[tuple[object, ...], ...]]:
+        """By each cell's key the keys of all cells of its curve."""
+        trials = [cell.trials[0] for cell in self._cells.values()]
+        planned = [
+            TrialResult(self.study.study, self.study.select_on, trial, "planned", None, (), None)
+            for trial in trials
+        ]
+        groups = [
+            tuple(cell_key(cell.trial) for cell in curve.cells)
+            for curve in make_curves(make_cells(planned))
+        ]
+        return {key: group for group in groups for key in group}
 
     def _confirm(self) -> list[Trial]:
         """Add the fresh seeds of each curve's best cell."""

@@ -86,6 +86,7 @@ def run_sweep(
             select_on=study.select_on,
             trials=plan.trials,
             asks=tuple(asks),
+            purpose="search" if study.learning_rate.search is None else "adaptive",
         )
         for fingerprint, summary in workshop.data_summaries().items():
             opened.add_data_summary(fingerprint, summary)

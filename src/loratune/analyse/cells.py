@@ -52,7 +52,8 @@ class TriedRate:
 class Cell:
     """All trials that differ only in LR and seed. `trial` is one of them, for what they share.
 
-    `best` and `score` are None where no LR is eligible, `lr_at_edge` too. `lr_at_edge`: the best
+    `best` and `score` are None where no LR is eligible, `lr_at_edge` too, and where an adaptive
+    search chose the LRs: they are no grid that could have an edge. `lr_at_edge`: the best
     LR is the lowest or the highest that was tried; an LR that diverged or was stopped early was
     tried, one that is planned or failed was not. `confirmations` are trials of fresh seeds at the
     LR that was chosen; they are in nothing else.
@@ -146,7 +147,7 @@ def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
-    results = [result for result in of_cell if result.purpose == "search"]
+    results = [result for result in of_cell if result.purpose != "confirm"]
     seeds = tuple(sorted({result.trial.seed for result in results}))
     by_rate = dict[float, list[TrialResult]]()
     for result in results:
@@ -163,7 +164,7 @@ def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
         seeds=seeds,
         rates=rates,
         best=best,
-        lr_at_edge=None if best is None else _at_edge(best, rates),
+        lr_at_edge=None if best is None or first.purpose == "adaptive" else _at_edge(best, rates),
         score=None if best is None else mean_with_interval(_finite(best.seed_scores)),
         confirmations=tuple(result for result in of_cell if result.purpose == "confirm"),
     )

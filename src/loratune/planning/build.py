@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loratune.errors import StudyError
 from loratune.planning.cost import Rate, TrialCost, trial_cost
 from loratune.planning.packs import PlannedPack, plan_packs
+from loratune.planning.search_space import most_trials
 from loratune.planning.trials import DataKey, plan_trials, siblings
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import cell_key
@@ -23,7 +24,8 @@ class Plan:
     """The trials in order and the totals of their costs.
 
     `num_further_trials` is how many the study asks for once outcomes are known, where no best LR
-    lies at an edge: the totals count them, `trials` does not hold them. `hours` is the time of one
+    lies at an edge, and how many an adaptive search may train at most: the totals count them,
+    `trials` does not hold them. `hours` is the time of one
     device at `device`'s rate, one trial after another; `packs` are the planned trials as the packed
     engine trains them, on an H100: empty where the rate is of another device.
     `detectable_effect` is a fraction (0.03 = 3 points) or None where no test task with a known size
@@ -92,9 +94,9 @@ def make_plan(
     cells = dict[tuple[object, ...], tuple[Trial, TrialCost]]()
     for trial, cost in zip(trials, costs, strict=True):
         cells.setdefault(cell_key(trial), (trial, cost))
-    around, fresh = _further_trials(study, num_cells=len(cells))
-    # Which batch size will be the best one, and gets fresh seeds, nobody knows: a share for each.
-    more = around + fresh / len(cells)
+    further = _further_trials(study, num_trials=len(trials), num_cells=len(cells))
+    # Which batch size gets how many of them nobody knows: an equal share for each.
+    more = further / len(cells)
     once = tuple(cells.values())
     return Plan(
         study=study,
@@ -102,7 +104,7 @@ def make_plan(
         costs=costs,
         models=models,
         num_cells=len(cells),
-        num_further_trials=around * len(cells) + fresh,
+        num_further_trials=further,
         num_updates=sum(trial.num_updates for trial in trials)
         + round(more * sum(trial.num_updates for trial, _ in once)),
         tokens=math.fsum(cost.num_tokens for cost in costs)
@@ -127,11 +129,14 @@ def make_plan(
     )
 
 
-def _further_trials(study: Study, *, num_cells: int) -> tuple[int, int]:
-    """How many trials outcomes will call for: in each cell, and for the best cells together."""
-    num_rates = min(3, len(study.learning_rates()))  # the best one and its neighbours
+def _further_trials(study: Study, *, num_trials: int, num_cells: int) -> int:
+    """How many trials outcomes will call for, or may at most."""
     num_curves = num_cells // len(study.batch_size)
-    return study.seeds.around_best * num_rates, study.seeds.confirm * num_curves
+    fresh = study.seeds.confirm * num_curves
+    if study.learning_rate.search is not None:
+        return num_curves * most_trials(study) - num_trials + fresh
+    num_rates = min(3, len(study.learning_rates()))  # the best one and its neighbours
+    return study.seeds.around_best * num_rates * num_cells + fresh
 
 
 def detectable_effect(study: Study, *, discordance: float = 0.2) -> float | None:
@@ -183,8 +188,10 @@ def _cached_cost(
 def _disk_bytes(study: Study, costs: tuple[TrialCost, ...], *, num_cells: int) -> int:
     """Adapters kept, by the largest one, and about 4 KiB a trial in the database.
 
-    While a cell is being trained all of its adapters are there.
+    While a cell is being trained, or a curve searched, all of its adapters are there.
     """
     in_a_cell = math.ceil(len(costs) / num_cells)
+    if study.learning_rate.search is not None:
+        in_a_cell = most_trials(study)
     kept = {"none": 0, "best": num_cells + in_a_cell, "all": len(costs)}[study.keep_adapters]
     return kept * max(cost.adapter_bytes for cost in costs) + 4096 * len(costs)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from loratune.planning.build import Plan
 from loratune.planning.packs import PlannedPack
+from loratune.planning.search_space import USUAL_SHARE, most_trials
 from loratune.records import Trial
 
 
@@ -49,7 +50,14 @@ def _further(plan: Plan) -> list[str]:
     """What outcomes will call for; it stands in the totals."""
     seeds, extend = plan.study.seeds, plan.study.learning_rate.extend
     lines = list[str]()
-    if plan.num_further_trials:
+    if plan.study.learning_rate.search is not None:
+        most = most_trials(plan.study)
+        lines.append(
+            f"and up to {plan.num_further_trials:,} more that an adaptive search proposes, at most "
+            f"{most} a curve, fresh seeds apart (all counted here; usually "
+            f"{100 * USUAL_SHARE:.0f}% of them are enough)"
+        )
+    elif plan.num_further_trials:
         lines.append(
             f"and {plan.num_further_trials:,} more once outcomes are known: {seeds.around_best} "
             f"further seeds around each cell's best LR, {seeds.confirm} fresh ones for each "

@@ -13,6 +13,7 @@ from itertools import product
 from loratune.errors import StudyError
 from loratune.planning.cost import QUANTISED_BYTES
 from loratune.planning.horizon import horizon, warmup_steps
+from loratune.planning.search_space import first_points
 from loratune.planning.targets import check_rank, matched_linears
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import IDENTITY_VERSION, content_id
@@ -49,7 +50,7 @@ def _crossed(
 ) -> Iterator[Trial]:
     if study.precision in QUANTISED_BYTES:
         _check_methods(study)
-    rates = study.learning_rates()
+    points = first_points(study)
     optimizer = study.optimizer
     adapters = [
         (method, rank, alpha, describe(method.name).scale_of(rank=rank, alpha=alpha))
@@ -71,6 +72,7 @@ def _crossed(
             beta2s = {size: _beta2(rule, optimizer, facts, size) for size in study.batch_size}
             for (method, rank, alpha, scale), size in product(adapters, study.batch_size):
                 length = horizons[size]
+                rate, seed = points[size][0]
                 first = Trial(
                     trial_id="",  # It takes what follows, and an LR and a seed.
                     provisional=model.provisional or facts.provisional,
@@ -87,8 +89,8 @@ def _crossed(
                     targets=study.targets,
                     dropout=study.dropout,
                     batch_size=size,
-                    learning_rate=rates[0],
-                    seed=study.seeds.grid[0],
+                    learning_rate=rate,
+                    seed=seed,
                     protocol=protocol.kind,
                     epochs=protocol.epochs,
                     steps=protocol.steps,
@@ -105,9 +107,7 @@ def _crossed(
                     weight_decay=optimizer.weight_decay,
                     max_grad_norm=optimizer.max_grad_norm,
                 )
-                # The plan's order: by seed, then by LR.
-                points = [(rate, seed) for seed in study.seeds.grid for rate in rates]
-                yield from siblings(first, points, model=model)
+                yield from siblings(first, points[size], model=model)
 
 
 def siblings(

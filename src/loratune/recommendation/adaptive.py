@@ -15,9 +15,9 @@ What is modelled is z = tau log(1 + log(loss / best) / tau) with tau = 0.1: near
 relative excess over it, far off the walls are pressed down, so that one length scale fits both.
 
 Divergence is data. At one batch size all LRs at or above one that diverged are taken to diverge
-too, all at or below one that trained are safe, and between them a logistic regression over all batch
-sizes says how likely it is. Only a point that was trained, and where no seed diverged, can be the
-answer.
+too, all at or below one that trained are safe, and between them a logistic regression over all
+batch sizes says how likely it is. Only a point that was trained, and where no seed diverged, can be
+the answer; near a divergence its chance to diverge with another seed counts against it.
 
 Not covered: noise of the validation rows; uncertainty of the kernel's parameters (they are the most
 likely ones), so that the expected regret is too low at times: docs/decisions.md measures how often.
@@ -32,7 +32,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,25 +41,30 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from sklearn.linear_model import LogisticRegression
 
+from loratune.planning.search_space import SearchPoint, Space
+
 Floats = NDArray[np.float64]
 
-RATES_PER_DECADE = 8
 # Relative excess over the best loss up to which z is that excess.
 TAU = 0.1
 NUM_SAMPLES = 1000
+# Of the logistic regression of divergence: a weak prior.
+LOGISTIC_C = 100.0
+# Trials that the regression's word counts for at a point.
+PRIOR_WEIGHT = 2.0
+# What a diverged trial costs, as a relative excess of the loss (assumption).
+COST_OF_DIVERGENCE = 1.0
+# Rougher than the usual 2.5, so that the process is less sure of what it has not seen.
+NU = 1.5
 # Four doublings of the batch size and a factor of 4.5 in LR are one unit of length.
 UNIT = np.array([4.0, 1.5])
 # Of the answer, before the search may end: one seed alone may be lucky.
 LEAST_SEEDS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class SearchPoint:
-    """A trial to train: a batch size, an LR and a seed."""
-
-    batch_size: int
-    learning_rate: float
-    seed: int
+SURE = 0.9
+# Of LRs that count as beside the answer's.
+NEAR = 2.0
+DEFAULT_MARGIN = 0.005
+TRIALS_PER_ROUND = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,66 +79,6 @@ class Observed:
     seed: int
     loss: float | None
     useless: bool = False
-
-
-@dataclass(frozen=True)
-class Space:
-    """What may be tried: points (batch size, LR), each with the seeds that it may have."""
-
-    points: tuple[tuple[int, float], ...]
-    seeds: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def coordinates(self) -> Floats:
-        """[points, 2]: log2 of the batch size, ln of the LR."""
-        return np.array([[math.log2(size), math.log(rate)] for size, rate in self.points])
-
-    @cached_property
-    def index(self) -> dict[tuple[int, float], int]:
-        """Where a point stands."""
-        return {point: index for index, point in enumerate(self.points)}
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """Those that may be tried, ascending."""
-        return tuple(sorted({size for size, _ in self.points}))
-
-
-def make_space(
-    batch_sizes: Sequence[int], *, low: float, high: float, seeds: Sequence[int]
-) -> Space:
-    """Every batch size with LRs from low to high, 8 a decade, in two digits."""
-    steps = max(2, round(RATES_PER_DECADE * math.log10(high / low)))
-    rates = [float(f"{low * (high / low) ** (step / steps):.2g}") for step in range(1, steps)]
-    inside = [rate for rate in rates if low < rate < high]
-    points = tuple((size, rate) for size in sorted(batch_sizes) for rate in (low, *inside, high))
-    return Space(points, (tuple(seeds),) * len(points))
-
-
-def initial_design(space: Space, *, num_trials: int) -> tuple[SearchPoint, ...]:
-    """The first points, spread evenly: the R2 sequence (Roberts 2018) over ranks, the ends spared.
-
-    Every point has its first seed. A point that is not in the space is replaced by the nearest LR
-    at its batch size.
-    """
-    sizes = space.batch_sizes
-    logs = space.coordinates[:, 1]
-    low, high = float(logs.min()), float(logs.max())
-    chosen = dict[int, None]()
-    step = 0
-    while len(chosen) < min(num_trials, len(space.points)):
-        across, along = (0.5 + step * 0.7548776662466927) % 1, (0.5 + step * 0.5698402909980532) % 1
-        step += 1
-        size = sizes[int(across * len(sizes))]
-        target = low + (0.1 + 0.8 * along) * (high - low)
-        at_size = [
-            index
-            for index, point in enumerate(space.points)
-            if point[0] == size and index not in chosen
-        ]
-        if at_size:
-            chosen[min(at_size, key=lambda index: abs(float(logs[index]) - target))] = None
-    return tuple(_at(space, index, space.seeds[index][0]) for index in chosen)
 
 
 @dataclass(frozen=True)
@@ -153,6 +97,7 @@ class Surface:
     reference: float
     noise: float
     diverges: Floats
+    risk: Floats
     num_seeds: NDArray[np.int64]
     safe: NDArray[np.bool_]
     left: tuple[tuple[int, ...], ...]
@@ -179,13 +124,15 @@ def fit_surface(observations: Sequence[Observed], space: Space) -> Surface | Non
     mean, covariance = process.predict(x, return_cov=True)
     # scikit-learn's covariance is that of a new trial at each point: take its noise out.
     covariance = np.asarray(covariance) - noise * np.eye(len(x))
+    diverges, risk = _divergence(known, space)
     return Surface(
         space=space,
         mean=centre + spread * np.asarray(mean),
         covariance=spread**2 * covariance,
         reference=math.exp(reference),
         noise=spread**2 * noise,
-        diverges=_divergence(known, space),
+        diverges=diverges,
+        risk=risk,
         num_seeds=np.bincount(at, minlength=len(x)),
         safe=_safe(known, space),
         left=_left(known, space),
@@ -209,6 +156,7 @@ class SearchAnswer:
     loss_low: float
     loss_high: float
     expected_regret: float
+    chance_within_margin: float
     acceptable_batch_sizes: tuple[int, ...]
     possible_batch_sizes: tuple[int, ...]
     rates: tuple[tuple[int, float], ...]
@@ -220,11 +168,11 @@ def search_answer(surface: Surface, *, margin: float) -> SearchAnswer | None:
         return None
     chosen = _chosen(surface)
     samples, possible = _samples(surface, surface.covariance)
-    excess = surface.excess(samples)
+    excess = surface.excess(samples) + surface.risk
     best = np.where(possible, excess, np.inf).min(axis=1)
     regret = np.maximum((1 + excess) / (1 + best)[:, None] - 1, 0.0)
     sizes = surface.space.coordinates[:, 0]
-    holder = np.where(possible, samples, np.inf).argmin(axis=1)
+    holder = np.where(possible, excess, np.inf).argmin(axis=1)
     acceptable, possible_sizes = list[int](), list[int]()
     rates = list[tuple[int, float]]()
     for size in surface.space.batch_sizes:
@@ -234,7 +182,9 @@ def search_answer(surface: Surface, *, margin: float) -> SearchAnswer | None:
         if not (here & surface.safe).any():
             continue
         # The best LR of a batch size need not have been tried there, only one above it.
-        index = _least(surface.mean, here & _below_a_safe_one(surface))
+        index = _least(
+            surface.excess(surface.mean) + surface.risk, here & _below_a_safe_one(surface)
+        )
         rates.append((size, surface.space.points[index][1]))
         if float((regret[:, index] <= margin).mean()) >= 0.95:
             acceptable.append(size)
@@ -248,10 +198,85 @@ def search_answer(surface: Surface, *, margin: float) -> SearchAnswer | None:
         loss_low=float(np.quantile(at, 0.025)),
         loss_high=float(np.quantile(at, 0.975)),
         expected_regret=float(regret[:, chosen].mean()),
+        chance_within_margin=float((regret[:, chosen] <= margin).mean()),
         acceptable_batch_sizes=tuple(acceptable),
         possible_batch_sizes=tuple(possible_sizes),
         rates=tuple(rates),
     )
+
+
+def next_points(
+    observations: Sequence[Observed],
+    space: Space,
+    *,
+    margin: float,
+    max_trials: int,
+    trials_per_round: int,
+) -> tuple[SearchPoint, ...]:
+    """What the search trains next; nothing once it is decided, or `max_trials` are spent.
+
+    Args:
+        observations: every trial so far, the first design's among them.
+        space: what may be tried.
+        margin: expected regret, as a fraction of the loss, below which the answer is good enough.
+        max_trials: of one curve, failed ones included.
+        trials_per_round: how many are proposed at once.
+    """
+    room = min(trials_per_round, max_trials - len(observations))
+    if room <= 0:
+        return ()
+    surface = fit_surface(observations, space)
+    answer = None if surface is None else search_answer(surface, margin=margin)
+    if surface is not None and answer is not None and is_decided(answer, space, margin=margin):
+        return untried_neighbours(surface, answer)[:room]
+    return propose(surface, space, observations, num_trials=room)
+
+
+def is_decided(answer: SearchAnswer, space: Space, *, margin: float) -> bool:
+    """Whether the expected regret is below the margin, with 90% probability of the regret too.
+
+    The answer needs two seeds, where its point may have two: one alone may be lucky.
+    """
+    allowed = len(space.seeds[space.index[answer.batch_size, answer.learning_rate]])
+    return (
+        answer.expected_regret < margin
+        and answer.chance_within_margin >= SURE
+        and answer.num_seeds >= min(LEAST_SEEDS, allowed)
+    )
+
+
+def untried_neighbours(surface: Surface, answer: SearchAnswer) -> tuple[SearchPoint, ...]:
+    """The points beside the answer that must be trained before its surface is believed.
+
+    A surface that is smoother than the truth is sure of what it has not seen (a kink, a cliff). So
+    a lower and a higher LR within a factor of NEAR at the answer's batch size, and both batch sizes
+    beside it at an LR within that factor, have to be among the trials, unless they would diverge.
+    """
+    space, (size, rate) = surface.space, (answer.batch_size, answer.learning_rate)
+    sizes = space.batch_sizes
+    at = sizes.index(size)
+    tried = (surface.num_seeds > 0) | (surface.diverges == 1.0)
+    wanted = list[SearchPoint]()
+    for other, low, high in (
+        (size, 1 / NEAR, 1.0),
+        (size, 1.0, NEAR),
+        *((one, 1 / NEAR, NEAR) for one in (*sizes[max(0, at - 1) : at], *sizes[at + 1 : at + 2])),
+    ):
+        near = [
+            index
+            for index, (one_size, one_rate) in enumerate(space.points)
+            if one_size == other
+            and low <= one_rate / rate <= high
+            and (one_size, one_rate) != (size, rate)
+        ]
+        free = [index for index in near if surface.left[index]]
+        if not near or any(tried[index] for index in near) or not free:
+            continue
+        # The middle of the stretch: on the answer's own side as far as the factor allows it.
+        middle = rate * math.sqrt(low * high)
+        index = min(free, key=lambda one: abs(math.log(space.points[one][1] / middle)))
+        wanted.append(space.at(index, surface.left[index][0]))
+    return tuple(wanted)
 
 
 def propose(
@@ -272,7 +297,7 @@ def propose(
         if not open_.any():
             break
         index = _next(surface, covariance, open_, taken, pick=pick)
-        picks.append(_at(space, index, left[index].pop(0)))
+        picks.append(space.at(index, left[index].pop(0)))
         taken[index] += 1
         column = covariance[:, index]
         covariance = covariance - np.outer(column, column) / (column[index] + surface.noise)
@@ -282,12 +307,12 @@ def propose(
 def _next(
     surface: Surface, covariance: Floats, open_: NDArray[np.bool_], taken: Floats, *, pick: int
 ) -> int:
-    """The point to try: where samples beat the answer most, or the answer, if less is known of it."""
+    """Where samples beat the answer most; the answer itself where less is known of it."""
     samples, possible = _samples(surface, covariance, pick=pick)
-    excess = surface.excess(samples)
+    excess = surface.excess(samples) + surface.risk
     gain = np.zeros(len(surface.mean))
     chosen = _chosen(surface) if surface.safe.any() else None
-    holder = np.where(possible & open_, samples, np.inf).argmin(axis=1)
+    holder = np.where(possible & open_, excess, np.inf).argmin(axis=1)
     rows = np.arange(len(samples))
     if chosen is None:
         np.add.at(gain, holder, 1.0)
@@ -313,7 +338,7 @@ def _samples(
 
 
 def _chosen(surface: Surface) -> int:
-    return _least(surface.mean, surface.safe)
+    return _least(surface.excess(surface.mean) + surface.risk, surface.safe)
 
 
 def _least(values: Floats, among: NDArray[np.bool_]) -> int:
@@ -330,7 +355,7 @@ def _fitted_process(x: Floats, y: Floats, *, spread: float) -> Any:
     Noise: a relative standard deviation of 0.05% to 5% of the loss.
     """
     noise = [(bound / spread) ** 2 for bound in (5e-4, 2e-3, 5e-2)]
-    kernel = ConstantKernel(2.0, (0.1, 100.0)) * Matern([1.0, 1.0], (0.2, 10.0), nu=2.5)
+    kernel = ConstantKernel(2.0, (0.1, 100.0)) * Matern(np.ones(2), (0.2, 10.0), nu=NU)
     kernel = kernel + WhiteKernel(noise[1], (noise[0], noise[2]))
     process = GaussianProcessRegressor(kernel, alpha=1e-10)
     with warnings.catch_warnings():
@@ -376,11 +401,13 @@ def _left(observations: Sequence[Observed], space: Space) -> tuple[tuple[int, ..
     )
 
 
-def _divergence(observations: Sequence[Observed], space: Space) -> Floats:
-    """[points]: 0 up to the highest safe LR of a batch size, 1 from the lowest that diverged on.
+def _divergence(observations: Sequence[Observed], space: Space) -> tuple[Floats, Floats]:
+    """Two [points]: whether a trial diverges for the search, and what that costs an answer.
 
-    Between them the logistic regression of all trials on log2 batch and ln LR; without any that
-    diverged, 0.
+    The first is 0 up to the highest safe LR of a batch size, 1 from the lowest that diverged on,
+    and between them the logistic regression of all trials on log2 batch and ln LR. The second is
+    over the safe stretch: the regression as a Beta prior of weight 2, and each trial that lived
+    there or at a higher LR counted as a success. Without any trial that diverged both are 0.
     """
     lowest = _lowest_diverged(observations)
     safe = _safe(observations, space)
@@ -391,23 +418,23 @@ def _divergence(observations: Sequence[Observed], space: Space) -> Floats:
     between = np.zeros(len(space.points))
     counted = [one for one in observations if not one.useless]
     verdicts = np.array([one.loss is None for one in counted])
-    if verdicts.any():
-        if verdicts.all():
-            between[:] = 0.5
+    if verdicts.all():
+        between[:] = 0.5
+    elif verdicts.any():
+        x = np.array([[math.log2(one.batch_size), math.log(one.learning_rate)] for one in counted])
+        model = LogisticRegression(C=LOGISTIC_C).fit(x / UNIT, verdicts)
+        between = np.asarray(model.predict_proba(space.coordinates / UNIT))[:, 1]
+    diverges, risk = np.zeros(len(space.points)), np.zeros(len(space.points))
+    for index, (size, rate) in enumerate(space.points):
+        if rate >= lowest.get(size, math.inf):
+            diverges[index] = 1.0
+        elif rate > highest.get(size, 0.0):
+            diverges[index] = between[index]
         else:
-            x = np.array([[math.log2(one.batch_size), math.log(one.learning_rate)] for one in counted])
-            model = LogisticRegression(C=10.0).fit(x / UNIT, verdicts)
-            between = np.asarray(model.predict_proba(space.coordinates / UNIT))[:, 1]
-    return np.array(
-        [
-            1.0
-            if rate >= lowest.get(size, math.inf)
-            else 0.0
-            if rate <= highest.get(size, 0.0)
-            else float(chance)
-            for (size, rate), chance in zip(space.points, between, strict=True)
-        ]
-    )
+            lived = sum(one.batch_size == size and one.learning_rate >= rate for one in counted)
+            lived -= sum(one.batch_size == size and one.loss is None for one in counted)
+            risk[index] = PRIOR_WEIGHT * between[index] / (PRIOR_WEIGHT + lived)
+    return diverges, COST_OF_DIVERGENCE * risk
 
 
 def _without_surface(
@@ -422,9 +449,4 @@ def _without_surface(
         if left[index] and rate < lowest.get(size, math.inf)
     ]
     open_.sort(key=lambda index: (space.points[index][1], space.points[index][0]))
-    return tuple(_at(space, index, left[index][0]) for index in open_[:num_trials])
-
-
-def _at(space: Space, index: int, seed: int) -> SearchPoint:
-    size, rate = space.points[index]
-    return SearchPoint(size, rate, seed)
+    return tuple(space.at(index, left[index][0]) for index in open_[:num_trials])

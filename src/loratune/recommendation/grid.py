@@ -1,4 +1,6 @@
-"""The answer to "which batch size and learning rate?", from the trials of a grid.
+"""The answer to "which batch size and learning rate?", from the trials of a grid or a search.
+
+A search's answer is that of `searched`; what follows is said of grids.
 
 Nothing is modelled between or beyond the batch sizes that were tried. What cannot be decided is
 said in `undecided`, and the numbers beside it are null. Seeds are the only noise that is counted:
@@ -14,11 +16,12 @@ from loratune.analyse.cells import Cell, make_cells
 from loratune.analyse.curves import Curve, Point, make_curves
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
+from loratune.recommendation.adaptive import DEFAULT_MARGIN
 from loratune.recommendation.best import against_best
+from loratune.recommendation.searched import Searched, answer_of_search, is_search
 from loratune.records import TrialResult
 
 BASELINE = "lora"
-DEFAULT_MARGIN = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,9 @@ class Recommendation:
     of the best's. Both hold together with 95% confidence. `fastest_acceptable_batch_size` has the
     most measured rows per second of them. `cost_fraction` is tokens trained over tokens of the
     full sweep; a grid is the full sweep, so it is below 1 only while trials are unfinished or
-    where they diverged early. None where no trial has run.
+    where they diverged early. None where no trial has run, and for an adaptive search, which has no
+    grid. `expected_regret` (a fraction of the loss) is an adaptive search's; its batch sizes hold
+    with 95% posterior probability each.
     """
 
     setting: str
@@ -91,6 +96,7 @@ class Recommendation:
     extrapolated_over: tuple[str, ...]
     cost_fraction: float | None
     undecided: tuple[str, ...]
+    expected_regret: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """The answer as plain values under the names that others rely on; tuples are lists."""
@@ -135,6 +141,9 @@ def recommend_from_curve(
     curve: Curve, *, margin: float = DEFAULT_MARGIN, other_methods: Sequence[str] = ()
 ) -> Recommendation:
     """The recommendation that one curve allows."""
+    if is_search(curve):
+        found = answer_of_search(curve, margin=margin)
+        return _recommend_from_search(curve, found, margin=margin, other_methods=other_methods)
     cells = {cell.trial.batch_size: cell for cell in curve.cells}
     scored = [point for point in curve.points if point.score is not None]
     best = curve.best
@@ -212,6 +221,49 @@ def recommend_from_curve(
         extrapolated_over=(),
         cost_fraction=_cost_fraction(curve),
         undecided=tuple(undecided),
+    )
+
+
+def _recommend_from_search(
+    curve: Curve, found: Searched, *, margin: float, other_methods: Sequence[str]
+) -> Recommendation:
+    """The recommendation of an adaptive search; its surface stands in the place of the means."""
+    first = curve.cells[0]
+    speeds = {cell.trial.batch_size: _rows_per_second(cell) for cell in curve.cells}
+    answer = None if found.undecided else found.answer
+    batch_size = None if answer is None else answer.batch_size
+    microbatch = None if batch_size is None else _rows_per_microbatch(curve, batch_size)
+    return Recommendation(
+        setting=curve.label,
+        method=first.method,
+        model=first.trial.model,
+        rank=first.trial.rank,
+        num_train_rows=first.trial.num_train_rows,
+        margin=margin,
+        batch_size=batch_size,
+        batch_size_low=None if answer is None else min(answer.possible_batch_sizes),
+        batch_size_high=None if answer is None else max(answer.possible_batch_sizes),
+        learning_rate=None if answer is None else answer.learning_rate,
+        acceptable_batch_sizes=None if answer is None else answer.acceptable_batch_sizes,
+        fastest_acceptable_batch_size=(
+            None if answer is None else _fastest(answer.acceptable_batch_sizes, speeds)
+        ),
+        rows_per_microbatch=microbatch,
+        gradient_accumulation_steps=(
+            None if batch_size is None or microbatch is None else math.ceil(batch_size / microbatch)
+        ),
+        evidence=_evidence(
+            curve,
+            speeds,
+            (*found.notes, *_about_methods(curve, other_methods)),
+            num_shared_seeds=None,
+            sigma=None,
+            df=None,
+        ),
+        extrapolated_over=(),
+        cost_fraction=None,
+        undecided=found.undecided,
+        expected_regret=None if answer is None else answer.expected_regret,
     )
 
 
@@ -295,18 +347,23 @@ def _notes(
             "SELECTED ON THE TEST SET (select_on: test): the score is too good, "
             "and the answer is for reproduction only"
         )
-    if other_methods:
-        notes.append(
-            f"this is the answer for {curve.cells[0].method}; the study also has "
-            f"{_enumerated(list(other_methods))}: `loratune compare` compares them, --method gives "
-            "the answer for another"
-        )
+    notes += _about_methods(curve, other_methods)
     if more := _worth_adding(curve):
         notes.append(
             f"what to run next: add {_enumerated(more)} to the study file and run it again; "
             "trials that are done are not repeated"
         )
     return tuple(notes)
+
+
+def _about_methods(curve: Curve, other_methods: Sequence[str]) -> list[str]:
+    if not other_methods:
+        return []
+    return [
+        f"this is the answer for {curve.cells[0].method}; the study also has "
+        f"{_enumerated(list(other_methods))}: `loratune compare` compares them, --method gives "
+        "the answer for another"
+    ]
 
 
 def _edge_notes(curve: Curve, best: Point) -> list[str]:

@@ -3,7 +3,8 @@
 A grid cannot know beforehand where its best LRs will lie. Two things can be asked for afterwards,
 cell by cell: LRs beyond an end of the grid where the best one lies on it, and further seeds at the
 best LR and its two neighbours, the only ones whose noise decides anything. When every cell of a
-curve is through, the best of them gets fresh seeds, which choose nothing.
+curve is through, the best of them gets fresh seeds, which choose nothing. An adaptive search asks
+for all cells of a curve together.
 
 All of it is a function of the scores alone, so that a sweep that was stopped asks for the same.
 """
@@ -12,7 +13,14 @@ import math
 from collections.abc import Sequence
 
 from loratune.analyse.cells import Cell, TriedRate, best_rate
-from loratune.study.schema import LearningRate, Seeds
+from loratune.planning.search_space import SearchPoint, most_trials, space_of
+from loratune.recommendation.adaptive import (
+    DEFAULT_MARGIN,
+    TRIALS_PER_ROUND,
+    Observed,
+    next_points,
+)
+from loratune.study.schema import LearningRate, Seeds, Study
 
 # An LR and a seed of a cell.
 Point = tuple[float, int]
@@ -74,6 +82,18 @@ def confirmation(cells: Sequence[Cell], *, seeds: Seeds) -> tuple[Cell, tuple[Po
     if best is None or best.best is None or not seeds.fresh:
         return None
     return best, tuple((best.best.learning_rate, seed) for seed in seeds.fresh)
+
+
+def next_points_of(study: Study, observations: Sequence[Observed]) -> tuple[SearchPoint, ...]:
+    """What an adaptive study trains next on a curve, given all that was tried there."""
+    rates = study.learning_rate
+    return next_points(
+        observations,
+        space_of(study),
+        margin=rates.margin or DEFAULT_MARGIN,
+        max_trials=most_trials(study),
+        trials_per_round=rates.trials_per_round or TRIALS_PER_ROUND,
+    )
 
 
 def _best(cell: Cell, seeds: Seeds) -> TriedRate | None:

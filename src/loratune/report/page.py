@@ -24,7 +24,8 @@ from loratune.analyse.curves import SelectionGap, make_curves, selection_gaps
 from loratune.analyse.scores import test_tasks
 from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError
-from loratune.recommendation.grid import DEFAULT_MARGIN, recommend_from_curve
+from loratune.recommendation.adaptive import DEFAULT_MARGIN
+from loratune.recommendation.grid import recommend_from_curve
 from loratune.records import DataSummary, Provenance, StudyRecord, TrialResult
 from loratune.report.figures import FigureData, figure_table, render, study_figures
 from loratune.report.text import comparison_sentences, recommendation_sentences

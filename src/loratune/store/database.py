@@ -222,6 +222,7 @@ class Store:
         select_on: SelectOn,
         trials: Sequence[Trial],
         asks: Sequence[ScoreKey] | None = None,
+        purpose: Purpose = "search",
     ) -> None:
         """Add a study with its trials in their order; the same again writes nothing.
 
@@ -257,7 +258,7 @@ class Store:
                     created_at=self._clock(),
                 ),
             )
-            self._add_trials(connection, study_id, trials, first_position=0, purpose="search")
+            self._add_trials(connection, study_id, trials, first_position=0, purpose=purpose)
 
     def add_trials(self, study: str, trials: Sequence[Trial], *, purpose: Purpose) -> None:
         """Trials that a study's outcomes call for, after those that it has; known ones stay.

@@ -258,6 +258,10 @@ class LearningRate(Section):
 
     `{values: [...], extend: 3}`: where a cell's best LR is the lowest or the highest that was
     tried, up to three more are tried beyond it, one at a time, in the grid's own steps.
+
+    `{search: adaptive, low: 1e-5, high: 1e-2}`: batch sizes and LRs are searched together, curve by
+    curve, in rounds of `trials_per_round`, until the expected regret of the answer is below
+    `margin`, a fraction of the validation loss, or a curve has `max_trials`.
     """
 
     values: Annotated[tuple[float, ...] | None, BeforeValidator(_rates)] = None
@@ -267,6 +271,22 @@ class LearningRate(Section):
     search: Literal["adaptive"] | None = None
     low: float | None = Field(default=None, gt=0)
     high: float | None = Field(default=None, gt=0)
+    margin: float | None = Field(
+        default=None, gt=0, lt=1, description="of an adaptive search; left out: 0.005"
+    )
+    max_trials: int | None = Field(
+        default=None,
+        ge=1,
+        description="of an adaptive search, for each curve; left out: 3 a batch size and 5",
+    )
+    trials_per_round: int | None = Field(
+        default=None, ge=1, description="of an adaptive search; left out: 6"
+    )
+
+    @field_validator("low", "high", "margin", mode="before")
+    @classmethod
+    def _floats(cls, value: Any) -> Any:
+        return _as_float(value)
 
     @field_validator("values")
     @classmethod
@@ -287,8 +307,11 @@ class LearningRate(Section):
                 raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
             if self.extend:
                 raise ValueError("extend belongs to a list of values, not to search: adaptive")
-        elif self.low is not None or self.high is not None:
-            raise ValueError("low and high belong to search: adaptive")
+            return self
+        of_search = ("low", "high", "margin", "max_trials", "trials_per_round")
+        given = [name for name in of_search if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"{' and '.join(given)} belong to search: adaptive")
         return self
 
 
@@ -618,6 +641,17 @@ class Study(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Study":
         held_out = self.data.validation
+        if self.learning_rate.search is not None:
+            if self.select_on != "validation_loss":
+                raise ValueError(
+                    "learning_rate: {search: adaptive} searches the validation loss; remove "
+                    f"select_on: {self.select_on}, or give a list of learning rates"
+                )
+            if self.seeds.around_best:
+                raise ValueError(
+                    "seeds: around_best belongs to a grid; an adaptive search gives further seeds "
+                    "itself, up to those of seeds: grid"
+                )
         if self.select_on == "test":
             if held_out is not None:
                 raise ValueError(
@@ -667,8 +701,5 @@ class Study(Section):
             StudyError: the study asks for an adaptive search, which has no grid.
         """
         if self.learning_rate.values is None:
-            raise StudyError(
-                "learning_rate: {search: adaptive} is not available in this version; "
-                "give a list, such as [1e-4, 3e-4, 1e-3], or paper"
-            )
+            raise StudyError("learning_rate: {search: adaptive} has no grid of learning rates")
         return tuple(sorted(self.learning_rate.values))

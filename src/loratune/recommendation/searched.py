@@ -1,0 +1,140 @@
+"""The answer of an adaptive search, read off the surface of all trials of a curve. No torch.
+
+The surface spans the batch sizes and the LRs that were tried, so that the expected regret is
+against these; what lies beyond the lowest and the highest LR is not judged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loratune.analyse.curves import Curve
+from loratune.planning.search_space import Space
+from loratune.recommendation.adaptive import (
+    Observed,
+    SearchAnswer,
+    fit_surface,
+    search_answer,
+)
+from loratune.records import FINAL_STATUSES, TrialResult
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What a search says of one curve; `answer` is None where `undecided` says why alone."""
+
+    answer: SearchAnswer | None
+    undecided: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def is_search(curve: Curve) -> bool:
+    """Whether an adaptive search chose the curve's trials."""
+    return any(result.purpose == "adaptive" for cell in curve.cells for result in cell.results)
+
+
+def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
+    """The trials that have been tried, as the search takes them.
+
+    One that failed, ran out of memory or was stopped early has no loss and did not diverge. One
+    that ended with an infinite loss has diverged.
+    """
+    found = list[Observed]()
+    for result in results:
+        outcome = result.outcome
+        if outcome is None or result.purpose == "confirm":
+            continue
+        loss = outcome.validation_loss if outcome.status == "done" else None
+        if loss is not None and not 0.0 < loss < float("inf"):
+            loss = None
+        found.append(
+            Observed(
+                batch_size=result.trial.batch_size,
+                learning_rate=result.trial.learning_rate,
+                seed=result.trial.seed,
+                loss=loss,
+                useless=outcome.status not in ("done", "diverged"),
+            )
+        )
+    return tuple(found)
+
+
+def answer_of_search(curve: Curve, *, margin: float) -> Searched:
+    """The answer with its expected regret, or why there is none."""
+    results = [result for cell in curve.cells for result in cell.results]
+    trials = observed(results)
+    left = sum(result.status not in FINAL_STATUSES for result in results)
+    surface = fit_surface(trials, _tried(results))
+    answer = None if surface is None else search_answer(surface, margin=margin)
+    if answer is None:
+        return Searched(None, (_why_none(trials, left),), ())
+    undecided = list[str]()
+    if answer.expected_regret > margin:
+        undecided.append(
+            f"after {len(trials)} trials the best found, batch size {answer.batch_size} at "
+            f"learning rate {answer.learning_rate:g}, is still expected to be "
+            f"{100 * answer.expected_regret:.2g}% worse than the best there is, more than "
+            f"{100 * margin:g}%; raise max_trials under learning_rate and run it again"
+        )
+    return Searched(answer, tuple(undecided), tuple(_notes(answer, trials, left)))
+
+
+def _tried(results: Sequence[TrialResult]) -> Space:
+    """Every batch size with every LR of the curve; no seed is left, nothing is proposed here."""
+    sizes = sorted({result.trial.batch_size for result in results})
+    rates = sorted({result.trial.learning_rate for result in results})
+    points = tuple((size, rate) for size in sizes for rate in rates)
+    return Space(points, ((),) * len(points))
+
+
+def _why_none(trials: Sequence[Observed], left: int) -> str:
+    if left:
+        return f"{left} trials of the search have no outcome; finish the study with `loratune run`"
+    lowest = min(one.learning_rate for one in trials)
+    return (
+        "nearly every trial diverged, and none is left that could be the answer; try learning "
+        f"rates below the lowest one, {lowest:g}"
+    )
+
+
+def _notes(answer: SearchAnswer, trials: Sequence[Observed], left: int) -> list[str]:
+    seeds = "1 seed" if answer.num_seeds == 1 else f"{answer.num_seeds} seeds"
+    notes = [
+        f"expected validation loss there: {answer.expected_loss:.4g} (95% interval "
+        f"{answer.loss_low:.4g} to {answer.loss_high:.4g}; {seeds}, and the trials around it); "
+        f"expected regret {100 * answer.expected_regret:.2g}% of the loss, from a Gaussian process "
+        f"through {len(trials)} trials"
+    ]
+    rates = sorted({one.learning_rate for one in trials})
+    if answer.learning_rate in (rates[0], rates[-1]):
+        end, beyond = (
+            ("lowest", "lower")
+            if answer.learning_rate == rates[0]
+            else (
+                "highest",
+                "higher",
+            )
+        )
+        notes.append(
+            f"learning rate {answer.learning_rate:g} is the {end} that was tried; "
+            f"a {beyond} one may be better"
+        )
+    sizes = sorted({one.batch_size for one in trials})
+    if len(sizes) > 1 and answer.batch_size in (sizes[0], sizes[-1]):
+        end, beyond = (
+            ("smallest", "smaller")
+            if answer.batch_size == sizes[0]
+            else (
+                "largest",
+                "larger",
+            )
+        )
+        notes.append(
+            f"batch size {answer.batch_size} is the {end} that was tried; "
+            f"a {beyond} one may be better"
+        )
+    if left:
+        notes.append(f"{left} trials have no outcome yet; the answer may change")
+    diverged = sum(one.loss is None and not one.useless for one in trials)
+    if diverged:
+        notes.append(f"{diverged} trials diverged: the search kept away from where they did")
+    return notes
