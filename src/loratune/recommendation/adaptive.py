@@ -32,7 +32,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,8 @@ def fit_surface(observations: Sequence[Observed], space: Space) -> Surface | Non
     z = TAU * np.log1p((logs - reference) / TAU)
     centre, spread = float(np.median(z)), max(float(z.std()), 1e-3)
     x = space.coordinates / UNIT
-    process = _fitted_process(x[at], (z - centre) / spread, spread=spread)
+    own = _own_variance(at, z) / spread**2
+    process = _fitted_process(x[at], (z - centre) / spread, own, spread=spread)
     noise = float(process.kernel_.k2.noise_level)
     mean, covariance = process.predict(x, return_cov=True)
     # scikit-learn's covariance is that of a new trial at each point: take its noise out.
@@ -349,15 +350,29 @@ def _below_a_safe_one(surface: Surface) -> NDArray[np.bool_]:
     return surface.diverges == 0.0
 
 
-def _fitted_process(x: Floats, y: Floats, *, spread: float) -> Any:
+def _own_variance(at: NDArray[np.int64], z: Floats) -> Floats:
+    """[trials]: the variance of the trials at the same point, 0 where there is one alone.
+
+    Noise is not the same everywhere: far above the best LR one seed may blow up and the next train.
+    Without this such a pair would pass for noise at the best point, too.
+    """
+    variance = np.zeros(len(z))
+    for index in np.unique(at):
+        here = at == index
+        if here.sum() > 1:
+            variance[here] = z[here].var(ddof=1)
+    return variance
+
+
+def _fitted_process(x: Floats, y: Floats, own_variance: Floats, *, spread: float) -> Any:
     """The most likely kernel from one start; bounds keep length scales and noise plausible.
 
     Noise: a relative standard deviation of 0.05% to 5% of the loss.
     """
     noise = [(bound / spread) ** 2 for bound in (5e-4, 2e-3, 5e-2)]
-    kernel = ConstantKernel(2.0, (0.1, 100.0)) * Matern(np.ones(2), (0.2, 10.0), nu=NU)
+    kernel = ConstantKernel(2.0, (0.1, 100.0)) * cast("Any", Matern)([1.0, 1.0], (0.2, 10.0), nu=NU)
     kernel = kernel + WhiteKernel(noise[1], (noise[0], noise[2]))
-    process = GaussianProcessRegressor(kernel, alpha=1e-10)
+    process = GaussianProcessRegressor(kernel, alpha=own_variance + 1e-10)
     with warnings.catch_warnings():
         # A parameter at its bound is no trouble here.
         warnings.simplefilter("ignore", ConvergenceWarning)
