@@ -66,6 +66,17 @@ def growing_study(more: str = "") -> LoadedStudy:
     return parse_study(text, name="growing.yaml", folder=Path.cwd())
 
 
+def searching_study(more: str = "") -> LoadedStudy:
+    """Two methods, each searched over two batch sizes; the stub draws its losses."""
+    text = STUDY.format(name="searching", batch_size="[8, 16]", more=more)
+    text = text.replace(
+        "learning_rate: [1e-3, 1e-2]",
+        "learning_rate: {search: adaptive, low: 1e-4, high: 1e-2, max_trials: 13, "
+        "trials_per_round: 3}",
+    ).replace("seeds: 2", "seeds: {grid: 3, confirm: 2}")
+    return parse_study(text, name="searching.yaml", folder=Path.cwd())
+
+
 @dataclass(frozen=True)
 class StubAdapter:
     text: str

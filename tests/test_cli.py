@@ -381,7 +381,7 @@ BAD_STUDIES = {
         "humane",
     ),
     "unknown task": ("seeds: 2", "evaluate: {tasks: [gsm8]}\nseeds: 2", "gsm8k"),
-    "adaptive search": ("[1e-3, 1e-2]", "{search: adaptive, low: 1e-4, high: 1e-2}", "give a list"),
+    "adaptive search without bounds": ("[1e-3, 1e-2]", "{search: adaptive}", "needs low and high"),
 }
 
 

@@ -26,6 +26,7 @@ from stub_sweep import (
     StubPack,
     StubWorkshop,
     growing_study,
+    searching_study,
     stub_study,
     sweep_stub,
 )
@@ -607,6 +608,51 @@ def test_stopped_anywhere_a_growing_study_ends_like_an_undisturbed_one(tmp_path)
             sweep_stub(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
         resumed = sweep_stub(out, loaded)
         assert sorted(table(resumed)) == sorted(table(undisturbed))
+
+
+def test_an_adaptive_study_trains_each_trial_once_and_no_more_than_it_may(tmp_path):
+    loaded = searching_study()
+    workshop = StubWorkshop(loaded)
+    sweep = sweep_stub(tmp_path / "out", loaded, workshop=workshop)
+    trained = workshop.stub.trained
+    assert len(set(trained)) == len(trained) == len(sweep.results)
+    for method in ("lora", "pissa"):
+        own = [one for one in sweep.results if one.trial.method.name == method]
+        searched = [one for one in own if one.purpose == "adaptive"]
+        # The stub's losses are noise of 30% or so: no answer is good enough before the budget ends.
+        assert len(searched) == 13
+        assert all(1e-4 <= one.trial.learning_rate <= 1e-2 for one in searched)
+        assert {one.trial.seed for one in searched} <= {0, 1, 2}
+        assert [one.trial.seed for one in own if one.purpose == "confirm"] == [3, 4]
+    assert all(cell.lr_at_edge is None for cell in make_cells(sweep.results))
+    kept = list((tmp_path / "out" / "adapters").iterdir())
+    assert len(kept) == 4  # the best of every cell
+    again = StubWorkshop(loaded)
+    sweep_stub(tmp_path / "out", loaded, workshop=again)
+    assert again.stub.trained == []
+
+
+def test_stopped_anywhere_an_adaptive_study_ends_like_an_undisturbed_one(tmp_path):
+    loaded = searching_study()
+    undisturbed = sweep_stub(tmp_path / "undisturbed", loaded)
+    total = sum(result.trial.num_updates for result in undisturbed.results)
+    for number, num_updates in enumerate(range(7, total, total // 5)):
+        out = tmp_path / str(number)
+        watcher = StopsAfter(num_updates)
+        with pytest.raises(Interrupted):
+            sweep_stub(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
+        resumed = sweep_stub(out, loaded)
+        assert sorted(table(resumed)) == sorted(table(undisturbed))
+
+
+def test_a_trial_that_fails_does_not_end_an_adaptive_search(tmp_path, stub):
+    loaded = searching_study()
+    workshop = StubWorkshop(loaded, stub(fails=lambda trial: trial.batch_size == 8))
+    sweep = sweep_stub(tmp_path, loaded, workshop=workshop)
+    done = [one for one in sweep.results if one.status == "done" and one.purpose == "adaptive"]
+    assert sweep.num_failed > 0
+    assert len(done) > 6
+    assert {one.trial.batch_size for one in done} == {16}
 
 
 def test_fresh_seeds_are_scored_and_their_adapters_go(tmp_path):

@@ -144,9 +144,10 @@ def test_a_missing_file_and_a_folder_are_said_to_be_so(tmp_path):
         load_study(tmp_path / "latin.yaml")
 
 
-def test_an_adaptive_search_is_refused_in_plain_words_when_it_is_planned():
-    study = parse(EXAMPLE.replace("[1e-5, 3e-4]", "{search: adaptive, low: 1e-5, high: 1e-2}"))
-    with pytest.raises(StudyError, match="not available in this version; give a list"):
+def test_an_adaptive_search_has_bounds_and_no_grid():
+    study = parse(EXAMPLE.replace("[1e-5, 3e-4]", "{search: adaptive, low: 1e-5, high: 1}"))
+    assert (study.learning_rate.low, study.learning_rate.high) == (1e-5, 1.0)
+    with pytest.raises(StudyError, match="has no grid"):
         study.learning_rates()
 
 

@@ -83,6 +83,21 @@ REFUSED = [
     ({"schedule": "{kind: linear, warmup_ratio: 0.1, warmup_steps: 3}"}, "schedule: give warmup_"),
     ({"learning_rate": "{search: adaptive}"}, "learning_rate: an adaptive search needs low and"),
     ({"learning_rate": "{search: adaptive, low: 1, high: 0.1}"}, "low 1 is not below high 0.1"),
+    ({"learning_rate": "{values: [1e-3], max_trials: 9}"}, "max_trials belong to search: adaptive"),
+    (
+        {
+            "learning_rate": "{search: adaptive, low: 1e-4, high: 1e-2}",
+            "seeds": "{grid: 2, around_best: 1}",
+        },
+        "around_best belongs to a grid",
+    ),
+    (
+        {
+            "learning_rate": "{search: adaptive, low: 1e-4, high: 1e-2}",
+            "select_on": "validation_accuracy",
+        },
+        "searches the validation loss",
+    ),
     ({"optimizer": "{beta2: {rule: fixed, half_life_tokens: 3}}"}, "beta2: give fixed or {half"),
     ({"evaluate": "{tasks: [gsm8k, {name: gsm8k}]}"}, "task 'gsm8k' is listed twice"),
     # Values out of range.

@@ -372,7 +372,7 @@ def _fitted_process(x: Floats, y: Floats, own_variance: Floats, *, spread: float
     noise = [(bound / spread) ** 2 for bound in (5e-4, 2e-3, 5e-2)]
     kernel = ConstantKernel(2.0, (0.1, 100.0)) * cast("Any", Matern)([1.0, 1.0], (0.2, 10.0), nu=NU)
     kernel = kernel + WhiteKernel(noise[1], (noise[0], noise[2]))
-    process = GaussianProcessRegressor(kernel, alpha=own_variance + 1e-10)
+    process = cast("Any", GaussianProcessRegressor)(kernel, alpha=own_variance + 1e-10)
     with warnings.catch_warnings():
         # A parameter at its bound is no trouble here.
         warnings.simplefilter("ignore", ConvergenceWarning)
