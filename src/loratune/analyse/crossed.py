@@ -1,19 +1,7 @@
 """The difference of two methods where seeds and questions both vary, with an honest interval.
 
-The crossed random-effects model without replication, for the difference d of two methods at seed s
-on question q, d_sq = delta + a_s + b_q + e_sq, estimated from mean squares (ANOVA; Searle, Casella
-and McCulloch 1992, chapter 4): with M_a, M_b, M_e those of seeds, questions and the rest,
-
-    Var(mean) = (M_a + M_b - M_e) / (S Q),
-
-degrees of freedom by Satterthwaite (1946). Where the two methods share no seeds, each has a seed
-part (M_a - M_e) / (S Q) of its own, and the questions' part is the variance over questions of the
-difference of seed means. Two changes to the textbook, both measured (docs/decisions.md):
-
-- M_a counts twice in the degrees of freedom. With few seeds a mean square that is small by luck
-  makes the interval narrow *and* its degrees of freedom large; with three seeds the textbook's
-  intervals cover 92% where the seeds' part is the larger one. Doubled: 93.7% or more.
-- The variance is at least 5% of the questions' part: a small M_a could make it negative.
+Below 10 seeds by the crossed random-effects model (`planning.crossed_model` has its formulas) with
+Student's quantile at Satterthwaite's degrees of freedom.
 
 From 10 seeds on the quantile is not Student's but that of a two-way bootstrap (seeds and questions
 resampled apart; Owen 2007, "The pigeonhole bootstrap"), studentised: every resample's mean is
@@ -33,20 +21,20 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
 from loratune.analyse.intervals import Estimate, t_estimate
 from loratune.errors import AnalysisError
-from loratune.planning.power import FEWEST_SEEDS_WITH_QUESTIONS
-
-FloatArray = npt.NDArray[np.float64]
+from loratune.planning.crossed_model import (
+    FEWEST_SEEDS,
+    FloatArray,
+    SeedSquares,
+    variance_of_mean,
+)
 
 BOOTSTRAP_FROM = 10
 NUM_RESAMPLES = 1999
 # A fixed stream: the same answers always give the same interval.
 _BOOTSTRAP_SEED = 20_240_501
-_SEED_WEIGHT = 2.0
-_LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +73,9 @@ def crossed_difference(
     assert one.shape[1] == two.shape[1]
     assert not paired or one.shape == two.shape
     fewest = min(len(one), len(two))
-    if fewest < FEWEST_SEEDS_WITH_QUESTIONS:
+    if fewest < FEWEST_SEEDS:
         raise AnalysisError(
-            f"{fewest} seeds; it takes {FEWEST_SEEDS_WITH_QUESTIONS} to see how much seeds matter "
+            f"{fewest} seeds; it takes {FEWEST_SEEDS} to see how much seeds matter "
             "beside questions"
         )
     tables = (one - two,) if paired else (one, -two)
@@ -124,16 +112,9 @@ def crossed_variance(*tables: FloatArray) -> Variance:
     pooled: FloatArray = sum(table.mean(axis=-2) for table in tables)  # type: ignore[assignment]
     num_questions = pooled.shape[-1]
     question_part = pooled.var(axis=-1, ddof=1) / num_questions
-    squares = [_mean_squares(table) for table in tables]
-    return _combined(
-        pooled.mean(axis=-1),
-        question_part,
-        num_questions,
-        [
-            (seeds, residual, table.shape[-2])
-            for (seeds, residual), table in zip(squares, tables, strict=True)
-        ],
-    )
+    squares = [SeedSquares(*_mean_squares(table), table.shape[-2]) for table in tables]
+    variance, df = variance_of_mean(question_part, num_questions, squares)
+    return Variance(pooled.mean(axis=-1), variance, df)
 
 
 def crossed_components(table: FloatArray) -> Components:
@@ -163,28 +144,6 @@ def _mean_squares(table: FloatArray) -> tuple[FloatArray, FloatArray]:
     return seeds, np.maximum(rest, 0.0) / ((num_seeds - 1) * (num_questions - 1))
 
 
-def _combined(
-    value: FloatArray,
-    question_part: FloatArray,
-    num_questions: int,
-    squares: Sequence[tuple[FloatArray, FloatArray, int]],
-) -> Variance:
-    """Variance and degrees of freedom from the parts; `squares` are (M_a, M_e, S) of each table."""
-    variance, cautious = question_part, question_part
-    spread = question_part**2 / (num_questions - 1)
-    for seeds, residual, num_seeds in squares:
-        cells = num_seeds * num_questions
-        variance = variance + (seeds - residual) / cells
-        cautious = cautious + (_SEED_WEIGHT * seeds - residual) / cells
-        spread = spread + (_SEED_WEIGHT * seeds / cells) ** 2 / (num_seeds - 1)
-        spread = spread + (residual / cells) ** 2 / ((num_seeds - 1) * (num_questions - 1))
-    floor = _LEAST_SHARE * question_part
-    fewest = min(num_seeds for _, _, num_seeds in squares) - 1.0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        df = np.where(spread > 0.0, np.maximum(cautious, floor) ** 2 / spread, fewest)
-    return Variance(value, np.maximum(variance, floor), np.maximum(df, fewest))
-
-
 def _by_source(table: FloatArray, sources: Sequence[int]) -> FloatArray:
     """[S, Q] to [S, C]: each source's summed deviations from the mean, scaled to keep the mean."""
     numbers = np.unique(np.asarray(sources), return_inverse=True)[1]
@@ -200,7 +159,7 @@ def _bootstrap_ts(tables: Sequence[FloatArray], value: float) -> FloatArray:
     num_questions = tables[0].shape[1]
     questions = _counts(num_questions, stream=0)
     means = list[FloatArray]()
-    squares = list[tuple[FloatArray, FloatArray, int]]()
+    squares = list[SeedSquares]()
     pooled = np.zeros_like(questions)
     for index, table in enumerate(tables):
         seeds = _counts(len(table), stream=index + 1)
@@ -215,18 +174,17 @@ def _bootstrap_ts(tables: Sequence[FloatArray], value: float) -> FloatArray:
         )
         rest = total - size * grand**2 - between_seeds - between_questions
         df = len(table) - 1
-        squares.append(
-            (between_seeds / df, np.maximum(rest, 0.0) / (df * (num_questions - 1)), len(table))
-        )
+        residual = np.maximum(rest, 0.0) / (df * (num_questions - 1))
+        squares.append(SeedSquares(between_seeds / df, residual, len(table)))
         means.append(grand)
         pooled += by_question
     grand = np.sum(means, axis=0)
     question_part = (questions * (pooled - grand[:, None]) ** 2).sum(axis=1) / (
         (num_questions - 1) * num_questions
     )
-    found = _combined(grand, question_part, num_questions, squares)
+    variance, _ = variance_of_mean(question_part, num_questions, squares)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ts = np.abs(found.value - value) / np.sqrt(found.variance)
+        ts = np.abs(grand - value) / np.sqrt(variance)
     # A resample without any variance: nothing moved (0), or everything did (infinite).
     return np.sort(np.where(np.isnan(ts), 0.0, ts))
 

@@ -1,14 +1,12 @@
 """What a comparison of two methods can show, before anything is run: power, and its inverses.
 
-The model is that of `analyse.crossed`: S seeds and Q questions, both drawn anew by whoever repeats
-the study; the difference of two methods at seed s on question q is
-
-    d_sq = delta + a_s + b_q + e_sq,    Var(mean) = var_a / S + var_b / Q + var_e / (S Q).
-
-Power is that of the two-sided 5% t test of delta = 0 whose degrees of freedom are Satterthwaite's,
-from the noncentral t. A difference that is *called* by `compare` must moreover reach the detectable
-effect itself (see `called_effect`). Not covered: Holm's adjustment where several methods are
-compared, and the choice of batch size and LR, which fresh seeds make independent of the estimate.
+The model is that of `crossed_model`: S seeds and Q questions, both drawn anew by whoever repeats
+the study. Power is that of the very test that `analyse.crossed` makes, its mean squares integrated
+out numerically: the noncentral t at the expected degrees of freedom is off by up to 8 points of
+power with three seeds. A difference that is *called* by `compare` must moreover reach the
+detectable effect itself (see `called_effect`). Not covered: Holm's adjustment where several methods
+are compared, and the choice of batch size and LR, which fresh seeds make independent of the
+estimate.
 """
 
 # scipy comes without types.
@@ -18,22 +16,23 @@ compared, and the choice of batch size and LR, which fresh seeds make independen
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import chdtri, ndtr, ndtri, stdtrit
+from scipy.stats import qmc
 
-FloatArray = npt.NDArray[np.float64]
+from loratune.planning.crossed_model import (
+    FEWEST_SEEDS,
+    FloatArray,
+    SeedSquares,
+    variance_of_mean,
+)
 
 LEVEL = 0.05
 POWER = 0.8
-# Two seeds give the crossed model one degree of freedom for seeds: its 95% intervals then cover
-# about 90% (measured, docs/decisions.md).
-FEWEST_SEEDS_WITH_QUESTIONS = 3
-FEWEST_SEEDS = 2
 # Beyond this many degrees of freedom t is normal to 1e-5.
 _NORMAL_FROM = 100_000.0
 _MOST_SEEDS = 1_000
@@ -132,41 +131,81 @@ def _scales(df: float) -> FloatArray:
     return np.sqrt(chdtri(df, upper_tails) / df)
 
 
-def standard_error_of_difference(
-    noise: DifferenceNoise, *, num_seeds: int, num_questions: int | None
-) -> tuple[float, float]:
-    """(standard error, Satterthwaite's degrees of freedom) that a study of this size expects.
-
-    `num_questions` is None for a loss: then only seeds vary, with num_seeds - 1 degrees of freedom.
-    With expected mean squares M_a = var_e + Q var_a, M_b = var_e + S var_b, M_e = var_e the
-    variance is (M_a + M_b - M_e) / (S Q), its degrees of freedom (M_a + M_b - M_e)^2 /
-    (M_a^2/(S-1) + M_b^2/(Q-1) + M_e^2/((S-1)(Q-1))).
-    """
-    if num_questions is None:
-        return math.sqrt(noise.seed_variance / num_seeds), float(num_seeds - 1)
-    s, q = num_seeds, num_questions
-    seeds = noise.residual_variance + q * noise.seed_variance
-    questions = noise.residual_variance + s * noise.question_variance
-    total = seeds + questions - noise.residual_variance
-    spread = (
-        seeds**2 / (s - 1)
-        + questions**2 / (q - 1)
-        + noise.residual_variance**2 / ((s - 1) * (q - 1))
-    )
-    return math.sqrt(total / (s * q)), total**2 / spread if spread > 0.0 else math.inf
-
-
 def study_detectable_effect(
     noise: DifferenceNoise, *, num_seeds: int, num_questions: int | None, wanted: float = POWER
 ) -> float | None:
-    """The smallest true difference found with power `wanted`; None with too few seeds."""
-    fewest = FEWEST_SEEDS if num_questions is None else FEWEST_SEEDS_WITH_QUESTIONS
-    if num_seeds < fewest:
-        return None
-    error, df = standard_error_of_difference(
-        noise, num_seeds=num_seeds, num_questions=num_questions
-    )
-    return detectable_effect(error, df=df, wanted=wanted)
+    """The smallest true difference found with probability `wanted`; None with too few seeds.
+
+    `num_questions` is None for a loss: then only seeds vary, and the test is the paired t test.
+    """
+    found = _study_effect(noise, num_seeds, num_questions, wanted, False)
+    return None if math.isnan(found) else found
+
+
+def study_called_effect(
+    noise: DifferenceNoise, *, num_seeds: int, num_questions: int | None, wanted: float = POWER
+) -> float | None:
+    """The smallest true difference that `compare` calls one with probability `wanted`, or None."""
+    found = _study_effect(noise, num_seeds, num_questions, wanted, True)
+    return None if math.isnan(found) else found
+
+
+@lru_cache(maxsize=4096)
+def _study_effect(
+    noise: DifferenceNoise, num_seeds: int, num_questions: int | None, wanted: float, called: bool
+) -> float:
+    """NaN with too few seeds."""
+    effect = called_effect if called else detectable_effect
+    if num_questions is None:
+        if num_seeds < 2:
+            return math.nan
+        error = math.sqrt(noise.seed_variance / num_seeds)
+        return effect(error, df=num_seeds - 1.0, wanted=wanted)
+    if num_seeds < FEWEST_SEEDS:
+        return math.nan
+    s, q = num_seeds, num_questions
+    residual = noise.residual_variance
+    seeds, questions = residual + q * noise.seed_variance, residual + s * noise.question_variance
+    error = math.sqrt((seeds + questions - residual) / (s * q))
+    if error == 0.0:
+        return 0.0
+    # Mean squares are independent chi2(df) / df times their expectations, and independent of the
+    # mean, where all parts are normal.
+    draws = _uniforms()
+    square = [
+        expected * chdtri(df, draws[:, index]) / df
+        for index, (expected, df) in enumerate(
+            ((seeds, s - 1), (questions, q - 1), (residual, (s - 1) * (q - 1)))
+        )
+    ]
+    variance, df = variance_of_mean(square[1] / (s * q), q, [SeedSquares(square[0], square[2], s)])
+    multiple = detectable_multiples(df) if called else stdtrit(df, 1 - LEVEL / 2)
+    threshold = multiple * np.sqrt(variance) / error
+
+    def excess(effect: float) -> float:
+        return float((ndtr(effect - threshold) + ndtr(-effect - threshold)).mean()) - wanted
+
+    root: Any = brentq(excess, 0.0, 10 * float(threshold.max()) + 10)
+    return error * float(root)
+
+
+@cache
+def _uniforms() -> FloatArray:
+    """4,096 points that fill the unit cube evenly (Sobol), the same every time."""
+    return qmc.Sobol(3, scramble=False).random(4096) + 0.5 / 4096
+
+
+def detectable_multiples(df: FloatArray) -> FloatArray:
+    """`detectable_effect` of standard error 1 at many `df` at once, interpolated over 1 / df."""
+    knots, known = _known_multiples()
+    return np.interp(1 / df, knots, known)
+
+
+@cache
+def _known_multiples() -> tuple[FloatArray, FloatArray]:
+    """1 / df, ascending, and the multiple there."""
+    df = np.array([1e6, 1e3, *np.geomspace(100.0, 1.0, 40)])
+    return 1 / df, np.array([detectable_effect(1.0, df=float(one)) for one in df])
 
 
 def seeds_to_detect(
@@ -176,7 +215,7 @@ def seeds_to_detect(
 
     Seeds don't average out the noise of the questions: None says that more questions are needed.
     """
-    fewest = FEWEST_SEEDS if num_questions is None else FEWEST_SEEDS_WITH_QUESTIONS
+    fewest = 2 if num_questions is None else FEWEST_SEEDS
 
     def finds(num_seeds: int) -> bool:
         found = study_detectable_effect(noise, num_seeds=num_seeds, num_questions=num_questions)
@@ -190,7 +229,7 @@ def questions_to_detect(effect: float, noise: DifferenceNoise, *, num_seeds: int
 
     None where 10 million don't do (seeds vary too much), or with fewer than 3 seeds.
     """
-    if num_seeds < FEWEST_SEEDS_WITH_QUESTIONS:
+    if num_seeds < FEWEST_SEEDS:
         return None
 
     def finds(num_questions: int) -> bool:
