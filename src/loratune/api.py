@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.analyse.cells import cells_table, make_cells
-from loratune.analyse.compare import Comparison
+from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.tables import results_table
 from loratune.errors import StudyError
@@ -228,18 +228,23 @@ def compare(folder: str | Path) -> tuple[Comparison, ...]:
     """Every method against lora, each at its own best batch size and LR, in every setting."""
     _, store, record = open_results(folder)
     with store:
-        return compare_results(store.results(record.name, with_losses=False))
+        found = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
+        sources = question_sources(store.data_summaries(record.name))
+    return compare_results(found, verdicts=verdicts, sources=sources)
 
 
 def report(folder: str | Path) -> ReportPaths:
     """Write DIR/report.html and DIR/figures/ from what is in the store."""
     place, store, record = open_results(folder)
     with store:
+        found = store.results(record.name)
         return write_report(
             place.root,
             study=record,
-            results=store.results(record.name),
-            summaries=tuple(store.data_summaries(record.name).values()),
+            results=found,
+            verdicts=store.verdicts(record.name, trial_ids=trials_to_compare(found)),
+            summaries=store.data_summaries(record.name),
             provenances=store.provenances(record.name),
         )
 

@@ -46,9 +46,9 @@ def test_the_expected_best_is_the_mean_over_all_subsets_and_opda_agrees_on_the_b
     values = list(np.random.default_rng(num_draws).normal(size=7))
     best = max if higher else min
     over_subsets = [best(some) for some in itertools.combinations(values, num_draws)]
-    assert expected_best(
-        values, num_draws=num_draws, higher_is_better=higher
-    ) == pytest.approx(np.mean(over_subsets))
+    assert expected_best(values, num_draws=num_draws, higher_is_better=higher) == pytest.approx(
+        np.mean(over_subsets)
+    )
     curve = EmpiricalDistribution(values).average_tuning_curve(num_draws, minimize=not higher)
     assert expected_best(
         values, num_draws=num_draws, higher_is_better=higher, biased=True

@@ -70,7 +70,8 @@ def test_detectable_and_called_effects_have_the_power_that_they_state():
         assert power(detectable, standard_error=3.0, df=df) == pytest.approx(0.8, abs=1e-6)
     many = np.array([1.7, 4.3, 33.0, 5000.0])
     assert detectable_multiples(many) == pytest.approx(
-        [detectable_effect(1.0, df=df) for df in many], rel=2e-3
+        [detectable_effect(1.0, df=df) for df in many],
+        rel=5e-3,  # straight between its knots
     )
     called, detectable = called_effect(1.0, df=9.0), detectable_effect(1.0, df=9.0)
     assert stats.nct.sf(detectable, 9.0, called) == pytest.approx(0.8, abs=1e-4)

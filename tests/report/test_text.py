@@ -85,8 +85,14 @@ def test_a_comparison_names_verdict_difference_and_seeds():
 def test_two_seeds_are_said_not_to_be_enough():
     (one,) = compare(
         [
-            result(1.0 + offset + seed * (0.5 - offset), method=method, seed=seed)
+            result(
+                1.0 + offset + seed * (0.5 - offset) + rate,
+                method=method,
+                seed=seed,
+                learning_rate=rate,
+            )
             for method, offset in (("lora", 0.1), ("pissa", 0.2))
+            for rate in (1e-4, 1e-3)
             for seed in (0, 1)
         ],
         margin=1e-6,

@@ -5,6 +5,10 @@ eligible, and shown. Neither is one that lacks a score for any seed of the cell 
 out of memory, stopped early): a mean over fewer seeds would be compared with one over more.
 The interval is over seeds alone, and the same seeds chose the LR, so that the score is a little
 better than a fresh seed's would be; `curves.selection_gaps` measures that where it can be measured.
+
+A cell's seeds are those that choose: the ones that every LR of the method's whole grid has. What
+was chosen may be trained again with further seeds, to be told without that flattery; those trials
+stand apart (`TriedRate.further`), so that they make no other LR incomplete and change no choice.
 """
 
 # pandas comes without complete types: what it returns is unknown to pyright.
@@ -35,7 +39,7 @@ class TriedRate:
     """One LR of a cell. `seed_scores` follow the cell's seeds, None where there is no score.
 
     `mean` is over the scores there are, None where none is finite; it is shown, but only an
-    eligible LR's is compared.
+    eligible LR's is compared. `further` are its trials with seeds that did not choose.
     """
 
     learning_rate: float
@@ -43,11 +47,14 @@ class TriedRate:
     seed_scores: tuple[float | None, ...]
     mean: float | None
     verdict: Literal["eligible", "diverged", "incomplete"]
+    further: tuple[TrialResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """All trials that differ only in LR and seed. `trial` is one of them, for what they share.
+
+    `seeds` are those that choose the LR; see the module.
 
     `best` and `score` are None where no LR is eligible, `lr_at_edge` too. `lr_at_edge`: the best
     LR is the lowest or the highest that was tried; an LR that diverged or was stopped early was
@@ -77,8 +84,8 @@ class Cell:
 
     @property
     def results(self) -> tuple[TrialResult, ...]:
-        """Every trial of the cell, by LR, then seed."""
-        return tuple(result for rate in self.rates for result in rate.trials)
+        """Every trial of the cell, by LR, then seed; further seeds behind those that choose."""
+        return tuple(result for rate in self.rates for result in (*rate.trials, *rate.further))
 
     def _rates_of(self, verdict: str) -> tuple[float, ...]:
         return tuple(rate.learning_rate for rate in self.rates if rate.verdict == verdict)
@@ -98,8 +105,25 @@ def make_cells(results: Sequence[TrialResult]) -> tuple[Cell, ...]:
         grouped = dict[tuple[object, ...], list[TrialResult]]()
         for result in of_study:
             grouped.setdefault(cell_key(result.trial), []).append(result)
-        cells.extend(_cell(of_cell, metric) for of_cell in grouped.values())
+        choosing = _choosing_seeds(of_study)
+        cells.extend(
+            _cell(of_cell, metric, choosing[method_label(of_cell[0])])
+            for of_cell in grouped.values()
+        )
     return tuple(cells)
+
+
+def _choosing_seeds(results: Sequence[TrialResult]) -> dict[str, frozenset[int]]:
+    """For each method the seeds that every (cell, LR) of it has a trial of, finished or not."""
+    points = dict[str, dict[tuple[object, ...], set[int]]]()
+    for result in results:
+        of_method = points.setdefault(method_label(result), {})
+        point = (*cell_key(result.trial), result.trial.learning_rate)
+        of_method.setdefault(point, set()).add(result.trial.seed)
+    return {
+        method: frozenset[int].intersection(*map(frozenset, of_method.values()))
+        for method, of_method in points.items()
+    }
 
 
 def best_rate(rates: Sequence[TriedRate], metric: Metric) -> TriedRate | None:
@@ -140,8 +164,9 @@ def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
     return make_frame(columns, [_row(cell, columns) for cell in cells])
 
 
-def _cell(results: Sequence[TrialResult], metric: Metric) -> Cell:
-    seeds = tuple(sorted({result.trial.seed for result in results}))
+def _cell(results: Sequence[TrialResult], metric: Metric, choosing: frozenset[int]) -> Cell:
+    # Where no seed is common to the whole grid, all of the cell's choose, as many as there are.
+    seeds = tuple(sorted(choosing or {result.trial.seed for result in results}))
     by_rate = dict[float, list[TrialResult]]()
     for result in results:
         by_rate.setdefault(result.trial.learning_rate, []).append(result)
@@ -171,7 +196,7 @@ def _tried(
     )
     finite = _finite(scores)
     verdict: Literal["eligible", "diverged", "incomplete"] = "eligible"
-    if any(diverged(result, metric) for result in results):
+    if any(diverged(by_seed[seed], metric) for seed in seeds if seed in by_seed):
         verdict = "diverged"
     elif len(finite) < len(seeds):
         verdict = "incomplete"
@@ -181,6 +206,7 @@ def _tried(
         seed_scores=scores,
         mean=math.fsum(finite) / len(finite) if finite else None,
         verdict=verdict,
+        further=tuple(by_seed[seed] for seed in sorted(by_seed) if seed not in seeds),
     )
 
 

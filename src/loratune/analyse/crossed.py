@@ -22,7 +22,7 @@ from functools import cache
 
 import numpy as np
 
-from loratune.analyse.intervals import Estimate, t_estimate
+from loratune.analyse.intervals import CONFIDENCE, Estimate, ZeroSet, t_estimate, t_quantile
 from loratune.errors import AnalysisError
 from loratune.planning.crossed_model import (
     FEWEST_SEEDS,
@@ -33,6 +33,7 @@ from loratune.planning.crossed_model import (
 
 BOOTSTRAP_FROM = 10
 NUM_RESAMPLES = 1999
+_ZERO_SET_STEPS = 100
 # A fixed stream: the same answers always give the same interval.
 _BOOTSTRAP_SEED = 20_240_501
 
@@ -75,15 +76,16 @@ def crossed_difference(
     fewest = min(len(one), len(two))
     if fewest < FEWEST_SEEDS:
         raise AnalysisError(
-            f"{fewest} seeds; it takes {FEWEST_SEEDS} to see how much seeds matter "
-            "beside questions"
+            f"{fewest} seeds; it takes {FEWEST_SEEDS} to see how much seeds matter beside questions"
         )
     tables = (one - two,) if paired else (one, -two)
     if sources is not None:
         tables = tuple(_by_source(table, sources) for table in tables)
     num_units = tables[0].shape[1]
     if num_units < 2:
-        raise AnalysisError("all questions share one source; it takes two to see how much they vary")
+        raise AnalysisError(
+            "all questions share one source; it takes two to see how much they vary"
+        )
     plain = crossed_variance(*tables)
     value, variance, df = (float(x) for x in (plain.value, plain.variance, plain.df))
     if variance == 0.0 or fewest < BOOTSTRAP_FROM:
@@ -127,6 +129,28 @@ def crossed_components(table: FloatArray) -> Components:
         questions=max(0.0, (questions - residual) / num_seeds),
         residual=residual,
     )
+
+
+def crossed_zero_set(left: FloatArray, right: FloatArray) -> ZeroSet:
+    """The w in [0, 1] at which the mean of (1 - w) left + w right does not differ from 0.
+
+    `intervals.zero_set` where questions vary too: the same inversion of a two-sided 5% test, which
+    is here the crossed model's, over paired differences [S, Q]. To within 1/200 of w.
+    """
+    weights = np.linspace(0.0, 1.0, _ZERO_SET_STEPS + 1)
+    kept = list[tuple[float, float]]()
+    half = 0.5 / _ZERO_SET_STEPS
+    for w in weights:
+        found = crossed_variance((1 - w) * left + w * right)
+        allowed = t_quantile((1 + CONFIDENCE) / 2, df=float(found.df)) * math.sqrt(found.variance)
+        if abs(float(found.value)) > allowed:
+            continue
+        low, high = max(0.0, float(w) - half), min(1.0, float(w) + half)
+        if kept and math.isclose(kept[-1][1], low, abs_tol=1e-9):
+            kept[-1] = (kept[-1][0], high)
+        else:
+            kept.append((low, high))
+    return tuple(kept)
 
 
 def _mean_squares(table: FloatArray) -> tuple[FloatArray, FloatArray]:

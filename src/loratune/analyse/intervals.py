@@ -19,6 +19,8 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
+# Disjoint intervals of [0, 1], ascending.
+ZeroSet = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,8 @@ def t_estimate(
     """The estimate with Student's quantile, or that of the bootstrap's |t| where they are given."""
     ts = tuple(map(float, absolute_ts))
     critical = t_quantile((1 + CONFIDENCE) / 2, df=df)
-    if ts:  # the smallest one that at most 5% of them and the estimate's own reach
-        critical = ts[min(len(ts) - 1, math.ceil(CONFIDENCE * (1 + len(ts))) - 1)]
+    if ts:  # what a |t| must exceed for fewer than 5% of them and its own to reach it
+        critical = ts[min(len(ts) - 1, math.floor(CONFIDENCE * (1 + len(ts))))]
     return Estimate(value, standard_error, df, critical, procedure, ts)
 
 
@@ -149,7 +151,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(map(float, multipletests(p_values, method="holm")[1]))
 
 
-def zero_set(left: Sequence[float], right: Sequence[float]) -> tuple[tuple[float, float], ...]:
+def zero_set(left: Sequence[float], right: Sequence[float]) -> ZeroSet:
     """The w in [0, 1] at which the mean of (1 - w) left + w right does not differ from 0.
 
     Fieller's idea: instead of an interval for the ratio where the line crosses zero, the set of w

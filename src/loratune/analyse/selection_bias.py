@@ -21,7 +21,7 @@ from loratune.errors import AnalysisError
 
 @cache
 def expected_maximum(num: int) -> float:
-    """E[max of `num` independent standard normals] = integral of 1 - Phi^K - (1 - Phi)^K over x > 0.
+    """E[max of K = `num` standard normals] = integral over x > 0 of 1 - Phi(x)^K - Phi(-x)^K.
 
     E[M] = int_0^inf P(M > x) dx - int_-inf^0 P(M <= x) dx, both folded onto x > 0. K = 5: 1.163;
     40: 2.161 (Harter 1961 tabulates them).
