@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from loratune.analyse.intervals import holm, paired_t, t_estimate, welch_t
@@ -41,6 +42,8 @@ def test_no_noise_at_all_decides_everything():
 def test_holm_is_the_textbook_example():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
     assert holm([]) == ()
+    p_values = [0.2, 0.9, 0.011, 0.6, 0.04, 0.04]
+    assert holm(p_values) == pytest.approx(tuple(multipletests(p_values, method="holm")[1]))
 
 
 def test_a_bootstraps_interval_and_p_say_the_same():

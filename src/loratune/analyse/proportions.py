@@ -4,13 +4,13 @@ These speak of the adapters that were trained, not of the methods that trained t
 vary in them. `analyse.crossed` is for methods.
 """
 
-# scipy and statsmodels come without types.
+# scipy comes without types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
 from dataclasses import dataclass
 
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
 from loratune.errors import AnalysisError
 
@@ -50,10 +50,7 @@ def wilson(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float
     Raises:
         AnalysisError: `correct` is not between 0 and `total`, or there are no questions.
     """
-    # Its import takes longer than all the rest of an analysis.
-    from statsmodels.stats.proportion import proportion_confint
-
     if not 0 <= correct <= total or total == 0:
         raise AnalysisError(f"{correct} right of {total} questions; expected 0 <= right <= total")
-    low, high = proportion_confint(correct, total, alpha=1 - confidence, method="wilson")
-    return float(low), float(high)
+    found = binomtest(correct, total).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
