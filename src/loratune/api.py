@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 from loratune.analyse.cells import cells_table, make_cells
 from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
+from loratune.analyse.noise import measured_noise
 from loratune.analyse.tables import results_table
 from loratune.errors import StudyError
 from loratune.folder import open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
+from loratune.planning.power import DifferenceNoise
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.report.page import ReportPaths, write_report
@@ -64,7 +66,8 @@ def plan_with_remarks(
     Args:
         loaded: the study.
         tflops: a rate of your own in TFLOP/s; left out: a stated H100 rate.
-        like: a results folder whose finished trials give the rate of the device they ran on.
+        like: a results folder whose finished trials give the rate of the device they ran on, and
+            the noise from which the detectable differences are planned.
 
     Raises:
         LoratuneError: the study can't be planned.
@@ -79,8 +82,18 @@ def plan_with_remarks(
         rate = stated_rate(tflops)
     elif like is not None:
         rate = _measured_rate(like, found)
-    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate)
+    noise = {} if like is None else _noise_of(like)
+    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
     return made, found.remarks
+
+
+def _noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
+    """The noise between methods that was measured in a results folder, by metric."""
+    _, store, record = open_results(folder)
+    with store:
+        results = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(results))
+    return measured_noise(results, verdicts)
 
 
 def plan(

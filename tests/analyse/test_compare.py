@@ -16,7 +16,7 @@ RATES = (1e-3, 1e-2)
 
 
 def two_methods(lora, other, *, method="pissa", **fields):
-    """{batch size: [loss of each seed]} of two methods at the first LR; the second is worse by 1."""
+    """{batch size: [loss of each seed]} of two methods at the first LR; the second adds 1."""
     return [
         result(
             loss + penalty, batch_size=size, seed=seed, method=name, learning_rate=rate, **fields

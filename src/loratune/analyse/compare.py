@@ -1,4 +1,4 @@
-"""Methods against a baseline, each at its own best batch size and LR: better, worse, alike, or open.
+"""Methods against a baseline, each at its own best batch size and LR: better, worse or alike.
 
 Batch size and LR are chosen by the score that selects, on held-out rows; where a test was scored,
 the methods are compared on it as well, at those same choices.
@@ -167,9 +167,7 @@ def compare(
         raise AnalysisError(f"no trials of {baseline!r}; the study has {', '.join(methods)}")
     if len(methods) == 1:
         raise AnalysisError(f"the study has {baseline} alone; add a method to compare with it")
-    answers = _Answers(
-        {(one.trial_id, _column(one)): one for one in verdicts}, {} if sources is None else sources
-    )
+    answers = Answers.of(verdicts, sources)
     found = list[Comparison]()
     for task in (None, *_further_tasks(selecting, tested_tasks(cells))):
         scored = selecting if task is None else make_curves(cells, task=task)
@@ -351,11 +349,17 @@ def _at_edge(pair: Pair, name: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answers:
+class Answers:
     """Verdicts by (trial id, task column), and the questions' sources by (fingerprint, task)."""
 
     by_trial: Mapping[tuple[str, str], Verdicts]
     sources: Sources
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdicts], sources: Sources | None = None) -> "Answers":
+        """The answers by the names that tables have for tasks."""
+        by_trial = {(one.trial_id, _column(one)): one for one in verdicts}
+        return cls(by_trial, {} if sources is None else sources)
 
     def table(self, trials: Sequence[TrialResult], task: str) -> FloatArray | None:
         """[S, Q] of ones and zeros; None where an answer is unknown or questions differ."""
@@ -366,6 +370,7 @@ class _Answers:
         return np.array([one.correct for one in known], dtype=np.float64)
 
     def questions(self, trial: TrialResult, task: str) -> tuple[int, ...]:
+        """What the trial was asked; its answers must be known."""
         return self.by_trial[trial.trial.trial_id, task].questions
 
     def sources_of(self, trial: TrialResult, task: str) -> list[int] | None:
@@ -410,7 +415,7 @@ class _Side:
         return [by_seed[seed] for seed in seeds]
 
 
-def _compare(method: Pair, baseline: Pair, margin: float | None, answers: _Answers) -> Comparison:
+def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answers) -> Comparison:
     """One method's best point against the baseline's; Holm and the verdict are still to come."""
     metric = baseline[1].metric
     sides = (_side(method), _side(baseline))
@@ -526,7 +531,7 @@ def _too_few(num: int, fewest: int) -> str:
 def _estimate(
     sides: tuple[_Side, _Side],
     metric: Metric,
-    answers: _Answers,
+    answers: Answers,
     seeds: tuple[Sequence[int], Sequence[int]],
     paired: bool,
     fresh: bool,
@@ -642,7 +647,7 @@ def _flattery(side: _Side) -> float | None:
 
 
 def _crossovers(
-    method: Curve, baseline: Curve, names: tuple[str, str], answers: _Answers
+    method: Curve, baseline: Curve, names: tuple[str, str], answers: Answers
 ) -> tuple[Crossover, ...]:
     """Along the seeds that chose; over questions too where their verdicts are known throughout."""
     zero_sets = None

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 from loratune.analyse.cells import Cell
 from loratune.analyse.intervals import ZeroSet, mean_with_interval, zero_set
-from loratune.analyse.selection_bias import selection_bias
 from loratune.analyse.scores import Metric, accuracy_metric, test_tasks, trial_score
+from loratune.analyse.selection_bias import selection_bias
 from loratune.records import Trial, TrialResult
 
 # What a trial's batch size decides, and so differs along a curve. Warm-up is matched by rank

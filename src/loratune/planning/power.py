@@ -36,6 +36,7 @@ POWER = 0.8
 # Beyond this many degrees of freedom t is normal to 1e-5.
 _NORMAL_FROM = 100_000.0
 _MOST_SEEDS = 1_000
+_OTHER_SEEDS = (5, 10, 20)
 _MOST_QUESTIONS = 10_000_000
 
 # Assumptions, not measurements; `--like DIR` puts measured ones in their place. 20% of the answers
@@ -68,6 +69,53 @@ ASSUMED_NOISE = DifferenceNoise(
     source=f"assumed: {100 * ASSUMED_DISCORDANCE:g}% of answers differ between two methods, "
     f"accuracy varies by {100 * ASSUMED_SEED_SD:g} points (SD) between seeds",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class StudyPower:
+    """What one study can show under one metric, and what it would take to show `target`.
+
+    `detectable_effect` is found, `called_effect` called a difference by `compare`, with 80% power;
+    both null with too few seeds. `seeds_needed` at these questions, `questions_needed` at these
+    seeds find `target`; null where no number does. `questions_needed_with` maps other numbers of
+    seeds to questions. Effects are in the metric's unit; `num_questions` is None for a loss.
+    """
+
+    metric: str
+    num_seeds: int
+    num_questions: int | None
+    noise: str
+    detectable_effect: float | None
+    called_effect: float | None
+    target: float
+    seeds_needed: int | None
+    questions_needed: int | None
+    questions_needed_with: tuple[tuple[int, int | None], ...]
+
+
+def study_power(
+    metric: str, noise: DifferenceNoise, *, num_seeds: int, num_questions: int | None, target: float
+) -> StudyPower:
+    """The power of a comparison of two methods with these seeds and questions."""
+    ask = num_questions is not None
+    return StudyPower(
+        metric=metric,
+        num_seeds=num_seeds,
+        num_questions=num_questions,
+        noise=noise.source,
+        detectable_effect=study_detectable_effect(
+            noise, num_seeds=num_seeds, num_questions=num_questions
+        ),
+        called_effect=study_called_effect(noise, num_seeds=num_seeds, num_questions=num_questions),
+        target=target,
+        seeds_needed=seeds_to_detect(target, noise, num_questions=num_questions),
+        questions_needed=questions_to_detect(target, noise, num_seeds=num_seeds) if ask else None,
+        questions_needed_with=tuple(
+            (seeds, questions_to_detect(target, noise, num_seeds=seeds))
+            for seeds in _OTHER_SEEDS
+            if ask
+        ),
+    )
 
 
 def critical_t(df: float, *, level: float = LEVEL) -> float:
