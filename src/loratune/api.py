@@ -82,12 +82,12 @@ def plan_with_remarks(
         rate = stated_rate(tflops)
     elif like is not None:
         rate = _measured_rate(like, found)
-    noise = {} if like is None else _noise_of(like)
+    noise = {} if like is None else noise_of(like)
     made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
     return made, found.remarks
 
 
-def _noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
+def noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
     """The noise between methods that was measured in a results folder, by metric."""
     _, store, record = open_results(folder)
     with store:

@@ -48,7 +48,7 @@ def answered(methods, *, num_seeds=12, num_questions=3000):
                 scores=[score("gsm8k", int(row.sum()), num_questions)],
             )  # fmt: skip
             results.append(one)
-            given.append(verdicts(one, row))
+            given.append(verdicts(one, row.tolist()))
     return results, given
 
 

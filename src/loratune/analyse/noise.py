@@ -10,7 +10,7 @@ from loratune.analyse.cells import make_cells
 from loratune.analyse.compare import Answers
 from loratune.analyse.crossed import Components, crossed_components
 from loratune.analyse.curves import Curve, Point, make_curves, tested_tasks
-from loratune.analyse.scores import LOSS
+from loratune.analyse.scores import LOSS, accuracy_metric
 from loratune.planning.power import ASSUMED_DISCORDANCE, DifferenceNoise
 from loratune.records import TrialResult, Verdicts
 
@@ -24,7 +24,8 @@ def measured_noise(
     components are those of paired differences, averaged over the pairs of methods that share at
     least two seeds (and questions). With one method alone its seeds' and residual variance count
     twice, and the questions' part is what the assumed discordance leaves. A metric that nothing is
-    known of is absent.
+    known of is absent. Questions that share a source count as their own: planned with too little
+    noise where there are such.
     """
     cells = make_cells(results)
     selecting = make_curves(cells)
@@ -34,11 +35,11 @@ def measured_noise(
         if loss is not None:
             found[LOSS.name] = loss
     answers = Answers.of(verdicts)
-    for task in tested_tasks(cells):
-        scored = make_curves(cells, task=task)
+    chosen_by = [curve.metric.task for curve in selecting if curve.metric.task is not None]
+    for task in dict.fromkeys([*chosen_by, *tested_tasks(cells)]):
         accuracy = _accuracy_noise(selecting, task, answers)
         if accuracy is not None:
-            found[scored[0].metric.name] = accuracy
+            found[accuracy_metric(task).name] = accuracy
     return found
 
 

@@ -31,7 +31,11 @@ def expected_maximum(num: int) -> float:
     """
     if num < 1:
         raise AnalysisError(f"num={num}; the best of how many? Give at least 1")
-    value, _ = quad(lambda x: 1.0 - ndtr(x) ** num - ndtr(-x) ** num, 0.0, 40.0, limit=200)
+
+    def exceeded(x: float) -> float:
+        return float(1.0 - ndtr(x) ** num - ndtr(-x) ** num)
+
+    value, _ = quad(exceeded, 0.0, 40.0, limit=200)
     return float(value)
 
 

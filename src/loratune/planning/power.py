@@ -155,11 +155,11 @@ def called_effect(
 @cache
 def _multiple(df: float, level: float, wanted: float, threshold: float) -> float:
     """The effect, in standard errors, whose t exceeds `threshold` with probability `wanted`."""
-    root: Any = brentq(
-        lambda ncp: _exceeds(ncp, threshold, df) + _exceeds(-ncp, threshold, df) - wanted,
-        0.0,
-        10 * threshold + 10,
-    )
+
+    def excess(effect: float) -> float:
+        return _exceeds(effect, threshold, df) + _exceeds(-effect, threshold, df) - wanted
+
+    root: Any = brentq(excess, 0.0, 10 * threshold + 10)
     return float(root)
 
 
