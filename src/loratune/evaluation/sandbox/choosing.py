@@ -50,7 +50,7 @@ def choose_isolation(*, unsafe_exec: bool = False) -> Isolation:
         return found[0]
     if unsafe_exec:
         return Isolation("none")
-    reasons = "; ".join(f"{_name(one)}: {reason}" for one, reason in _trials() if reason)
+    reasons = "; ".join(f"{_name(one)}: {reason}" for one, reason in trials() if reason)
     raise EvaluationError(
         "generated code cannot be isolated on this machine, so it is not run. Install bubblewrap, "
         "allow user namespaces, or accept the danger with --unsafe-exec (unsafe_exec=True), best "
@@ -60,11 +60,11 @@ def choose_isolation(*, unsafe_exec: bool = False) -> Isolation:
 
 def available_isolations() -> tuple[Isolation, ...]:
     """Every isolation that works here, the strongest first. The first call tries them."""
-    return tuple(one for one, reason in _trials() if not reason)
+    return tuple(one for one, reason in trials() if not reason)
 
 
 @cache
-def _trials() -> tuple[tuple[Isolation, str], ...]:
+def trials() -> tuple[tuple[Isolation, str], ...]:
     """Each kind of isolation, with why it does not work here; an empty text: it does."""
     # Root needs no user namespace, and is then able to become a user that nobody is.
     users = (False, True) if os.geteuid() == 0 else (True,)

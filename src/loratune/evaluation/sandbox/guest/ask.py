@@ -32,7 +32,7 @@ class _Program:
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests = requests
         self._replies = replies
-        self.num_calls = 0
+        self._num_requests = 0
         self.fault: str | None = None  # of the program: the verdict is wrong
         self.error: str | None = None  # of the tests or the sandbox: no verdict is possible
 
@@ -45,9 +45,9 @@ class _Program:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.fault or self.error:
             raise TestsFailed
-        self.num_calls += 1
+        self._num_requests += 1
         try:
-            wire.send(self._requests, {"id": self.num_calls, **request})
+            wire.send(self._requests, {"id": self._num_requests, **request})
         except wire.WireError as error:
             raise self.stop(error=f"the tests send too much: {error}") from error
         except OSError as error:
@@ -58,11 +58,17 @@ class _Program:
             raise self.stop(fault=f"the program sent {error}") from error
         if reply is None:
             raise self.stop(fault="the program ended before it answered (an exit or a limit)")
-        if reply.get("id") != self.num_calls:
+        if reply.get("id") != self._num_requests:
             raise self.stop(fault="the program sent an answer that nobody asked for")
         if "raised" in reply:
             raise _exception(reply)
+        if "value" not in reply:
+            raise self.stop(fault="the program sent an answer without a value")
         return reply
+
+    @property
+    def was_called(self) -> bool:
+        return self._num_requests > 1  # the first request defines it
 
     def value(self, data: Any) -> Any:
         try:
@@ -107,7 +113,7 @@ class Remote:
         ):
             if after != before:
                 _change(given, self._program.value(after))
-        return self._program.value(reply.get("value"))
+        return self._program.value(reply["value"])
 
 
 def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, verdicts: TextIO) -> None:
@@ -138,7 +144,6 @@ def _judge(job: dict[str, Any], program: _Program) -> tuple[str, str]:
     reason = ""
     try:
         program.ask({"program": job["program"]})
-        program.num_calls = 0
         exec(tests, names)
     except BaseException as error:  # noqa: BLE001  # whatever ends the tests early
         reason = _name_of(error)
@@ -148,7 +153,7 @@ def _judge(job: dict[str, Any], program: _Program) -> tuple[str, str]:
         return "wrong", program.fault
     if reason:
         return "wrong", reason
-    if not program.num_calls:
+    if not program.was_called:
         return "error", "the tests never called the program"
     return "correct", ""
 

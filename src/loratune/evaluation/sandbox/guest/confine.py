@@ -91,8 +91,12 @@ def give_up_privileges(*, memory_bytes: int, cpu_seconds: int, file_bytes: int, 
     options = f"size={file_bytes},nr_inodes={_MOST_FILES},mode=1777".encode()
     _call("mount", b"tmpfs", WORK_FOLDER.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
     os.chdir(WORK_FOLDER)
+    os.setsid()  # a signal to its own group would also reach those who wait for it
+    for capability in range(64):  # first, since it takes a capability; most numbers do not exist
+        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
     is_somebody_else = os.geteuid() == 0 and _become(user)
-    _drop_capabilities()
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    _call("capset", header, bytes(24))
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # A change of user clears this.
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -186,13 +190,6 @@ def _become(user: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _drop_capabilities() -> None:
-    for capability in range(64):
-        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails for those that do not exist
-    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
-    _call("capset", header, bytes(24))
 
 
 def _kernel() -> tuple[int, int]:
