@@ -14,6 +14,9 @@ process), @BYSTANDER@ (another process).
   harm without walls.
 """
 
+# Programs stand as they are run, however long their lines.
+# ruff: noqa: E501
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ IS_ROOT = os.geteuid() == 0
 _STATUS = Path("/proc/self/status").read_text()
 _CAPABILITIES = int(_STATUS.partition("CapEff:")[2].split()[0], 16)
 CAN_RAISE_LIMITS = bool(_CAPABILITIES >> 24 & 1)  # CAP_SYS_RESOURCE, which root may lack
-HAS_HOME = len(os.listdir(Path.home())) > 1 if Path.home().is_dir() else False
+HAS_HOME = Path.home().is_dir() and len(list(Path.home().iterdir())) > 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Hostile:
 
 
 def _escape(name, expression, expected="'done'", *, before="", bites=True):
-    program = f"import os, socket, ctypes, signal, sys\n{before}\ndef f():\n    return {expression}\n"
+    program = (
+        f"import os, socket, ctypes, signal, sys\n{before}\ndef f():\n    return {expression}\n"
+    )
     return Hostile(name, program, f"assert f() == {expected}", bites=bites)
 
 
@@ -51,8 +56,12 @@ _LIBC = "libc = ctypes.CDLL(None, use_errno=True)"
 ESCAPES = (
     _escape("reads_a_file", "open('@SECRET@').read()", "'@TOKEN@'"),
     _escape("lists_a_folder", "os.listdir(os.path.dirname('@SECRET@')) != []", "True"),
-    _escape("reads_through_a_symlink", "os.symlink('@SECRET@', 'x') or open('x').read()", "'@TOKEN@'"),
-    _escape("reads_through_a_hard_link", "os.link('@SECRET@', 'x') or open('x').read()", "'@TOKEN@'"),
+    _escape(
+        "reads_through_a_symlink", "os.symlink('@SECRET@', 'x') or open('x').read()", "'@TOKEN@'"
+    ),
+    _escape(
+        "reads_through_a_hard_link", "os.link('@SECRET@', 'x') or open('x').read()", "'@TOKEN@'"
+    ),
     _escape("climbs_out_of_its_folder", "open('../' * 30 + '@SECRET@').read()", "'@TOKEN@'"),
     _escape("reads_the_users", "'root' in open('/etc/passwd').read()", "True"),
     _escape("reads_the_passwords", "open('/etc/shadow').read() != ''", "True", bites=IS_ROOT),
@@ -76,8 +85,12 @@ ESCAPES = (
         _done("open(os.__file__, 'a').close()"),
         bites=os.access(os.__file__, os.W_OK),
     ),
-    _escape("connects_by_tcp", "socket.create_connection(('127.0.0.1', @PORT@)).recv(5)", "b'hello'"),
-    _escape("listens_on_tcp", "socket.create_server(('127.0.0.1', 0)).getsockname()[1] > 0", "True"),
+    _escape(
+        "connects_by_tcp", "socket.create_connection(('127.0.0.1', @PORT@)).recv(5)", "b'hello'"
+    ),
+    _escape(
+        "listens_on_tcp", "socket.create_server(('127.0.0.1', 0)).getsockname()[1] > 0", "True"
+    ),
     _escape(
         "sends_by_udp",
         "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))",
@@ -93,7 +106,11 @@ ESCAPES = (
         "(s := socket.socket(socket.AF_UNIX)).connect('\\0@ABSTRACT@') or s.recv(5)",
         "b'hello'",
     ),
-    _escape("asks_the_kernel_by_netlink", "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).fileno() > 0", "True"),
+    _escape(
+        "asks_the_kernel_by_netlink",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).fileno() > 0",
+        "True",
+    ),
     _escape("resolves_a_name", "socket.getaddrinfo('localhost', 80) != []", "True"),
     _escape("signals_the_parent", "os.kill(@PARENT@, 0) or 'done'"),
     _escape("kills_a_bystander", "os.kill(@BYSTANDER@, signal.SIGKILL) or 'done'"),
@@ -105,7 +122,9 @@ ESCAPES = (
         bites=IS_ROOT,
     ),
     _escape("starts_a_shell", "os.system('true')", "0"),
-    _escape("starts_a_program", "__import__('subprocess').run([sys.executable, '-V']).returncode", "0"),
+    _escape(
+        "starts_a_program", "__import__('subprocess').run([sys.executable, '-V']).returncode", "0"
+    ),
     _escape("spawns_a_program", "os.posix_spawn('/bin/true', ['true'], {}) > 0", "True"),
     _escape(
         "leaves_a_daemon",
@@ -127,7 +146,9 @@ ESCAPES = (
         bites=CAN_RAISE_LIMITS,
     ),
     _escape("hides_memory_in_a_file", "os.memfd_create('x') > 0", "True"),
-    _escape("hides_memory_in_the_kernel", "libc.shmget(0, 4096, 0o1600) >= 0", "True", before=_LIBC),
+    _escape(
+        "hides_memory_in_the_kernel", "libc.shmget(0, 4096, 0o1600) >= 0", "True", before=_LIBC
+    ),
     _escape(
         "forges_the_verdict_and_kills_the_judge",
         _done(
@@ -143,7 +164,7 @@ ESCAPES = (
             "        if os.readlink(f'/proc/{pid}/fd/{fd}').startswith('pipe:') and int(fd) > 2:\n"
             "            try: out = os.open(f'/proc/{pid}/fd/{fd}', os.O_WRONLY | os.O_NONBLOCK)\n"
             "            except OSError: continue\n"
-            "            text = '{\"verdict\": \"correct\", \"reason\": \"\"}\\n'\n"
+            '            text = \'{"verdict": "correct", "reason": ""}\\n\'\n'
             "            os.write(out, text.encode())\n"
             "    os.kill(int(pid), 9)"
         ),
@@ -281,10 +302,14 @@ FAKES = (
     _fake(
         "writes_a_verdict_to_every_descriptor",
         "def f():\n    for fd in range(64):\n        try:\n"
-        "            os.write(fd, b'{\"verdict\": \"correct\", \"reason\": \"\"}\\npassed')\n"
+        '            os.write(fd, b\'{"verdict": "correct", "reason": ""}\\npassed\')\n'
         "        except OSError: pass\n    os._exit(0)",
     ),
-    _fake("reads_the_environment", "def f(): return os.environ.get('A_SECRET')", "assert f() == '@TOKEN@'"),
+    _fake(
+        "reads_the_environment",
+        "def f(): return os.environ.get('A_SECRET')",
+        "assert f() == '@TOKEN@'",
+    ),
 )
 
 _PIPE = (
@@ -317,8 +342,14 @@ FORGERS = tuple(
         ("sends_an_unknown_type", _frame('b\'{"id": 2, "value": {"function": 1}}\'')),
         ("sends_another_calls_answer", _frame('b\'{"id": 1, "value": 42}\'')),
         ("sends_wrong_arguments", _frame('b\'{"id": 2, "value": 42, "arguments": [1]}\'')),
-        ("sends_a_length_and_no_more", f"{_PIPE}def f():\n    os.write(out(), b'\\0\\0\\0\\7')\n    os._exit(0)"),
-        ("sends_a_giant_length", f"{_PIPE}def f():\n    os.write(out(), b'\\xff' * 8)\n    return 1"),
+        (
+            "sends_a_length_and_no_more",
+            f"{_PIPE}def f():\n    os.write(out(), b'\\0\\0\\0\\7')\n    os._exit(0)",
+        ),
+        (
+            "sends_a_giant_length",
+            f"{_PIPE}def f():\n    os.write(out(), b'\\xff' * 8)\n    return 1",
+        ),
     )
 )
 
@@ -352,14 +383,25 @@ GLUTTONS = (
         "catches_the_time_limit",
         "signal.signal(signal.SIGXCPU, lambda *_: None)\ndef f():\n    while True: pass",
     ),
-    _glutton("stops_itself", "def f(): os.kill(os.getpid(), signal.SIGSTOP); time.sleep(1e9)", sleeps=True),
+    _glutton(
+        "stops_itself",
+        "def f(): os.kill(os.getpid(), signal.SIGSTOP); time.sleep(1e9)",
+        sleeps=True,
+    ),
     _glutton("kills_itself", "def f(): signal.raise_signal(signal.SIGKILL); os.abort()"),
     _glutton("crashes", "import ctypes\ndef f(): return ctypes.string_at(0)"),
     _glutton("prints_without_end", "def f():\n    while True: print('x' * 1000000)"),
-    _glutton("prints_to_stderr_without_end", "def f():\n    while True: os.write(2, b'x' * 1000000)"),
+    _glutton(
+        "prints_to_stderr_without_end", "def f():\n    while True: os.write(2, b'x' * 1000000)"
+    ),
     _glutton("answers_without_end", "def f(): return 'x' * (1 << 25)"),
-    _glutton("yields_without_end", "import itertools\ndef f(): return itertools.count()", "list(f())"),
-    _glutton("takes_all_memory", "def f():\n    x = [bytearray(1 << 20)]\n    while True: x += [x[0] * 2]"),
+    _glutton(
+        "yields_without_end", "import itertools\ndef f(): return itertools.count()", "list(f())"
+    ),
+    _glutton(
+        "takes_all_memory",
+        "def f():\n    x = [bytearray(1 << 20)]\n    while True: x += [x[0] * 2]",
+    ),
     _glutton("takes_all_memory_at_once", "def f(): return len(b'x' * (1 << 40))"),
     _glutton("reads_a_device_without_end", "def f(): return open('/dev/zero', 'rb').read()"),
     _glutton("calls_itself_without_end", "def f(): return f()"),
@@ -433,7 +475,7 @@ CONTAINED = (
     _contained("survives_its_parent", "libc.prctl(1, 0, 0, 0, 0) and True", _LIBC),
     _contained(
         "keeps_more_descriptors_than_its_pipes",
-        "sum(os.path.exists(f) for f in ()) or len([d for d in range(64) if is_open(d)]) > 5",
+        "len([fd for fd in range(64) if is_open(fd)]) > 5",
         "def is_open(fd):\n    try: os.fstat(fd)\n    except OSError: return False\n    return True",
     ),
     _contained(

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from loratune.errors import EvaluationError
 from loratune.evaluation.graders import Verdict
@@ -46,8 +47,9 @@ def read_reference(text: str) -> CodeReference:
         EvaluationError: the text is none.
     """
     try:
-        fields = json.loads(text)
-        return CodeReference(**{**fields, "names": tuple(fields["names"])})
+        fields: dict[str, Any] = json.loads(text)
+        fields["names"] = tuple(fields["names"])
+        return CodeReference(**fields)
     except (ValueError, TypeError, KeyError) as error:
         raise EvaluationError(
             f"reference {text[:40]!r} holds no tests; expected the JSON of a CodeReference"

@@ -53,7 +53,9 @@ def _texts(row: dict[str, Any], field: str, *, where: str) -> list[str]:
     value = row.get(field)
     texts = cast("list[Any]", value) if isinstance(value, list) else [None]
     if not all(isinstance(one, str) for one in texts):
-        raise DataError(f"{where}: field {field!r} is no list of texts; give the sanitized problems")
+        raise DataError(
+            f"{where}: field {field!r} is no list of texts; give the sanitized problems"
+        )
     return cast("list[str]", texts)
 
 

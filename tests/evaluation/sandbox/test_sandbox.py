@@ -6,7 +6,6 @@ Where a kind of isolation is missing, its tests are skipped and say so.
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -92,7 +91,7 @@ def scene(tmp_path, monkeypatch):
         "PARENT": str(os.getpid()),
         "BYSTANDER": str(bystander.pid),
         "HOME": str(home),
-        "LISTING": repr(sorted(os.listdir(home)) if home.is_dir() else None),
+        "LISTING": repr(sorted(one.name for one in home.iterdir()) if home.is_dir() else None),
     }
     before = state(folder)
 
@@ -144,11 +143,22 @@ def naive_verdict(check, *, cwd):
 # ---------------------------------------------------------------------------- hostile programs
 
 
-@pytest.mark.parametrize(
-    "hostile", [*ESCAPES, *FAKES, *FORGERS, *GLUTTONS, *CONTAINED], ids=name
-)
+ALL = (*ESCAPES, *FAKES, *FORGERS, *GLUTTONS, *CONTAINED)
+# Whose verdict does not depend on how the walls were made: with the other kind they are slow.
+SAME_WITH_BOTH = (*FAKES, *FORGERS, *GLUTTONS)
+
+
+def cases():
+    """Every hostile program behind every kind of walls."""
+    for kind in ("bubblewrap", "namespaces"):
+        for one in ALL:
+            marks = [pytest.mark.slow] if kind == "bubblewrap" and one in SAME_WITH_BOTH else []
+            yield pytest.param(kind, one, marks=marks, id=f"{kind}-{one.name}")
+
+
+@pytest.mark.parametrize(("isolation", "hostile"), list(cases()), indirect=["isolation"])
 def test_a_hostile_program_is_contained_and_judged_and_the_next_one_unharmed(
-    hostile, isolation, scene
+    isolation, hostile, scene
 ):
     check, is_unharmed = scene
     limits = SLEEPERS_LIMITS if hostile.sleeps else LIMITS
@@ -168,9 +178,7 @@ def test_an_escape_works_where_there_are_no_walls(hostile, scene):
 
 
 @pytest.mark.parametrize("hostile", [one for one in FAKES if one.bites], ids=name)
-def test_a_fake_fools_a_naive_checker_and_not_this_one_even_without_walls(
-    hostile, scene, tmp_path
-):
+def test_a_fake_fools_a_naive_checker_and_not_this_one_even_without_walls(hostile, scene, tmp_path):
     check, _ = scene
     assert naive_verdict(check(hostile), cwd=tmp_path) == "correct"
     judgement = judge_program(check(hostile), isolation=NONE, limits=LIMITS)
@@ -202,3 +210,189 @@ def test_a_hostile_program_is_contained_with_a_user_namespace_of_root_too(hostil
         judgement = judge_program(check(hostile), isolation=isolation, limits=limits)
         assert judgement.verdict == hostile.verdict, (isolation, judgement)
         assert is_unharmed()
+
+
+def test_at_least_fifty_hostile_programs_are_in_the_list():
+    assert len({one.name for one in ALL}) == len(ALL) >= 50
+
+
+# ---------------------------------------------------------------------------- what programs may
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("def f(x): return [x, (x,), {x: {1.5}}]", "assert f(2) == [2, (2,), {2: {1.5}}]"),
+        ("def f(x): return x ** 3000", "assert f(7) == 7 ** 3000"),
+        ("def f(x): return -x", "assert f(float('inf')) == float('-inf')"),
+        ("def f(x): return x + '\\ud800'", "assert f('\\x00') == '\\x00\\ud800'"),
+        ("def f(x): return (n for n in x)", "assert list(f(range(3))) == [0, 1, 2]"),
+        ("def f(x): return (n for n in x)", "assert f([1]) != [1]"),
+        ("def f(x): return x.keys()", "assert f({'a': 1}) == {'a'}"),
+        ("def f(x): x.sort()", "x = [2, 1]\nassert f(x) is None\nassert x == [1, 2]"),
+        ("def f(x): x.clear()", "x = {1: 2}\nf(x)\nassert x == {}"),
+        ("def f(x): raise ValueError(x)", "try:\n    f('a')\nexcept ValueError as e:\n    "
+         "assert str(e) == 'a'\nelse:\n    assert False"),
+        ("class E(KeyError): pass\ndef f(x): raise E",
+         "try:\n    f(1)\nexcept KeyError:\n    pass"),
+        ("import collections\ndef f(x): return collections.Counter(x)",
+         "assert f('aa') == {'a': 2}"),
+        ("import collections\ndef f(x): return collections.deque(x)", "assert f([1]) != [1]"),
+        ("from decimal import Decimal\ndef f(x): return Decimal(x)", "assert f('1.5') == 1.5"),
+        ("from fractions import Fraction\ndef f(x): return Fraction(x)", "assert f('1/2') == 0.5"),
+        ("import numpy\ndef f(x): return numpy.sum(x)", "assert f([1, 2]) == 3"),
+        ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+         "def f(x): return A(x).x", "assert f(3) == 3"),
+        ("def f(x): return 1 if x < 1 else 1 + f(x - 1)", "assert f(900) == 901"),
+        ("import threading\ndef f(x):\n    t = threading.Thread(target=x.append, args=(1,))\n"
+         "    t.start(); t.join()\n    return x", "assert f([]) == [1]"),
+        ("import asyncio\nasync def g(x): return x\ndef f(x): return asyncio.run(g(x))",
+         "assert f(3) == 3"),
+        ("import tempfile\ndef f(x):\n    with tempfile.TemporaryFile('w+') as t:\n"
+         "        t.write(x); t.seek(0)\n        return t.read()", "assert f('a') == 'a'"),
+        ("if __name__ == '__main__':\n    1 / 0\ndef f(x): return x", "assert f(3) == 3"),
+    ],
+)  # fmt: skip
+def test_an_honest_program_is_judged_as_in_its_own_process(program, tests, tmp_path):
+    isolation = next(iter(available_isolations()), NONE)
+    check = Check(program, tests, ("f",))
+    assert judge_program(check, isolation=isolation).verdict == "correct"
+    if "__main__" not in program:
+        assert naive_verdict(check, cwd=tmp_path) == "correct"
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("def f(): return 41", "AssertionError"),
+        ("def f(: return 41", "SyntaxError"),
+        ("def g(): return 42", "NameError: name 'f' is not defined"),
+        ("1 / 0\ndef f(): return 42", "ZeroDivisionError: division by zero"),
+        ("f = 42", "TypeError"),
+        ("def f(): return 42\nx = '\\0", "SyntaxError"),
+        ("", "NameError"),
+        ("\0", "null bytes"),
+    ],
+)
+def test_a_wrong_program_gets_its_reason(program, reason):
+    judgement = judge_program(Check(program, GOOD.tests, ("f",)), isolation=NONE)
+    assert judgement.verdict == "wrong"
+    assert reason in judgement.reason
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (Check(GOOD.program, "assert f( == 42", ("f",)), "the task's own code fails: SyntaxError"),
+        (Check(GOOD.program, GOOD.tests, ("f",), setup="1 / 0"), "own code fails: ZeroDivision"),
+        (Check(GOOD.program, "pass", ("f",)), "the tests never called the program"),
+        (Check(GOOD.program, "f(lambda: 1)", ("f",)), "an argument that is no plain data"),
+        (Check(GOOD.program, "f([print])", ("f",)), "an argument that is no plain data"),
+    ],
+)
+def test_tests_that_cannot_judge_are_an_error_and_no_fault_of_the_program(check, reason):
+    judgement = judge_program(check, isolation=NONE)
+    assert judgement.verdict == "error"
+    assert reason in judgement.reason
+
+
+def test_a_set_in_another_order_gets_the_same_verdict_every_time():
+    check = Check("def f(): return list(set('abcdefgh'))", "assert f() == sorted(f())", ("f",))
+    verdicts = {judge_program(check, isolation=NONE).verdict for _ in range(4)}
+    assert len(verdicts) == 1
+
+
+def test_judgements_come_in_the_order_of_the_programs_however_long_they_take(isolation):
+    slow = Check("import time\ndef f():\n    time.sleep(0.5)\n    return 42", GOOD.tests, ("f",))
+    bad = Check("def f(): return 1", GOOD.tests, ("f",))
+    judgements = judge_programs([slow, bad, GOOD, bad], isolation=isolation, workers=2)
+    assert [one.verdict for one in judgements] == ["correct", "wrong", "correct", "wrong"]
+    assert judgements[0].seconds > 0.5
+
+
+def test_two_programs_at_once_do_not_find_each_other(isolation):
+    program = (
+        "import os, time\ndef f():\n    open('/tmp/trace', 'w').close()\n    time.sleep(0.5)\n"
+        "    return os.listdir('/tmp')"
+    )
+    check = Check(program, "assert f() == ['trace']", ("f",))
+    judgements = judge_programs([check] * 4, isolation=isolation, workers=4)
+    assert [one.verdict for one in judgements] == ["correct"] * 4
+
+
+def test_nothing_runs_on_after_the_verdict(isolation):
+    """Found from outside, by a name that its command line carries."""
+    sleeper = Check("import time\ntime.sleep(1e9)", GOOD.tests, ("f",))
+    judge_program(sleeper, isolation=isolation, limits=SLEEPERS_LIMITS)
+    deadline = time.monotonic() + 5
+    while (left := children_of(os.getpid())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def children_of(pid):
+    found = []
+    for one in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = one.read_text().rpartition(")")[2].split()
+            command = (one.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        # Who lost its parent to a kill belongs to the first process.
+        if "guest.enter" in command and fields[1] in (str(pid), "1"):
+            found.append(command)
+    return found
+
+
+# ---------------------------------------------------------------------------- the choice
+
+
+@pytest.fixture
+def no_isolation(monkeypatch):
+    reasons = (
+        (Isolation("bubblewrap", with_user=True), "no such program"),
+        (Isolation("namespaces", with_user=True), "Operation not permitted"),
+    )
+    monkeypatch.setattr(choosing, "trials", lambda: reasons)
+
+
+@pytest.mark.usefixtures("no_isolation")
+def test_without_isolation_generated_code_is_refused_with_the_reasons_and_the_ways_out():
+    with pytest.raises(EvaluationError) as raised:
+        choose_isolation()
+    text = str(raised.value)
+    for part in ("is not run", "bubblewrap", "--unsafe-exec", "no such program", "not permitted"):
+        assert part in text
+
+
+@pytest.mark.usefixtures("no_isolation")
+def test_without_isolation_generated_code_runs_where_the_danger_is_accepted():
+    assert choose_isolation(unsafe_exec=True) == NONE
+
+
+def test_accepting_the_danger_does_not_switch_off_what_works(isolation):
+    assert choose_isolation(unsafe_exec=True) == choose_isolation() != NONE
+
+
+def test_bubblewrap_that_is_not_installed_is_passed_over(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    choosing.trials.cache_clear()
+    try:
+        reasons = {one.kind: reason for one, reason in choosing.trials()}
+        assert "bwrap" in reasons["bubblewrap"]
+        assert all(one.kind == "namespaces" for one in available_isolations())
+    finally:
+        choosing.trials.cache_clear()
+
+
+def test_walls_with_a_hole_are_not_chosen(monkeypatch):
+    """The probe is what decides: here the walls are put up around nothing."""
+    monkeypatch.setattr(
+        choosing, "judge_program", lambda check, **_: judge_program(check, isolation=NONE)
+    )
+    choosing.trials.cache_clear()
+    try:
+        assert available_isolations() == ()
+        assert "reads a file" in dict(choosing.trials())[Isolation("namespaces", with_user=True)]
+    finally:
+        choosing.trials.cache_clear()

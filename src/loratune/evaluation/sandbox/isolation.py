@@ -8,6 +8,7 @@ shared libraries, the packages named in `PACKAGES`, the guest's own code, four d
 import importlib.util
 import json
 import random
+import shutil
 import sys
 import sysconfig
 from dataclasses import asdict, dataclass
@@ -82,6 +83,9 @@ def sandbox_command(
         role: what it becomes.
         fds: the ends of its pipes, which it inherits: requests, then replies.
         limits: what it may use.
+
+    Raises:
+        FileNotFoundError: bubblewrap is not installed.
     """
     isolated = isolation.kind != "none"
     inside = isolation.kind == "bubblewrap"
@@ -109,7 +113,10 @@ def sandbox_command(
 
 
 def _bubblewrap(isolation: Isolation) -> list[str]:
-    command = ["bwrap", "--die-with-parent", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+    bubblewrap = shutil.which("bwrap")
+    if bubblewrap is None:
+        raise FileNotFoundError("bubblewrap (bwrap) is not installed")
+    command = [bubblewrap, "--die-with-parent", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
     command += ["--unshare-uts", "--unshare-cgroup-try"]
     command += ["--unshare-user"] if isolation.with_user else []
     # The guest needs them to mount its folder and to become another user, and then drops them.

@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from time import perf_counter
 from typing import IO, Any, Literal
 
@@ -61,9 +62,7 @@ def judge_programs(
     workers = workers or len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(max_workers=workers)
     try:
-        return list(
-            pool.map(lambda check: judge_program(check, isolation=isolation, limits=limits), checks)
-        )
+        return list(pool.map(partial(judge_program, isolation=isolation, limits=limits), checks))
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -95,22 +95,19 @@ class Remote:
         An argument that the program changed in place is changed here, too, where it is a list, a
         dict or a set.
         """
-        request = {
-            "function": self.__name__,
-            "arguments": [wire.pack(one) for one in arguments],
-            "keywords": {name: wire.pack(one) for name, one in keywords.items()},
-        }
-        if wire.holds_opaque([request["arguments"], *request["keywords"].values()]):
+        packed = [wire.pack(one) for one in arguments]
+        packed_keywords = {name: wire.pack(one) for name, one in keywords.items()}
+        if wire.holds_opaque([packed, *packed_keywords.values()]):
             raise self._program.stop(
                 error=f"the tests give {self.__name__} an argument that is no plain data"
             )
-        reply = self._program.ask(request)
-        changed = reply.get("arguments", request["arguments"])
+        reply = self._program.ask(
+            {"function": self.__name__, "arguments": packed, "keywords": packed_keywords}
+        )
+        changed = reply.get("arguments", packed)
         if not isinstance(changed, list) or len(cast("list[Any]", changed)) != len(arguments):
             raise self._program.stop(fault="the program sent an answer without its arguments")
-        for given, before, after in zip(
-            arguments, request["arguments"], cast("list[Any]", changed), strict=True
-        ):
+        for given, before, after in zip(arguments, packed, cast("list[Any]", changed), strict=True):
             if after != before:
                 _change(given, self._program.value(after))
         return self._program.value(reply["value"])
@@ -185,6 +182,7 @@ def _exception(reply: dict[str, Any]) -> Exception:
 def _change(given: Any, value: Any) -> None:
     if isinstance(given, list) and isinstance(value, list):
         given[:] = value
-    elif isinstance(given, (dict, set)) and isinstance(value, type(given)):
-        given.clear()
-        given.update(value)
+    elif isinstance(given, (dict, set)) and isinstance(value, (dict, set)):
+        collection = cast("Any", given)
+        collection.clear()
+        collection.update(value)

@@ -8,7 +8,7 @@ explains it.
 """
 
 # Every program waits for these imports, and pathlib's take longer than all others together.
-# ruff: noqa: PTH
+# ruff: noqa: PTH103, PTH112, PTH120, PTH123
 
 import ctypes
 import os
@@ -161,7 +161,9 @@ def _make_read_only(path: str, flags: int, *, recursive: bool) -> None:
     """mount_setattr(2), since Linux 5.12: unlike a remount it reaches the mounts below."""
     attributes = struct.pack("QQQQ", _MS_RDONLY | flags, 0, 0, 0)
     mode = _AT_RECURSIVE if recursive else 0
-    _call("syscall", _SYS_MOUNT_SETATTR, _AT_FDCWD, path.encode(), mode, attributes, len(attributes))
+    _call(
+        "syscall", _SYS_MOUNT_SETATTR, _AT_FDCWD, path.encode(), mode, attributes, len(attributes)
+    )
 
 
 def _wait_for_child_unless_child(pass_fds: tuple[int, ...]) -> None:

@@ -30,7 +30,7 @@ def main(options_text: str) -> None:
         confine.report(error)
     # The tests' job is on standard input, their verdict goes to standard output; the program has
     # neither. What either prints goes nowhere.
-    job = json.load(sys.stdin) if options["role"] == "tests" else {}
+    job: dict[str, Any] = json.load(sys.stdin) if options["role"] == "tests" else {}
     verdicts = os.fdopen(os.dup(1), "w", encoding="ascii")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):

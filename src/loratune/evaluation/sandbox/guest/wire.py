@@ -10,7 +10,7 @@ whole does with builtin values. Identity and shared references do not travel.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from itertools import islice
 from typing import Any, BinaryIO, cast
 
@@ -123,6 +123,10 @@ def _unpack(data: Any) -> Any:
     return _UNPACKERS[name](content)
 
 
+def _list(data: Any) -> list[Any]:
+    return [_unpack(one) for one in data]
+
+
 def _pack_int(value: int) -> Any:
     value = int(value)
     return value if -_SMALL < value < _SMALL else {"int": hex(value)}
@@ -155,9 +159,9 @@ _PACKERS: tuple[tuple[Any, str | None, Callable[[Any], Any]], ...] = (
     (bytearray, "bytearray", bytearray.hex),
     (complex, "complex", lambda value: [value.real, value.imag]),
     (range, "range", lambda value: _pack_all([value.start, value.stop, value.step])),
-    (type({}.keys()), "keys", _pack_all),
-    (type({}.values()), "values", _pack_all),
-    (type({}.items()), "items", _pack_all),
+    (KeysView, "keys", _pack_all),
+    (ValuesView, "values", _pack_all),
+    (ItemsView, "items", _pack_all),
     (Iterator, "iterator", _pack_iterator),
 )
 
@@ -195,19 +199,19 @@ def _ending_in_error(items: list[Any]) -> Iterator[Any]:
 
 _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda content: int(content, 16),
-    "tuple": lambda content: tuple(_unpack(list(content))),
+    "tuple": lambda content: tuple(_list(content)),
     "dict": _unpack_dict,
-    "set": lambda content: set(_unpack(list(content))),
-    "frozenset": lambda content: frozenset(_unpack(list(content))),
+    "set": lambda content: set(_list(content)),
+    "frozenset": lambda content: frozenset(_list(content)),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
     "complex": lambda content: complex(*content),
-    "range": lambda content: range(*_unpack(list(content))),
+    "range": lambda content: range(*_list(content)),
     "decimal": _decimal,
     "fraction": _fraction,
-    "keys": lambda content: dict.fromkeys(_unpack(list(content))).keys(),
-    "values": lambda content: dict(enumerate(_unpack(list(content)))).values(),
-    "items": lambda content: dict(_unpack(list(content))).items(),
+    "keys": lambda content: dict.fromkeys(_list(content)).keys(),
+    "values": lambda content: dict(enumerate(_list(content))).values(),
+    "items": lambda content: dict(_list(content)).items(),
     "iterator": _unpack_iterator,
     "opaque": lambda content: Opaque(str(content)[:100]),
 }
