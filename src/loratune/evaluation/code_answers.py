@@ -19,7 +19,8 @@ from loratune.errors import EvaluationError
 from loratune.evaluation.graders import Verdict
 from loratune.evaluation.sandbox import Check, Isolation, Judgement, Limits, judge_programs
 
-_FENCE = re.compile(r"```(?:python3?|py)?[ \t]*\r?\n(.*?)(```|\Z)", re.DOTALL | re.IGNORECASE)
+_BLOCK = re.compile(r"```([\w+-]*)[ \t]*\r?\n(.*?)(```|\Z)", re.DOTALL)
+_LANGUAGES = ("", "python", "python3", "py")
 _CUTS = ('if __name__ == "__main__":', "# Example usage", "assert")
 
 
@@ -59,11 +60,12 @@ def read_reference(text: str) -> CodeReference:
 def extract_code(text: str) -> tuple[str, bool]:
     """The code in an answer, and whether it has an end: a closing fence or one of the cuts.
 
-    An answer without a fenced block is code from its first character. Of several blocks the first
-    counts.
+    An answer without a fenced block is code from its first character. Of several blocks of
+    Python, or of no language, the first counts.
     """
-    block = _FENCE.search(text)
-    code, has_end = (block[1], bool(block[2])) if block else (text, False)
+    blocks = (one for one in _BLOCK.finditer(text) if one[1].lower() in _LANGUAGES)
+    block = next(blocks, None)
+    code, has_end = (block[2], bool(block[3])) if block else (text, False)
     for cut in _CUTS:
         code, marker, _ = code.partition(cut)
         has_end = has_end or bool(marker)
