@@ -16,7 +16,7 @@ from loratune.study.schema import Source
 ROW = {
     "task_id": 1,
     "prompt": "Write a function to add two numbers.",
-    "code": "import sys\ndef sum(a, b):\n    return a + b",
+    "code": "import sys\ndef sum(a, b):\n    '\\w'\n    return a + b",
     "test_imports": ["import math"],
     "test_list": [
         "assert sum(1, 2) == 3",
@@ -46,6 +46,7 @@ def test_the_question_is_the_papers_with_the_tests(tmp_path):
         "You are an expert Python programmer, and here is your task: Write a function to add two "
         "numbers. Your code should pass these tests:\n\n" + "\n".join(ROW["test_list"]) + "\n"
     )
+    assert question.reference is not None
     assert read_reference(question.reference).names == ("sum",)
 
 
