@@ -13,7 +13,7 @@ from loratune.data.sources import read_rows, source_name
 from loratune.data.templates import value_of
 from loratune.errors import DataError, EvaluationError
 from loratune.evaluation.code_answers import CodeReference
-from loratune.evaluation.questions import Question
+from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import Source
 
 HUB_SOURCE = Source(id="openai/openai_humaneval", split="test")
@@ -40,3 +40,14 @@ def load(source: Source | None, folder: Path) -> tuple[Question, ...]:
     except DataError as error:
         raise EvaluationError(f"task humaneval: {error}") from error
     return tuple(questions)
+
+
+TASK = TaskDefinition(
+    name="humaneval",
+    version="1",
+    split="test",
+    grader="tests",
+    max_new_tokens=512,  # as HumanEval's own harness is mostly run; no reference is as long
+    stop=(),
+    load=load,
+)

@@ -15,7 +15,7 @@ from loratune.data.sources import read_rows, source_name
 from loratune.data.templates import value_of
 from loratune.errors import DataError, EvaluationError
 from loratune.evaluation.code_answers import CodeReference
-from loratune.evaluation.questions import Question
+from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import Source
 
 HUB_SOURCE = Source(id="google-research-datasets/mbpp", subset="sanitized", split="test")
@@ -78,3 +78,14 @@ def _reference(code: str, *, tests: str, imports: str, where: str) -> CodeRefere
         and used & {alias.asname or alias.name for alias in one.names}
     ]
     return CodeReference(prefix="", tests=tests, names=names, setup="\n".join([imports, *taken]))
+
+
+TASK = TaskDefinition(
+    name="mbpp",
+    version="1",
+    split="test",
+    grader="tests",
+    max_new_tokens=512,  # as HumanEval's own harness is mostly run; no reference is as long
+    stop=(),
+    load=load,
+)
