@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -321,27 +322,63 @@ def test_two_programs_at_once_do_not_find_each_other(isolation):
 
 
 def test_nothing_runs_on_after_the_verdict(isolation):
-    """Found from outside, by a name that its command line carries."""
     sleeper = Check("import time\ntime.sleep(1e9)", GOOD.tests, ("f",))
-    judge_program(sleeper, isolation=isolation, limits=SLEEPERS_LIMITS)
+    judge_program(sleeper, isolation=isolation, limits=MARKED)
     deadline = time.monotonic() + 5
-    while (left := children_of(os.getpid())) and time.monotonic() < deadline:
+    while (left := processes_of_the_sandbox()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
 
 
-def children_of(pid):
+# Other tests run at the same time; these processes are known by the number in their limits.
+MARKED = replace(SLEEPERS_LIMITS, memory_bytes=(1 << 28) + os.getpid())
+
+
+def processes_of_the_sandbox():
+    """The command lines of all processes, also those that lost their parent, with our mark."""
     found = []
-    for one in Path("/proc").glob("[0-9]*/stat"):
+    for one in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            fields = one.read_text().rpartition(")")[2].split()
-            command = (one.parent / "cmdline").read_text()
+            command = one.read_text()
         except OSError:
             continue
-        # Who lost its parent to a kill belongs to the first process.
-        if "guest.enter" in command and fields[1] in (str(pid), "1"):
+        if f'"memory_bytes": {MARKED.memory_bytes}' in command:
             found.append(command)
     return found
+
+
+def test_killing_the_checker_kills_the_program(isolation):
+    """A checker that is killed cannot clean up; what it started has to notice by itself."""
+    code = (
+        "from loratune.evaluation.sandbox import *\n"
+        "check = Check('import time\\ntime.sleep(1e9)', 'f()', ('f',))\n"
+        f"isolation = Isolation({isolation.kind!r}, {isolation.with_user})\n"
+        f"limits = Limits(memory_bytes={MARKED.memory_bytes})\n"
+        "judge_program(check, isolation=isolation, limits=limits)"
+    )
+    checker = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while len(processes_of_the_sandbox()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # they have started, and are behind their walls
+        assert len(processes_of_the_sandbox()) >= 2
+    finally:
+        checker.kill()
+        checker.wait()
+    while (left := processes_of_the_sandbox()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def test_a_process_that_cannot_be_started_is_an_error_with_its_reason(monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    judgement = judge_program(GOOD, isolation=NONE)
+    assert judgement.verdict == "error"
+    assert judgement.reason == "the sandbox did not start: no more processes"
 
 
 # ---------------------------------------------------------------------------- the choice

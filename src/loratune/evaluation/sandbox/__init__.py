@@ -21,9 +21,10 @@ is no filter, the number of processes is limited instead. What a program prints 
 
 What it does not protect against: bugs in the kernel, which programs can reach with most system
 calls, or in the processor; side channels, such as the time others' work takes, and what the
-interpreter's files tell of the machine (version, installed numpy); load, since a program may take
-a core, `memory_bytes` and `file_bytes` up to its time limit, and as much again for its tests; the
-kernel's own memory, which is limited only by the numbers of threads, files and pipes. It isolates
+interpreter tells of the machine (its version, where it and this package are installed); load,
+since a program may take a core, `memory_bytes` and `file_bytes` up to its time limit, and as much
+again for its tests; the kernel's own memory, which is limited only by the numbers of threads, files
+and pipes. It isolates
 from the tests' authors no less: tests run behind the same walls, but theirs is the verdict. It is
 no place for programs that somebody writes to break out of it on purpose; use a virtual machine.
 

@@ -82,10 +82,7 @@ def _why_not(isolation: Isolation) -> str:
             tests=f"found = escapes({str(secret)!r})\nassert not found, f'it {{found}}'",
             names=("escapes",),
         )
-        try:
-            judgement = judge_program(check, isolation=isolation, limits=_LIMITS)
-        except OSError as error:  # bubblewrap is not installed, say
-            return str(error)
+        judgement = judge_program(check, isolation=isolation, limits=_LIMITS)
     return "" if judgement.verdict == "correct" else judgement.reason or "it does not isolate"
 
 

@@ -5,6 +5,7 @@ shared libraries, the packages named in `PACKAGES`, the guest's own code, four d
 /proc, and nothing of /home, /etc, /var or /sys.
 """
 
+import compileall
 import importlib.util
 import json
 import random
@@ -16,12 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from loratune.evaluation.sandbox.guest import DEVICES, WORK_FOLDER
+
 # Generated programs import it now and then, and HumanEval's own harness has it installed.
 PACKAGES = ("numpy",)
 
 _SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _LOADER_CACHE = "/etc/ld.so.cache"
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _GUEST = Path(__file__).parent / "guest"
 _GUEST_INSIDE, _PACKAGES_INSIDE = "/sandbox", "/packages"
 _START = (
@@ -35,8 +37,8 @@ _FIRST_UNUSED_USER, _NUM_UNUSED_USERS = 2_000_000_000, 100_000_000
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "LC_ALL": "C.UTF-8",
-    "HOME": "/tmp",
-    "TMPDIR": "/tmp",
+    "HOME": WORK_FOLDER,
+    "TMPDIR": WORK_FOLDER,
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -87,6 +89,7 @@ def sandbox_command(
     Raises:
         FileNotFoundError: bubblewrap is not installed.
     """
+    _compile_guest()
     isolated = isolation.kind != "none"
     inside = isolation.kind == "bubblewrap"
     packages = sorted({str(path.parent) for path in _packages()})
@@ -123,13 +126,23 @@ def _bubblewrap(isolation: Isolation) -> list[str]:
     for capability in ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP"):
         command += ["--cap-add", f"CAP_{capability}"]
     binds = [("--ro-bind", source, target) for source, target in _binds()]
-    binds += [("--dev-bind", device, device) for device in _DEVICES]
+    binds += [("--dev-bind", device, device) for device in DEVICES]
     for option, source, target in binds:
         # Left to itself, bubblewrap makes folders on the way that root alone can enter.
         for parent in reversed(Path(target).parents[:-1]):
             command += ["--dir", str(parent)]
         command += [option, source, target]
-    return [*command, "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/", "--"]
+    return [*command, "--dir", WORK_FOLDER, "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+@cache
+def _compile_guest() -> None:
+    """Leave the guest's bytecode beside it, as an import would, where that can be written.
+
+    Inside it cannot, and every program would wait for its compilation.
+    """
+    if not sys.dont_write_bytecode:
+        compileall.compile_dir(_GUEST, quiet=2)
 
 
 @cache

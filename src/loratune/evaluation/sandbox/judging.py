@@ -21,6 +21,7 @@ from loratune.evaluation.sandbox.isolation import (
 )
 
 DEFAULT_LIMITS = Limits()
+_Verdict = Literal["correct", "wrong", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Judgement:
     may quote the program and is empty for `correct`.
     """
 
-    verdict: Literal["correct", "wrong", "error"]
+    verdict: _Verdict
     reason: str
     seconds: float
 
@@ -59,7 +60,7 @@ def judge_programs(
     workers: int | None = None,
 ) -> list[Judgement]:
     """The judgements of many programs, in their order, `workers` at once (None: one a core)."""
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(max_workers=workers)
     try:
         return list(pool.map(partial(judge_program, isolation=isolation, limits=limits), checks))
@@ -72,6 +73,14 @@ def judge_program(
 ) -> Judgement:
     """Run the tests against the program. Nothing of either is left when this returns."""
     begin = perf_counter()
+    try:
+        verdict, reason = _judge(check, isolation=isolation, limits=limits)
+    except OSError as error:  # no process, no descriptor or no space is left, say
+        verdict, reason = "error", f"the sandbox did not start: {error}"
+    return Judgement(verdict, reason, perf_counter() - begin)
+
+
+def _judge(check: Check, *, isolation: Isolation, limits: Limits) -> tuple[_Verdict, str]:
     with ExitStack() as stack:
         complaints = stack.enter_context(tempfile.TemporaryFile())
         job = stack.enter_context(tempfile.TemporaryFile())
@@ -112,14 +121,13 @@ def judge_program(
         if verdict == "error":
             complaints.seek(0)
             reason = f"{reason}: {complaints.read(1000).decode(errors='replace')}".rstrip(": \n")
-    return Judgement(verdict, reason, perf_counter() - begin)
+    return verdict, reason
 
 
-def _read(
-    output: bytes, *, is_late: bool, limits: Limits
-) -> tuple[Literal["correct", "wrong", "error"], str]:
+def _read(output: bytes, *, is_late: bool, limits: Limits) -> tuple[_Verdict, str]:
     """The verdict in what the asking process wrote: "ready", then its verdict."""
-    messages: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
+    whole_lines = output.split(b"\n")[:-1]
+    messages: list[dict[str, Any]] = [json.loads(line) for line in whole_lines]
     if messages and "verdict" in messages[-1]:
         return messages[-1]["verdict"], messages[-1]["reason"]
     if messages and is_late:

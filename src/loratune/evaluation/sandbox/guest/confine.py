@@ -18,9 +18,7 @@ import struct
 import sys
 from typing import NoReturn
 
-from . import seccomp
-
-WORK_FOLDER = "/tmp"
+from . import DEVICES, WORK_FOLDER, seccomp
 
 _CLONE_NEWNS, _CLONE_NEWCGROUP, _CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
@@ -38,7 +36,6 @@ _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, 
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _MOST_PROCESSES = 32
 _MOST_OPEN_FILES = 64
 _MOST_FILES = 1024
@@ -129,7 +126,7 @@ def _make_root(binds: list[tuple[str, str]]) -> None:
     # The new root is laid over /proc, since nothing that is bound comes from there.
     root = "/proc"
     _call("mount", b"tmpfs", root.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"size=1m,mode=755")
-    devices = [(one, one) for one in _DEVICES]
+    devices = [(one, one) for one in DEVICES]
     for source, target in (*binds, *devices):
         inside = root + target
         if os.path.isdir(source):

@@ -13,6 +13,7 @@ def main(options_text: str) -> None:
     options: dict[str, Any] = json.loads(options_text)
     requests_fd, replies_fd = options["fds"]
     limits: dict[str, int] = options["limits"]
+    sys.argv[:] = [""]  # it names folders of the machine
     sys.path.remove(options["guest_path"])  # all of it is loaded; the program need not find it
     sys.path += options["package_paths"]
     try:
