@@ -8,6 +8,7 @@ shared libraries, the packages named in `PACKAGES`, the guest's own code, four d
 import compileall
 import importlib.util
 import json
+import os
 import random
 import shutil
 import sys
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from loratune.evaluation.sandbox.guest import DEVICES, WORK_FOLDER
+from loratune.evaluation.sandbox.guest import DEVICES, USER_INSIDE, WORK_FOLDER
 
 # Generated programs import it now and then, and HumanEval's own harness has it installed.
 PACKAGES = ("numpy",)
@@ -108,6 +109,7 @@ def sandbox_command(
         "guest_path": guest_path,
         "package_paths": [_PACKAGES_INSIDE] if isolated else packages,
         "user": user,
+        "is_root_outside": os.geteuid() == 0,
     }
     # -S: no site-packages. -P, -s: nothing from the working folder or the home folder.
     python = [str(_interpreter()), "-s", "-P", "-S", "-B", "-c", _START, guest_path]
@@ -121,7 +123,8 @@ def _bubblewrap(isolation: Isolation) -> list[str]:
         raise FileNotFoundError("bubblewrap (bwrap) is not installed")
     command = [bubblewrap, "--die-with-parent", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
     command += ["--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--unshare-user"] if isolation.with_user else []
+    if isolation.with_user:
+        command += ["--unshare-user", "--uid", str(USER_INSIDE), "--gid", str(USER_INSIDE)]
     # The guest needs them to mount its folder and to become another user, and then drops them.
     for capability in ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP"):
         command += ["--cap-add", f"CAP_{capability}"]

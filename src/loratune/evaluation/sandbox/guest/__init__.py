@@ -5,6 +5,7 @@ program and nothing else; the asking one (ask.py) holds the tests and never runs
 program. Nothing here may import the rest of the package: it is not there, inside.
 """
 
-# All that both sides know: the only folder that can be written, and all devices, inside.
+# What both sides know of the inside: the only folder that can be written, all devices.
 WORK_FOLDER = "/tmp"
+USER_INSIDE = 1000  # how a user namespace calls the user who made it, root included
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")

@@ -18,7 +18,7 @@ import struct
 import sys
 from typing import NoReturn
 
-from . import DEVICES, WORK_FOLDER, seccomp
+from . import DEVICES, USER_INSIDE, WORK_FOLDER, seccomp
 
 _CLONE_NEWNS, _CLONE_NEWCGROUP, _CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
@@ -65,15 +65,17 @@ def enter_namespaces(
     _call("unshare", flags | _CLONE_NEWCGROUP | (_CLONE_NEWUSER if with_user else 0))
     if with_user:
         _write("/proc/self/setgroups", "deny")
-        _write("/proc/self/uid_map", f"{user} {user} 1")
-        _write("/proc/self/gid_map", f"{group} {group} 1")
+        _write("/proc/self/uid_map", f"{USER_INSIDE} {user} 1")
+        _write("/proc/self/gid_map", f"{USER_INSIDE} {group} 1")
     _wait_for_child_unless_child(pass_fds)
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _make_root(binds)
     _wait_for_child_unless_child(pass_fds)
 
 
-def give_up_privileges(*, memory_bytes: int, cpu_seconds: int, file_bytes: int, user: int) -> None:
+def give_up_privileges(
+    *, memory_bytes: int, cpu_seconds: int, file_bytes: int, user: int, is_root_outside: bool
+) -> None:
     """An empty folder to work in, an unused user, no capability, limits, and the filter.
 
     Args:
@@ -81,6 +83,7 @@ def give_up_privileges(*, memory_bytes: int, cpu_seconds: int, file_bytes: int, 
         cpu_seconds: after which a signal comes, that kills a second later at the latest.
         file_bytes: of one file, and of the folder.
         user: the number of a user that nobody is, to become where this process is root.
+        is_root_outside: root started this, whatever a user namespace calls it.
 
     Raises:
         OSError: the kernel refuses a step.
@@ -98,12 +101,16 @@ def give_up_privileges(*, memory_bytes: int, cpu_seconds: int, file_bytes: int, 
     # A change of user clears this.
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     limit(memory_bytes=memory_bytes, cpu_seconds=cpu_seconds, file_bytes=file_bytes)
-    # The limit on processes counts all of a user. Since Linux 5.14 it counts them in each user
-    # namespace apart; before, a busy user's other processes would use it up.
-    if is_somebody_else or _kernel() >= (5, 14):
+    # The limit on processes and threads counts all of a user, and does not bind root, not even in
+    # a user namespace. Since Linux 5.14 each user namespace counts apart; before, a busy user's
+    # other processes would use the limit up. Where it can't be had there are no threads at all.
+    is_counted = is_somebody_else or (not is_root_outside and _kernel() >= (5, 14))
+    if is_counted:
         resource.setrlimit(resource.RLIMIT_NPROC, (_MOST_PROCESSES, _MOST_PROCESSES))
     if seccomp.is_supported():
-        seccomp.forbid_system_calls(_libc)
+        seccomp.forbid_system_calls(_libc, threads=is_counted)
+    elif not is_counted:
+        raise OSError("neither a limit nor a filter can keep programs from starting processes")
 
 
 def limit(*, memory_bytes: int, cpu_seconds: int, file_bytes: int) -> None:

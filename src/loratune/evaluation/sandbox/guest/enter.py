@@ -24,7 +24,9 @@ def main(options_text: str) -> None:
                 pass_fds=(requests_fd, replies_fd),
             )
         if options["isolated"]:
-            confine.give_up_privileges(**limits, user=options["user"])
+            confine.give_up_privileges(
+                **limits, user=options["user"], is_root_outside=options["is_root_outside"]
+            )
         else:
             confine.limit(**limits)
     except OSError as error:

@@ -2,8 +2,7 @@
 
 It is a list of what is forbidden, so it is the second wall behind the namespaces, not the first.
 Forbidding fork is what makes the limits of one process the limits of the whole program: memory and
-CPU limits count per process, and the limit on the number of processes does not bind root. Threads
-are allowed. Two architectures are known, of which only x86_64 has been tested; on others there is
+CPU limits count per process, and the limit on the number of processes does not bind root. Two architectures are known, of which only x86_64 has been tested; on others there is
 no filter (`is_supported`).
 
 The numbers are those of the kernel's tables (arch/x86/entry/syscalls/syscall_64.tbl and
@@ -58,20 +57,24 @@ def is_supported() -> bool:
     return os.uname().machine in _ARCHITECTURES
 
 
-def forbid_system_calls(libc: ctypes.CDLL) -> None:
+def forbid_system_calls(libc: ctypes.CDLL, *, threads: bool) -> None:
     """Put the filter on this process for ever; needs PR_SET_NO_NEW_PRIVS first.
+
+    Args:
+        libc: the C library.
+        threads: whether new threads are allowed.
 
     Raises:
         OSError: the kernel refuses it.
     """
-    program = _program(_ARCHITECTURES.index(os.uname().machine))
+    program = _program(_ARCHITECTURES.index(os.uname().machine), threads=threads)
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
     if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, header, 0, 0):
         raise OSError(ctypes.get_errno(), "the kernel refuses a filter of system calls")
 
 
-def _program(column: int) -> bytes:
+def _program(column: int, *, threads: bool) -> bytes:
     words = _FORBIDDEN.split()
     numbers = [int(one) for one in words[1 + column :: 3] if one != "-"]
     # A jump counts from the next instruction: (code, if true, if false, operand).
@@ -92,7 +95,7 @@ def _program(column: int) -> bytes:
         (_RETURN, 0, 0, no_such_call),
         (_JUMP_EQUAL, 0, 3, _CLONE[column]),
         (_LOAD, 0, 0, 16),
-        (_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD),
+        (_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD if threads else 0),
         (_RETURN, 0, 0, refuse),
         (_RETURN, 0, 0, _ALLOW),
     ]
