@@ -24,7 +24,14 @@ from pathlib import Path
 IS_ROOT = os.geteuid() == 0
 _STATUS = Path("/proc/self/status").read_text()
 _CAPABILITIES = int(_STATUS.partition("CapEff:")[2].split()[0], 16)
-CAN_RAISE_LIMITS = bool(_CAPABILITIES >> 24 & 1)  # CAP_SYS_RESOURCE, which root may lack
+
+
+def _has(capability):
+    """Whether this process has it; root may lack some."""
+    return bool(_CAPABILITIES >> capability & 1)
+
+
+CHROOT, TRACE, NICE, RESOURCE = 18, 19, 23, 24  # linux/capability.h
 HAS_HOME = Path.home().is_dir() and len(list(Path.home().iterdir())) > 1
 
 
@@ -119,7 +126,7 @@ ESCAPES = (
         "libc.ptrace(0x4206, @BYSTANDER@, None, None)",
         "0",
         before=_LIBC,
-        bites=IS_ROOT,
+        bites=_has(TRACE),
     ),
     _escape("starts_a_shell", "os.system('true')", "0"),
     _escape(
@@ -138,12 +145,14 @@ ESCAPES = (
         ),
     ),
     _escape("becomes_root", _done("os.setuid(0)"), bites=IS_ROOT),
-    _escape("changes_its_root", _done("os.chroot('/')"), bites=IS_ROOT),
-    _escape("raises_its_priority", _done("os.setpriority(os.PRIO_PROCESS, 0, -5)"), bites=IS_ROOT),
+    _escape("changes_its_root", _done("os.chroot('/')"), bites=_has(CHROOT)),
+    _escape(
+        "raises_its_priority", _done("os.setpriority(os.PRIO_PROCESS, 0, -5)"), bites=_has(NICE)
+    ),
     _escape(
         "raises_its_limits",
         _done("import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))"),
-        bites=CAN_RAISE_LIMITS,
+        bites=_has(RESOURCE),
     ),
     _escape("hides_memory_in_a_file", "os.memfd_create('x') > 0", "True"),
     _escape(

@@ -120,7 +120,8 @@ def _judge(check: Check, *, isolation: Isolation, limits: Limits) -> tuple[_Verd
         verdict, reason = _read(output, is_late=is_late, limits=limits)
         if verdict == "error":
             complaints.seek(0)
-            reason = f"{reason}: {complaints.read(1000).decode(errors='replace')}".rstrip(": \n")
+            lines = complaints.read(4000).decode(errors="replace").splitlines()
+            reason = ": ".join([reason, *dict.fromkeys(lines)])  # both may have the same to say
     return verdict, reason
 
 

@@ -2,8 +2,9 @@
 
 It is a list of what is forbidden, so it is the second wall behind the namespaces, not the first.
 Forbidding fork is what makes the limits of one process the limits of the whole program: memory and
-CPU limits count per process, and the limit on the number of processes does not bind root. Two architectures are known, of which only x86_64 has been tested; on others there is
-no filter (`is_supported`).
+CPU limits count per process, and the limit on the number of processes does not bind root. Two
+architectures are known, of which only x86_64 has been tested; on others there is no filter
+(`is_supported`).
 
 The numbers are those of the kernel's tables (arch/x86/entry/syscalls/syscall_64.tbl and
 include/uapi/asm-generic/unistd.h). The program is classic BPF over `struct seccomp_data`
