@@ -59,6 +59,13 @@ def test_a_program_that_defines_the_tests_helper_anew_is_judged_with_the_prompts
     exec(ROW["prompt"] + fake + ROW["test"] + "\ncheck(decode)", names)
 
 
+def test_a_prompt_without_a_docstring_is_no_hindrance(tmp_path):
+    row = {**ROW, "prompt": ROW["prompt"].replace('    """Undoes encode."""\n', "")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (question,) = humaneval.load(Source(file="rows.jsonl"), tmp_path)
+    assert verdict_of(ROW["canonical_solution"], question) == "correct"
+
+
 @pytest.mark.parametrize("field", ["prompt", "entry_point", "test"])
 def test_a_row_without_a_field_is_refused(field, tmp_path):
     row = {name: value for name, value in ROW.items() if name != field}

@@ -7,6 +7,8 @@ The prompt's own code runs beside the tests, because tests call helpers that it 
 that defines a helper anew does not change what it is judged with.
 """
 
+import ast
+import warnings
 from pathlib import Path
 
 from loratune.data.sources import read_rows, source_name
@@ -34,12 +36,25 @@ def load(source: Source | None, folder: Path) -> tuple[Question, ...]:
                 value_of(row, field, where=where) for field in ("prompt", "entry_point", "test")
             )
             reference = CodeReference(
-                prefix=prompt, tests=f"{test}\ncheck({name})\n", names=(name,), setup=prompt
+                prefix=prompt,
+                tests=f"{test}\ncheck({name})\n",
+                names=(name,),
+                setup=_runnable(prompt),
             )
             questions.append(Question(prompt, reference.to_text()))
     except DataError as error:
         raise EvaluationError(f"task humaneval: {error}") from error
     return tuple(questions)
+
+
+def _runnable(prompt: str) -> str:
+    """The prompt as a whole program: a function without a docstring gets a body."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            ast.parse(prompt)
+    except SyntaxError:
+        return f"{prompt.rstrip()}\n    pass\n"
+    return prompt
 
 
 TASK = TaskDefinition(
