@@ -1,6 +1,5 @@
 """The benchmarks on a CPU at a tiny shape: that they run and count right, not what they measure."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 
 from loratune.data.order import row_order
 from loratune.engine.base import Event, Failed, Progress
-from loratune.evaluation.sandbox import Isolation, available_isolations
 from loratune.planning.cost import flops_per_token
 from loratune.planning.targets import matched_linears
 
@@ -115,35 +113,3 @@ def test_the_roofline_counts_the_flops_of_the_cost_formula(benchmark_module: Any
 def test_the_documented_roofline_is_the_one_that_is_computed(benchmark_module: Any):
     page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert benchmark_module("roofline").table(rank=16) in page
-
-
-def test_the_sandbox_benchmark_measures_every_isolation_of_this_machine():
-    command = [sys.executable, str(BENCHMARKS / "sandbox.py"), "--programs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    kinds = [Isolation(row["isolation"], row["user_namespace"]) for row in rows]
-    assert kinds == [*available_isolations(), Isolation("none")]
-    for row in rows:
-        assert row["bare_seconds"] > 0
-        assert row["seconds"] > 0
-
-
-@pytest.mark.parametrize(("solution", "code"), [("    return a + b", 0), ("    return a", 1)])
-def test_a_reference_solution_that_fails_its_tests_is_named(
-    solution: str, code: int, tmp_path: Path
-):
-    if not available_isolations():
-        pytest.skip("no isolation works here")
-    row = {
-        "task_id": "Ours/7",
-        "prompt": "def add(a, b):\n",
-        "entry_point": "add",
-        "canonical_solution": solution,
-        "test": "def check(candidate):\n    assert candidate(1, 2) == 3",
-    }
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps(row).encode()))
-    command = [sys.executable, str(BENCHMARKS / "code_references.py"), "--humaneval", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    assert ("Ours/7: wrong: AssertionError" in done.stdout) == bool(code)

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from time import perf_counter
@@ -157,7 +157,8 @@ def _process(
     stderr: IO[bytes],
 ) -> Generator[subprocess.Popen[bytes]]:
     """A process of the sandbox, dead at the end with all that it started."""
-    with tempfile.TemporaryDirectory() as folder:  # the sandbox has a folder of its own
+    # Behind walls a process has a folder of its own, in memory.
+    with tempfile.TemporaryDirectory() if isolation.kind == "none" else nullcontext("/") as folder:
         process = subprocess.Popen(
             sandbox_command(isolation, role=role, fds=fds, limits=limits),
             stdin=stdin,
@@ -165,7 +166,7 @@ def _process(
             stderr=stderr,
             pass_fds=fds,
             env=ENVIRONMENT,
-            cwd=folder if isolation.kind == "none" else "/",
+            cwd=folder,
             start_new_session=True,
         )
         try:
