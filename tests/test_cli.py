@@ -375,10 +375,10 @@ BAD_STUDIES = {
     "hold-out larger than the data": ("{rows: 8}", "{rows: 48}", "48"),
     "no such data file": ("rows.jsonl", "nothing.jsonl", "nothing.jsonl"),
     "no such model": ("model: model", "model: ./nowhere", "nowhere"),
-    "task that cannot be scored": (
+    "grader of numbers for a task of programs": (
         "seeds: 2",
-        "evaluate: {tasks: [humaneval]}\nseeds: 2",
-        "humane",
+        "evaluate: {tasks: [{name: humaneval, grader: strict}]}\nseeds: 2",
+        "task humaneval runs its tests; remove its `grader:`",
     ),
     "unknown task": ("seeds: 2", "evaluate: {tasks: [gsm8]}\nseeds: 2", "gsm8k"),
     "adaptive search": ("[1e-3, 1e-2]", "{search: adaptive, low: 1e-4, high: 1e-2}", "give a list"),

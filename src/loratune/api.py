@@ -129,6 +129,7 @@ def run(
     engine: "EngineChoice" = "auto",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
     quiet: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> "Sweep":
@@ -146,6 +147,7 @@ def run(
             every method that can be packed.
         gradient_checkpointing: compute activations twice instead of keeping them.
         trust_remote_code: let a model's own Python code run.
+        unsafe_exec: run generated code even where it cannot be isolated; see docs/sandbox.md.
         quiet: no progress on stderr.
         should_stop: asked after every update; True ends the sweep with a snapshot.
 
@@ -172,6 +174,7 @@ def run(
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
             num_threads=num_threads,
+            unsafe_exec=unsafe_exec,
         )
         for one in chosen
     ]

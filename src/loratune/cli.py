@@ -96,6 +96,12 @@ RemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let a model's own Python code run. Off by default."),
 ]
+UnsafeExec = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-exec", help="Run generated code even where it cannot be isolated. Dangerous."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="How the table is written.")]
 OutputFile = Annotated[
@@ -212,6 +218,7 @@ def run(
     engine: EngineOption = Engine.auto,
     gradient_checkpointing: Checkpointing = False,
     trust_remote_code: RemoteCode = False,
+    unsafe_exec: UnsafeExec = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -228,6 +235,7 @@ def run(
             engine=engine.value,
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
+            unsafe_exec=unsafe_exec,
             quiet=quiet,
             should_stop=should_stop,
         )

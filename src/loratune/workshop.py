@@ -244,6 +244,7 @@ class LocalWorkshop:
     `engine_choice`: `packed` trains many trials at once and refuses a study with a method that it
     does not have; `reference` trains them one after another; `auto` packs what can be packed.
     `num_threads` is this process's share of a CPU that several train on; None: torch's own choice.
+    `unsafe_exec`: see `sandbox.choose_isolation`.
     """
 
     loaded: LoadedStudy
@@ -253,6 +254,7 @@ class LocalWorkshop:
     trust_remote_code: bool = False
     rate: Rate = H100
     num_threads: int | None = None
+    unsafe_exec: bool = False
     _base: Base | None = field(default=None, init=False)
     _asked: dict[tuple[str, str, str], TaskQuestions] = field(
         default_factory=dict[tuple[str, str, str], TaskQuestions], init=False
@@ -343,7 +345,7 @@ class LocalWorkshop:
     ) -> tuple[Score, tuple[Prediction, ...]]:
         """See `training.Workshop`."""
         asked = self._asked[trial.model, trial.data_fingerprint, task]
-        return score_task(self._base_of(trial), adapter, asked)
+        return score_task(self._base_of(trial), adapter, asked, unsafe_exec=self.unsafe_exec)
 
     def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
         """See `training.Workshop`."""
@@ -390,7 +392,7 @@ class LocalWorkshop:
 
     @cached_property
     def _survey(self) -> Survey:
-        check_tasks(self.loaded.study.evaluate.tasks)
+        check_tasks(self.loaded.study.evaluate.tasks, unsafe_exec=self.unsafe_exec)
         questions = {
             task.name: load_questions(task, folder=self.loaded.folder)
             for task in self.loaded.study.evaluate.tasks

@@ -22,7 +22,8 @@ from typing import Literal
 
 from loratune.errors import EvaluationError
 
-GraderName = Literal["pissa", "strict"]
+# `tests` judges programs by running them: code_answers.py.
+GraderName = Literal["pissa", "strict", "tests"]
 Verdict = Literal["correct", "wrong", "truncated", "error"]
 
 _PISSA_MARKER = "The answer is: "

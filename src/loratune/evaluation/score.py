@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratune.errors import EvaluationError
+from loratune.evaluation.code_answers import grade_code
 from loratune.evaluation.generate import Answer, generate_answers
-from loratune.evaluation.graders import judge
+from loratune.evaluation.graders import Verdict, judge
 from loratune.evaluation.questions import TaskQuestions
+from loratune.evaluation.sandbox import choose_isolation
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base
@@ -23,6 +25,7 @@ def score_task(
     questions: TaskQuestions,
     *,
     rows_per_batch: int = 16,
+    unsafe_exec: bool = False,
 ) -> tuple[Score, tuple[Prediction, ...]]:
     """Ask one adapter every question; the predictions are in the order of the questions.
 
@@ -31,9 +34,11 @@ def score_task(
         adapter: in memory, a folder in PEFT's format, or None for the plain base.
         questions: see `tasks.ask` and `tasks.ask_validation`.
         rows_per_batch: questions answered at once; for speed and memory alone.
+        unsafe_exec: see `grade`.
 
     Raises:
-        EvaluationError: no questions, or a prompt and its answer are too long for the model.
+        EvaluationError: as `grade` says, no questions, or a prompt and its answer are too long for
+            the model.
         ModelError: the adapter cannot be read or does not fit the base, or the base carries one
             already.
     """
@@ -53,29 +58,48 @@ def score_task(
     finally:
         if attached is not None:
             attached.detach()
-    return grade(answers, questions)
+    return grade(answers, questions, unsafe_exec=unsafe_exec)
 
 
 def grade(
-    answers: Sequence[Answer], questions: TaskQuestions
+    answers: Sequence[Answer], questions: TaskQuestions, *, unsafe_exec: bool = False
 ) -> tuple[Score, tuple[Prediction, ...]]:
     """Judge answers, one for each question in its order, and count the verdicts.
 
-    An answer that the token limit cut off is `truncated` only where no number can be read in it.
+    An answer that the token limit cut off is `truncated` only where no number can be read in it; of
+    a program, see `grade_code`.
+
+    Args:
+        answers: what was generated.
+        questions: what was asked.
+        unsafe_exec: where generated code is run, see `sandbox.choose_isolation`.
+
+    Raises:
+        EvaluationError: generated code has to be run and cannot be isolated here.
     """
-    predictions = tuple(
-        Prediction(
-            question_index=index,
-            text=answer.text,
-            num_tokens=answer.num_tokens,
-            verdict=judge(
+    if questions.grader == "tests":
+        graded = grade_code(
+            [answer.text for answer in answers],
+            questions.references,
+            finished=[answer.finished for answer in answers],
+            isolation=choose_isolation(unsafe_exec=unsafe_exec),
+        )
+        verdicts: list[Verdict] = [verdict for verdict, _ in graded]
+    else:
+        verdicts = [
+            judge(
                 answer.text,
                 reference=reference,
                 grader=questions.grader,
                 finished=answer.finished,
-            ),
+            )
+            for answer, reference in zip(answers, questions.references, strict=True)
+        ]
+    predictions = tuple(
+        Prediction(
+            question_index=index, text=answer.text, num_tokens=answer.num_tokens, verdict=verdict
         )
-        for index, (answer, reference) in enumerate(zip(answers, questions.references, strict=True))
+        for index, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
     )
     counts = Counter(prediction.verdict for prediction in predictions)
     score = Score(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 from loratune.data.encode import encode_prompts
 from loratune.data.templates import fields_of, prompt_for
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluation import demo, gsm8k, validation
+from loratune.evaluation import demo, gsm8k, humaneval, mbpp, validation
 from loratune.evaluation.questions import Question, TaskDefinition, TaskQuestions
+from loratune.evaluation.sandbox import choose_isolation
 from loratune.study import schema
 
 if TYPE_CHECKING:
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
 
     from loratune.data.prepare import Example
 
-_TASKS = {one.name: one for one in (gsm8k.TASK, demo.TASK, validation.TASK)}
-
-# Presets name these, so that a paper's study stands in its file as it was run. Scoring them means
-# running generated code, which needs a sandbox.
-_NOT_YET_SCORED = ("humaneval", "mbpp")
+_TASKS = {
+    one.name: one for one in (gsm8k.TASK, humaneval.TASK, mbpp.TASK, demo.TASK, validation.TASK)
+}
+_TASKS_WITH_DATA = (gsm8k.TASK, humaneval.TASK, mbpp.TASK)
 
 
 def can_score(name: str) -> bool:
@@ -37,31 +37,34 @@ def task(name: str) -> TaskDefinition:
     """The task `name`.
 
     Raises:
-        EvaluationError: there is no such task, or it cannot be scored by this version.
+        EvaluationError: there is no such task.
     """
     if name in _TASKS:
         return _TASKS[name]
-    if name in _NOT_YET_SCORED:
-        raise EvaluationError(
-            f"task {name!r} cannot be scored by this version; "
-            "remove it from evaluate.tasks to train without it"
-        )
-    near = difflib.get_close_matches(name, [*_TASKS, *_NOT_YET_SCORED], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*_TASKS], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise EvaluationError(f"task {name!r} is unknown; choose one of {', '.join(_TASKS)}{hint}")
 
 
-def check_tasks(tasks: Sequence[schema.Task]) -> None:
+def check_tasks(tasks: Sequence[schema.Task], *, unsafe_exec: bool = False) -> None:
     """Refuse, before anything is trained or read, what could not be scored afterwards.
 
+    Args:
+        tasks: the study's.
+        unsafe_exec: see `sandbox.choose_isolation`.
+
     Raises:
-        EvaluationError: a task is unknown, cannot be scored by this version, was given data that it
-            has no use for, or has a prompt without {prompt}.
+        EvaluationError: a task is unknown, was given data or a grader that it has no use for, has
+            a prompt without {prompt}, or needs a sandbox that this machine does not offer.
     """
     for given in tasks:
         definition = task(given.name)
-        if given.data is not None and definition is not gsm8k.TASK:
+        if given.data is not None and definition not in _TASKS_WITH_DATA:
             raise EvaluationError(f"task {given.name} has questions of its own; remove its `data:`")
+        if definition.grader == "tests":
+            if given.grader is not None:
+                raise EvaluationError(f"task {given.name} runs its tests; remove its `grader:`")
+            choose_isolation(unsafe_exec=unsafe_exec)
         if given.prompt is not None:
             _check_prompt(given.prompt, task=given.name)
 
