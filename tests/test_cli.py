@@ -228,7 +228,7 @@ def test_every_preset_can_be_printed_and_planned(loratune, name, scale):
 
 def test_tune_writes_a_study_prints_it_runs_it_and_answers(loratune, furnished, monkeypatch):
     monkeypatch.chdir(furnished)
-    monkeypatch.setattr("loratune.api.GRID_LEARNING_RATES", "[1e-3]")
+    monkeypatch.setattr("loratune.new_study.GRID_LEARNING_RATES", "[1e-3]")
     answer = loratune(
         "tune", "--model", "model", "--data", "rows.jsonl", "--out", "tuned", "--rank", "2"
     )
@@ -574,3 +574,15 @@ def test_killed_at_twenty_random_moments_a_real_engine_ends_with_the_same_number
         assert names == others
         assert loss == pytest.approx(validation_loss, rel=tolerance, abs=0)
         assert again == pytest.approx(losses, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("budget", ["2", "soon", "-1h", "0s"])
+def test_a_budget_without_a_unit_or_a_positive_time_is_refused(loratune, furnished, budget):
+    answer = loratune(
+        "tune", "--model", "demo:4m", "--data", "demo:task", "--out", furnished / "refused",
+        "--budget", budget,
+    )  # fmt: skip
+    assert answer.code == 2
+    assert "such as 2h" in answer.err or "for example 2h" in answer.err
+    assert "Traceback" not in answer.err
+    assert not (furnished / "refused").exists()

@@ -3,10 +3,9 @@
 Functions that train import torch when they are called; the others never do.
 """
 
-import dataclasses
-import hashlib
-import json
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,15 +17,16 @@ from loratune.analyse.cells import cells_table, make_cells
 from loratune.analyse.compare import Comparison
 from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.tables import results_table
-from loratune.errors import StudyError
-from loratune.folder import open_results
+from loratune.errors import AnalysisError, StudyError
+from loratune.folder import ResultsFolder, open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
+from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
+from loratune.records import TrialResult
 from loratune.report.page import ReportPaths, write_report
 from loratune.study.loading import LoadedStudy, load_study, parse_study
-from loratune.study.methods import describe
 
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
@@ -47,14 +47,6 @@ __all__ = [
     "run",
     "tune",
 ]
-
-# What `tune` and `compare` sweep: wide enough for an interior optimum on most data, one seed to
-# find the best LRs and two more around them, so that an interval exists. Batch sizes stop where an
-# epoch would have fewer than 8 updates.
-GRID_BATCH_SIZES = (2, 8, 32, 128)
-GRID_LEARNING_RATES = "{values: [1e-4, 2e-4, 5e-4, 1e-3, 2e-3], extend: 4}"
-FEWEST_UPDATES_IN_GRID = 8
-HELD_OUT_SHARE, MOST_HELD_OUT = 10, 512
 
 
 def plan_with_remarks(
@@ -205,6 +197,11 @@ def results(folder: str | Path, *, all_scores: bool = False) -> "pd.DataFrame":
         return results_table(found, all_scores=store.all_scores(record.name) if all_scores else ())
 
 
+def statuses(folder: str | Path) -> dict[str, int]:
+    """How many trials of a results folder have each status that occurs."""
+    return dict(Counter[str](one.status for one in _results_of(Path(folder))))
+
+
 def cells(folder: str | Path) -> "pd.DataFrame":
     """One row a cell: its best LR and its score there."""
     _, store, record = open_results(folder)
@@ -217,15 +214,29 @@ def recommend(
 ) -> tuple[Recommendation, ...]:
     """One recommendation for every setting of one method (model, rank, N, ...), in order.
 
+    Where `tune` searched a proxy, the one recommendation that it and the target give together.
+
     Args:
         folder: a results folder.
         method: left out, lora where the study has it, else its first method.
         margin: how much worse than the best loss counts as good, as a fraction.
     """
+    place = ResultsFolder(Path(folder))
+    if place.proxy_pair.is_file():
+        on_proxy = _results_of(place.proxy)
+        on_target = _results_of(place.root) if place.study.is_file() else ()
+        pair = ProxyPair.from_json(place.proxy_pair.read_text(encoding="utf-8"))
+        one = recommend_by_proxy(on_proxy, on_target, pair=pair, margin=margin)
+        if method not in (None, one.method):
+            raise AnalysisError(f"no trials with method {method!r}; there are {one.method}")
+        return (one,)
+    return recommendations(_results_of(place.root), method=method, margin=margin)
+
+
+def _results_of(folder: Path) -> tuple[TrialResult, ...]:
     _, store, record = open_results(folder)
     with store:
-        found = store.results(record.name, with_losses=False)
-    return recommendations(found, method=method, margin=margin)
+        return store.results(record.name, with_losses=False)
 
 
 def compare(folder: str | Path) -> tuple[Comparison, ...]:
@@ -261,17 +272,56 @@ def tune(
     out: str | Path,
     method: str = "lora",
     rank: int = 16,
+    proxy: str | None = "auto",
+    proxy_rank: int | None = None,
+    budget_seconds: float | None = None,
     device: str | None = None,
     engine: "EngineChoice" = "auto",
     quiet: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Recommendation, ...]:
-    """The batch size and LR for a model and data: a sweep of both, then the recommendation.
+    """The batch size and LR for a model and data, searched on a smaller model where there is one.
+
+    Args:
+        model: the target: hub id, folder, file.gguf or demo model.
+        data: hub id, file or demo:task; the fields are found by their names.
+        out: the results folder; the proxy's is `proxy` in it. The same call goes on where it was.
+        method: the LoRA variant.
+        rank: r of the target's adapters.
+        proxy: the smaller model; "auto": one that is known for the model's family; None: none, the
+            target itself is swept.
+        proxy_rank: r of the proxy's adapters; left out: 8, or the target's where that is lower.
+        budget_seconds: wall time; what can be said when it is over is the answer.
+        device: cpu, cuda or cuda:N; left out: a GPU if there is one.
+        engine: as for `run`.
+        quiet: no progress on stderr.
+        should_stop: asked after every update; True ends with snapshots.
+        say: told the studies that are run and what was found.
 
     Raises:
-        LoratuneError: model or data can't be used, or the fields of the data can't be told.
+        LoratuneError: model, proxy or data can't be used, or the fields of the data can't be told.
+        training.Interrupted: `should_stop` said so; the same call goes on.
     """
-    loaded = new_study(model=model, data=data, methods=[method], rank=rank, device=device)
-    run(loaded, out=out, device=device, engine=engine, quiet=quiet)
+    from loratune import tuning
+
+    asked = tuning.Tuning(
+        model=model,
+        data=data,
+        out=Path(out),
+        method=method,
+        rank=rank,
+        proxy=proxy,
+        proxy_rank=proxy_rank,
+        device=device,
+        budget_seconds=budget_seconds,
+        started=time.monotonic(),
+    )
+
+    def run_study(loaded: LoadedStudy, folder: Path, stop: Callable[[], bool]) -> "Sweep":
+        return run(loaded, out=folder, device=device, engine=engine, quiet=quiet, should_stop=stop)
+
+    tuning.tune(asked, run=run_study, should_stop=should_stop, say=say)
     return recommend(out)
 
 
@@ -286,69 +336,9 @@ def new_study(
     Raises:
         LoratuneError: no such data or method, or fields that can't be told; it lists the columns.
     """
-    from loratune.data.fields import detect_fields
-    from loratune.data.sources import read_rows
-    from loratune.study.schema import Source, source_of
+    from loratune.new_study import grid_study, read_request
     from loratune.workshop import choose_device
 
-    for name in methods:
-        describe(name)
-    here = Path.cwd()
-    rows = read_rows(Source.model_validate(source_of(data)), folder=here)
-    fields = detect_fields(rows)
-    held_out = max(1, min(MOST_HELD_OUT, len(rows) // HELD_OUT_SHARE))
-    most = max(1, (len(rows) - held_out) // FEWEST_UPDATES_IN_GRID)
-    sizes = [size for size in GRID_BATCH_SIZES if size <= most] or [1]
     on_gpu = choose_device(device).type == "cuda"
-    chosen = {key: value for key, value in dataclasses.asdict(fields).items() if value is not None}
-    template = "chat" if fields.messages is not None else "alpaca"
-    # Another model or data set is another study, which its results folder then refuses.
-    identity = json.dumps([_absolute(model), _absolute(data), list(methods), rank])
-    text = _NEW_STUDY.format(
-        name=f"tuned-{hashlib.sha256(identity.encode()).hexdigest()[:8]}",
-        model=json.dumps(_absolute(model)),
-        precision="bfloat16" if on_gpu else "float32",
-        train=json.dumps(_absolute(data)),
-        fields="\n".join(f"  {key}: {json.dumps(value)}" for key, value in chosen.items()),
-        template=template,
-        held_out=held_out,
-        methods=json.dumps(list(methods)),
-        rank=rank,
-        batch_sizes=json.dumps(sizes),
-        learning_rates=GRID_LEARNING_RATES,
-        # A best of many is flattered by its luck; what is compared gets seeds that chose nothing.
-        confirm=", confirm: 5" if len(methods) > 1 else "",
-    )
-    return parse_study(text, name="the study made for you", folder=here)
-
-
-def _absolute(name: str) -> str:
-    """A path that exists as an absolute one; anything else, such as a hub id, as it is."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
-_NEW_STUDY = """\
-# Written for you; every key can be changed, and `loratune run` takes the file as it is.
-study: {name}
-model: {model}
-precision: {precision}          # of the frozen base; the adapter is float32
-data:
-  train: {train}
-{fields}
-  template: {template}
-  max_tokens: 1024
-  too_long: drop
-  validation: {{rows: {held_out}}}   # held out by equal prompts; they choose the LR and batch size
-protocol: {{kind: fixed_samples, epochs: 1}}
-methods: {methods}
-rank: {rank}
-alpha: rank
-targets: all-linear
-batch_size: {batch_sizes}
-learning_rate: {learning_rates}
-seeds: {{grid: 1, around_best: 2{confirm}}}  # further seeds where they decide something
-schedule: {{kind: cosine, warmup_ratio: 0.0}}
-select_on: validation_loss
-keep_adapters: best
-"""
+    request = read_request(data=data, methods=methods, on_gpu=on_gpu)
+    return grid_study(request, model=model, rank=rank)

@@ -360,23 +360,86 @@ def tune(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The results folder.")] = None,
     method: Annotated[str, typer.Option(help="The LoRA variant to tune.")] = "lora",
     rank: Annotated[int, typer.Option(help="r of the adapter.")] = 16,
+    proxy: Annotated[
+        str,
+        typer.Option(
+            help="A smaller model of the same family, to search on in the model's place; "
+            "auto: one that is known; none: the model itself."
+        ),
+    ] = "auto",
+    proxy_rank: Annotated[
+        int | None, typer.Option(help="r on the proxy; left out: 8, or --rank where that is lower.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Wall time, such as 2h, 90m or 1h30m; left out: no end."),
+    ] = None,
     device: Device = None,
     engine: EngineOption = Engine.auto,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the batch size and LR for your model and data: writes a study, runs it, answers."""
-    sweep = _new_study(
-        model=model,
-        data=data,
-        out=out,
-        methods=[method],
-        rank=rank,
-        device=device,
-        engine=engine,
-        quiet=quiet,
+    """Find the batch size and LR for your model and data, on a smaller model where there is one."""
+    from loratune import api
+    from loratune.report.text import recommendation_text
+
+    if model is None or data is None or out is None:
+        raise _missing({"--model": model, "--data": data, "--out": out})
+    with _stoppable() as should_stop:
+        answers = api.tune(
+            model=model,
+            data=data,
+            out=out,
+            method=method,
+            rank=rank,
+            proxy=None if proxy == "none" else proxy,
+            proxy_rank=proxy_rank,
+            budget_seconds=None if budget is None else _seconds(budget),
+            device=device,
+            engine=engine.value,
+            quiet=quiet,
+            should_stop=should_stop,
+            say=_say,
+        )
+    folders = [one for one in (out / "proxy", out) if (one / "study.yaml").is_file()]
+    statuses = {str(one): api.statuses(one) for one in folders}
+    if as_json:
+        body = {
+            "folder": str(out),
+            "reports": [str(one / "report.html") for one in folders],
+            "statuses": statuses,
+            "recommendations": [answer.to_json() for answer in answers],
+        }
+        _print(_json_of(body))
+    else:
+        parts = [recommendation_text(answer) for answer in answers]
+        parts += [f"report: {one / 'report.html'}" for one in folders]
+        _print("\n\n".join(parts))
+    failed = sum(
+        counts.get("failed", 0) + counts.get("out_of_memory", 0) for counts in statuses.values()
     )
-    _print_answer(sweep, as_json=as_json)
+    if failed:
+        _say(f"loratune: {failed} trials failed; `loratune results DIR` says why")
+        raise typer.Exit(1)
+
+
+def _seconds(duration: str) -> float:
+    """2h, 90m, 1h30m in seconds; a number without a unit is refused."""
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        if not duration.strip()[-1:].isalpha():
+            raise ValueError("no unit")
+        return float(pd.Timedelta(duration).total_seconds())
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--budget {duration!r} is no time ({error}); give for example 2h, 90m or 1h30m"
+        ) from error
+
+
+def _missing(options: dict[str, object]) -> typer.BadParameter:
+    absent = ", ".join(name for name, given in options.items() if given is None)
+    return typer.BadParameter(f"missing {absent}")
 
 
 def _new_study(
@@ -394,10 +457,7 @@ def _new_study(
     from loratune import api
 
     if model is None or data is None or out is None or methods is None:
-        missing = {"--model": model, "--data": data, "--out": out, "--methods": methods}
-        raise typer.BadParameter(
-            f"missing {', '.join(name for name, given in missing.items() if given is None)}"
-        )
+        raise _missing({"--model": model, "--data": data, "--out": out, "--methods": methods})
     loaded = api.new_study(model=model, data=data, methods=methods, rank=rank, device=device)
     _say(loaded.text)
     with _stoppable() as should_stop:

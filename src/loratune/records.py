@@ -35,6 +35,7 @@ class ModelFacts:
     `num_block_parameters` counts the linear weights inside the decoder blocks (N in the cost
     formula), `attention_width` is heads x head_dim, `sliding_window` the window of the layers that
     have one, `num_sliding_layers` how many do. `linears` are the decoder's linears, head excluded.
+    `model_type` is transformers' name of the architecture; None where it was declared.
     """
 
     source: str
@@ -50,6 +51,7 @@ class ModelFacts:
     sliding_window: int | None = None
     num_sliding_layers: int = 0
     provisional: bool = False
+    model_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

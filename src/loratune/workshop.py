@@ -12,6 +12,7 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,8 @@ from loratune.methods import load_method
 from loratune.methods.base import Packable
 from loratune.models.demo import DEMO_MODELS, resolve_demo_model
 from loratune.models.describe import describe_model
-from loratune.models.load import Base, load_base, load_tokenizer
+from loratune.models.load import Base, Precision, load_base, load_tokenizer
+from loratune.models.targets import block_linears
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
 from loratune.planning.cost import H100, QUANTISED_BYTES, Rate, tokens_that_fit
 from loratune.planning.pack_shape import plan_pack
@@ -235,6 +237,41 @@ def choose_devices(names: str | Sequence[str]) -> tuple[torch.device, ...]:
     if not names:
         raise CapacityError("no device is named; give all, or devices such as cuda:0,cuda:1")
     return tuple(choose_device(name) for name in names)
+
+
+def measured_flops_per_second(
+    name: str,
+    *,
+    device: torch.device,
+    precision: Precision,
+    folder: Path,
+    num_tokens: int = 2048,
+) -> float:
+    """The rate at which a model's blocks run forward and backward on this device, as LoRA needs it.
+
+    4 N FLOPs a token: no gradient of a weight. The best of three passes over random tokens, after
+    one that is not counted.
+
+    Raises:
+        ModelError: the model can't be had.
+    """
+    base = load_base(model_source(name, folder=folder), precision=precision, device=device)
+    config = base.model.config.get_text_config()
+    length = min(256, config.max_position_embeddings)
+    shape = (max(1, num_tokens // length), length)
+    ids_BT = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    inputs = base.model.get_input_embeddings()(ids_BT).detach().requires_grad_()
+    num_weights = sum(linear.weight.numel() for linear in block_linears(base.model).values())
+    seconds = list[float]()
+    for _ in range(4):
+        began = time.perf_counter()
+        base.model.base_model(inputs_embeds=inputs).last_hidden_state.float().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 4 * num_weights * ids_BT.numel() / min(seconds[1:])
 
 
 @dataclass
