@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
 from loratune.records import TrialResult
 from loratune.report.page import ReportPaths, write_report
-from loratune.study.loading import LoadedStudy, load_study, parse_study
+from loratune.study.loading import LoadedStudy, load_study
 
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
@@ -223,9 +222,9 @@ def recommend(
     """
     place = ResultsFolder(Path(folder))
     if place.proxy_pair.is_file():
-        on_proxy = _results_of(place.proxy)
-        on_target = _results_of(place.root) if place.study.is_file() else ()
         pair = ProxyPair.from_json(place.proxy_pair.read_text(encoding="utf-8"))
+        on_proxy = _results_of(place.root / pair.folder)
+        on_target = _results_of(place.root) if place.study.is_file() else ()
         one = recommend_by_proxy(on_proxy, on_target, pair=pair, margin=margin)
         if method not in (None, one.method):
             raise AnalysisError(f"no trials with method {method!r}; there are {one.method}")
@@ -261,8 +260,41 @@ def report(folder: str | Path) -> ReportPaths:
 
 def demo_study() -> LoadedStudy:
     """The study of `loratune demo`: shipped model and data, minutes on two cores."""
-    text = resources.files("loratune").joinpath("demo.yaml").read_text(encoding="utf-8")
-    return parse_study(text, name="demo.yaml", folder=Path.cwd())
+    from loratune.demonstration import demo_study
+
+    return demo_study()
+
+
+def demo(
+    out: str | Path,
+    *,
+    engine: "EngineChoice" = "auto",
+    quiet: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> "Sweep":
+    """The whole job on shipped models and data, without a GPU or a network.
+
+    A sweep of batch size and LR of three methods on demo:1m in OUT; then, in OUT/target, demo:4m at
+    the batch size that the sweep found for LoRA: the smaller model is the larger one's proxy.
+
+    Raises:
+        LoratuneError: `out` holds something else.
+        training.Interrupted: `should_stop` said so; the same call goes on.
+    """
+    from loratune.demonstration import demonstrate
+
+    def run_here(loaded: LoadedStudy, folder: Path) -> "Sweep":
+        return run(
+            loaded,
+            out=folder,
+            # Small products gain more from two processes than from two threads.
+            devices=["cpu"] * min(2, os.cpu_count() or 1),
+            engine=engine,
+            quiet=quiet,
+            should_stop=should_stop,
+        )
+
+    return demonstrate(Path(out), run=run_here)
 
 
 def tune(

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
     from loratune.analyse.tables import TableFormat
+    from loratune.recommendation.grid import Recommendation
     from loratune.sweep import Sweep
 
 app = typer.Typer(
@@ -140,20 +141,13 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sweep batch size and LR of three methods on a shipped model: no GPU, no network, minutes."""
+    """The whole job on shipped models and data: no GPU, no network, minutes."""
     from loratune import api
 
     with _stoppable() as should_stop:
-        sweep = api.run(
-            api.demo_study(),
-            out=out,
-            # Small products gain more from two processes than from two threads.
-            devices=["cpu"] * min(2, os.cpu_count() or 1),
-            engine=engine.value,
-            quiet=quiet,
-            should_stop=should_stop,
-        )
-    _print_answer(sweep, as_json=as_json)
+        sweep = api.demo(out, engine=engine.value, quiet=quiet, should_stop=should_stop)
+    carried = api.recommend(out / "target") if (out / "target" / "study.yaml").is_file() else ()
+    _print_answer(sweep, as_json=as_json, further=carried)
 
 
 @app.command()
@@ -479,8 +473,13 @@ def _study(path: str) -> Any:
     return load_study(path)
 
 
-def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
-    """The curve, the recommendation, where the report is; exit code 1 if a trial failed."""
+def _print_answer(
+    sweep: "Sweep", *, as_json: bool, further: "Sequence[Recommendation]" = ()
+) -> None:
+    """The curve, the recommendation, where the report is; exit code 1 if a trial failed.
+
+    `further` are recommendations for larger models that the sweep was the proxy of.
+    """
     from loratune import api
     from loratune.analyse.cells import make_cells
     from loratune.analyse.curves import make_curves
@@ -492,12 +491,16 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
             "folder": str(sweep.folder.root),
             "report": str(sweep.folder.root / "report.html"),
             "statuses": sweep.statuses(),
-            "recommendations": [answer.to_json() for answer in answers],
+            "recommendations": [answer.to_json() for answer in (*answers, *further)],
         }
         _print(_json_of(body))
     else:
         parts = [curves_text(make_curves(make_cells(sweep.results)))]
         parts += [recommendation_text(answer) for answer in answers]
+        parts += [
+            f"The same, carried over to the larger {answer.model}:\n{recommendation_text(answer)}"
+            for answer in further
+        ]
         parts.append(f"report: {sweep.folder.root / 'report.html'}")
         _print("\n\n".join(parts))
     total = len(sweep.results)
