@@ -6,7 +6,7 @@ Functions that train import torch when they are called; the others never do.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from loratune.analyse.cells import cells_table, make_cells
 from loratune.analyse.compare import Comparison
 from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.tables import results_table
-from loratune.errors import AnalysisError, StudyError
+from loratune.errors import AnalysisError, EvaluationError, StudyError
 from loratune.folder import ResultsFolder, open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
@@ -30,13 +30,19 @@ from loratune.study.loading import LoadedStudy, load_study
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
+    from loratune.evaluating import Evaluation
+    from loratune.models.load import Precision
+    from loratune.regrading import Regraded
+    from loratune.study.schema import GraderName
     from loratune.sweep import Sweep
     from loratune.workshop import EngineChoice, Survey
 
 __all__ = [
     "cells",
     "compare",
+    "demo",
     "demo_study",
+    "evaluate",
     "load_study",
     "new_study",
     "plan",
@@ -44,6 +50,7 @@ __all__ = [
     "report",
     "results",
     "run",
+    "score",
     "tune",
 ]
 
@@ -243,6 +250,119 @@ def compare(folder: str | Path) -> tuple[Comparison, ...]:
     _, store, record = open_results(folder)
     with store:
         return compare_results(store.results(record.name, with_losses=False))
+
+
+def score(
+    folder: str | Path,
+    *,
+    grader: "GraderName",
+    tasks: Sequence[str] | None = None,
+    data: Mapping[str, str] | None = None,
+    unsafe_exec: bool = False,
+) -> "tuple[Regraded, ...]":
+    """Grade a results folder's kept answers anew, without a model; scores are added, none changes.
+
+    Args:
+        folder: a results folder whose study has test tasks.
+        grader: pissa, strict, exact, plain, normalised or tests.
+        tasks: only these of the study's; None: all that the grader can judge.
+        data: questions by task, where the study's paths lead nowhere from here.
+        unsafe_exec: run generated code where it cannot be isolated.
+
+    Raises:
+        LoratuneError: no such folder or task, or questions that are not those that were asked.
+    """
+    from loratune.regrading import regrade
+    from loratune.study.schema import Source, source_of
+
+    place, store, _ = open_results(folder)
+    with store:
+        return regrade(
+            store,
+            load_study(place.study).study,
+            folder=place.root,
+            grader=grader,
+            tasks=None if tasks is None else frozenset(tasks),
+            data={
+                name: Source.model_validate(source_of(_absolute(path)))
+                for name, path in (data or {}).items()
+            },
+            unsafe_exec=unsafe_exec,
+        )
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    tasks: Sequence[str],
+    data: str | None = None,
+    grader: "GraderName | None" = None,
+    questions: int | None = None,
+    model: str | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    precision: "Precision | None" = None,
+    device: str | None = None,
+    answers: str | Path | None = None,
+    trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
+) -> "tuple[Evaluation, ...]":
+    """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
+
+    Args:
+        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        tasks: names of tasks, or paths of a task's .yaml file.
+        data: the questions, where there is one task and they are not its own.
+        grader: in the place of the tasks' own.
+        questions: the first so many of each task; None: all.
+        model: the adapter's base; None: the one that its adapter_config.json names.
+        prompt: a text with {prompt}, or alpaca, plain or chat; None: "Question: {prompt}\nAnswer:".
+        max_new_tokens: in the place of the tasks' own.
+        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        answers: a file that keeps raw answers, a line a question; gone on with where it is there.
+        trust_remote_code: let a model's own Python code run.
+        unsafe_exec: run generated code where it cannot be isolated.
+
+    Raises:
+        LoratuneError: no such adapter, model or task, or they do not fit together.
+    """
+    from loratune.evaluating import DEFAULT_PROMPT
+    from loratune.evaluating import evaluate as evaluate_source
+    from loratune.study.schema import Source, Task, source_of
+    from loratune.workshop import choose_device
+
+    if not tasks:
+        raise EvaluationError("no task is named; give at least one, such as gsm8k")
+    if data is not None and len(tasks) > 1:
+        raise EvaluationError(f"data={data!r} for {len(tasks)} tasks; give one task with it")
+    asked = [
+        Task(
+            name=name,
+            data=None if data is None else Source.model_validate(source_of(data)),
+            grader=grader,
+            questions=questions,
+            max_new_tokens=max_new_tokens,
+        )
+        for name in tasks
+    ]
+    on_gpu = choose_device(device).type == "cuda"
+    return evaluate_source(
+        str(source),
+        tasks=asked,
+        model=model,
+        prompt=prompt or DEFAULT_PROMPT,
+        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        device=device,
+        answers=None if answers is None else Path(answers),
+        trust_remote_code=trust_remote_code,
+        unsafe_exec=unsafe_exec,
+    )
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def report(folder: str | Path) -> ReportPaths:

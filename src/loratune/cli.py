@@ -52,6 +52,18 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+class GraderChoice(StrEnum):
+    """How answers are judged."""
+
+    pissa = "pissa"
+    strict = "strict"
+    number = "number"
+    exact = "exact"
+    plain = "plain"
+    normalised = "normalised"
+    tests = "tests"
+
+
 class Engine(StrEnum):
     """What trains: many trials at once, or one after another."""
 
@@ -286,6 +298,105 @@ def recommend(
         _print(_json_of(documents[0] if len(documents) == 1 else documents))
     else:
         _print("\n\n".join(recommendation_text(answer) for answer in answers))
+
+
+@app.command()
+def score(
+    folder: Folder,
+    *,
+    grader: Annotated[GraderChoice, typer.Option(help="How to judge the kept answers.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="Only this task; may be given several times.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=FILE", help="A task's questions, where they have moved."),
+    ] = None,
+    unsafe_exec: UnsafeExec = False,
+    as_json: Json = False,
+) -> None:
+    """Grade a results folder's kept answers anew: no model, no GPU. Old scores stay."""
+    from loratune import api
+
+    moved = dict[str, str]()
+    for one in data or ():
+        name, sign, path = one.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"--data {one!r}; give TASK=FILE, as in gsm8k=test.jsonl")
+        moved[name] = path
+    made = api.score(folder, grader=grader.value, tasks=task, data=moved, unsafe_exec=unsafe_exec)
+    if as_json:
+        _print(_json_of([dataclasses.asdict(one) for one in made]))
+        return
+    for one in made:
+        before, after = one.before, one.after
+        _print(
+            f"{one.trial_id} {after.task}: {after.correct} of {after.total} right by "
+            f"{after.grader}, {before.correct} by {before.grader}"
+        )
+    _say(f"{len(made)} scores added")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER|MODEL", help="A PEFT folder, or a model.")
+    ],
+    *,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task's name, or its .yaml file; may be given several times."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The questions of the one task.")] = None,
+    grader: Annotated[GraderChoice | None, typer.Option(help="How to judge.")] = None,
+    questions: Annotated[int | None, typer.Option(help="The first so many.", min=1)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The adapter's base, in the place of the one it names.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="A text with {prompt}, or alpaca, plain or chat."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where answers are cut.", min=1)
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep raw answers here, and go on from them."),
+    ] = None,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    unsafe_exec: UnsafeExec = False,
+    as_json: Json = False,
+) -> None:
+    """Score any PEFT adapter, or a model, on tasks; no study is needed."""
+    from loratune import api
+
+    found = api.evaluate(
+        source,
+        tasks=task or [],
+        data=data,
+        grader=None if grader is None else grader.value,
+        questions=questions,
+        model=model,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        answers=answers,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        unsafe_exec=unsafe_exec,
+    )
+    if as_json:
+        _print(_json_of([one.to_json() for one in found]))
+        return
+    for one in found:
+        account = one.score
+        _print(
+            f"{account.task}: {100 * account.accuracy:.1f}% ({100 * one.low:.1f} to "
+            f"{100 * one.high:.1f}, 95% over questions), {account.correct} right, "
+            f"{account.wrong} wrong, {account.truncated} truncated, {account.errors} errors of "
+            f"{account.total}; grader {account.grader}"
+        )
 
 
 @app.command()

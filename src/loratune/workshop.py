@@ -429,7 +429,11 @@ class LocalWorkshop:
 
     @cached_property
     def _survey(self) -> Survey:
-        check_tasks(self.loaded.study.evaluate.tasks, unsafe_exec=self.unsafe_exec)
+        check_tasks(
+            self.loaded.study.evaluate.tasks,
+            folder=self.loaded.folder,
+            unsafe_exec=self.unsafe_exec,
+        )
         questions = {
             task.name: load_questions(task, folder=self.loaded.folder)
             for task in self.loaded.study.evaluate.tasks
@@ -474,6 +478,7 @@ class LocalWorkshop:
                         questions[task],
                         data=study.data,
                         tokenizer=tokenizer,
+                        folder=self.loaded.folder,
                         end_ids=rows.end_ids,
                     )
                 )
