@@ -1,5 +1,6 @@
 """`evaluate` and `score` on a tiny model: parity with lm-evaluation-harness, resume, re-grading."""
 
+import importlib
 import json
 import random
 import shutil
@@ -198,9 +199,9 @@ def test_what_cannot_be_graded_anew_is_refused(tmp_path, trained, monkeypatch, o
 @pytest.mark.filterwarnings("default")
 def test_lm_evaluation_harness_gives_the_same_scores(tmp_path, trained, model):
     """Its own Hugging Face model, the same prompts: greedy answers, and acc and acc_norm."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    harness: Any = importlib.import_module("lm_eval")
+    models: Any = importlib.import_module("lm_eval.models.huggingface")
+    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager
 
     questions, choices = write(tmp_path / "g.jsonl", GSM8K), write(tmp_path / "p.jsonl", PIQA)
     for name, file, body in (
@@ -242,15 +243,14 @@ num_fewshot: 0
         )
     seen = set[float]()
     for adapter in adapters(trained):
-        theirs = simple_evaluate(
-            model=HFLM(
+        theirs: Any = harness.simple_evaluate(
+            model=models.HFLM(
                 pretrained=model, peft=str(adapter), device="cpu", dtype="float32", batch_size=4
             ),
             tasks=["ours_gsm8k", "ours_piqa"],
-            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            task_manager=manager(include_path=str(tmp_path), include_defaults=False),
             bootstrap_iters=0,
         )
-        assert theirs is not None
         found = theirs["results"]
         ours: dict[str, float] = {}
         (gsm8k,) = api.evaluate(
@@ -273,7 +273,35 @@ num_fewshot: 0
                 "normalised": found["ours_piqa"]["acc_norm,none"],
             }
         )
+        # The bridge: its tasks, asked of our base and adapter.
+        bridged = api.evaluate_by_harness(
+            adapter, tasks=["ours_gsm8k", "ours_piqa"], include_path=tmp_path, device="cpu"
+        )
+        for name, metrics in bridged.items():
+            for metric in ("exact_match,strict", "acc,none", "acc_norm,none"):
+                assert metrics.get(metric) == found[name].get(metric)
         assert ours["plain"] != ours["normalised"]
         seen |= set(ours.values())
     # Neither all right nor all wrong, so that equal scores say something.
     assert not seen & {0.0, 1.0}
+
+
+def test_the_harness_has_no_such_task_and_a_task_that_samples_is_refused(tmp_path, model):
+    with pytest.raises(EvaluationError, match="is none of lm-evaluation-harness's"):
+        api.evaluate_by_harness(model, tasks=["no_such_task"], device="cpu")
+    (tmp_path / "sampled.yaml").write_text(
+        f"""\
+task: sampled
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {write(tmp_path / "g.jsonl", GSM8K)}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{until: ["\\n"], do_sample: true, temperature: 0.7}}
+metric_list: [{{metric: exact_match}}]
+""",
+        encoding="utf-8",
+    )
+    with pytest.raises(EvaluationError, match="task sampled samples"):
+        api.evaluate_by_harness(model, tasks=["sampled"], include_path=tmp_path, device="cpu")

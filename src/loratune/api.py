@@ -43,6 +43,7 @@ __all__ = [
     "demo",
     "demo_study",
     "evaluate",
+    "evaluate_by_harness",
     "load_study",
     "new_study",
     "plan",
@@ -357,6 +358,54 @@ def evaluate(
         answers=None if answers is None else Path(answers),
         trust_remote_code=trust_remote_code,
         unsafe_exec=unsafe_exec,
+    )
+
+
+def evaluate_by_harness(
+    source: str | Path,
+    *,
+    tasks: Sequence[str],
+    model: str | None = None,
+    precision: "Precision | None" = None,
+    device: str | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, object]]:
+    """lm-evaluation-harness's own tasks, asked of an adapter or a model; its results by task.
+
+    Args:
+        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        tasks: names of the harness's tasks.
+        model: the adapter's base; None: the one that its adapter_config.json names.
+        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        include_path: a folder with task files of your own.
+        num_fewshot: worked examples before each question; None: the task's own.
+        limit: the first so many questions of each task; None: all.
+        chat: put prompts into the tokenizer's chat template.
+        trust_remote_code: let a model's own Python code run.
+
+    Raises:
+        LoratuneError: the harness is not installed, or no such adapter, model or task.
+    """
+    from loratune import evaluating
+    from loratune.workshop import choose_device
+
+    on_gpu = choose_device(device).type == "cuda"
+    return evaluating.evaluate_by_harness(
+        str(source),
+        tasks=tasks,
+        model=model,
+        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        device=device,
+        include_path=None if include_path is None else str(include_path),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -64,6 +64,12 @@ class GraderChoice(StrEnum):
     tests = "tests"
 
 
+class HarnessChoice(StrEnum):
+    """Whose tasks are asked."""
+
+    lm_eval = "lm-eval"
+
+
 class Engine(StrEnum):
     """What trains: many trials at once, or one after another."""
 
@@ -364,6 +370,22 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Keep raw answers here, and go on from them."),
     ] = None,
+    harness: Annotated[
+        HarnessChoice | None,
+        typer.Option(help="Ask another harness's tasks, named by --tasks."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="With --harness: its tasks, as gsm8k,arc_easy.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --harness: a folder with task files of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="With --harness: worked examples before a question.", min=0)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="With --harness: the tokenizer's chat template.")
+    ] = False,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     unsafe_exec: UnsafeExec = False,
@@ -372,6 +394,32 @@ def evaluate(
     """Score any PEFT adapter, or a model, on tasks; no study is needed."""
     from loratune import api
 
+    if harness is not None:
+        if not tasks or task:
+            raise typer.BadParameter("--harness takes its tasks by --tasks, as gsm8k,arc_easy")
+        results = api.evaluate_by_harness(
+            source,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+            model=model,
+            device=device,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=questions,
+            chat=chat,
+            trust_remote_code=trust_remote_code,
+        )
+        if as_json:
+            _print(json.dumps(results, indent=2, default=str))
+            return
+        for name, metrics in results.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    _print(f"{name} {metric}: {value:.4f}")
+        return
+    if tasks or include_path or num_fewshot is not None or chat:
+        raise typer.BadParameter(
+            "--tasks, --include-path, --num-fewshot and --chat belong to --harness lm-eval"
+        )
     found = api.evaluate(
         source,
         tasks=task or [],

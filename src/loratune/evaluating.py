@@ -6,7 +6,8 @@ it was stopped, and another grader needs no model. Of a results folder the score
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,31 +93,92 @@ def evaluate(
     Raises:
         LoratuneError: no such adapter, model or task, or they do not fit together.
     """
-    folder = Path(source).expanduser()
-    if ResultsFolder(folder).study.is_file():
-        raise EvaluationError(
-            f"{source} is a results folder; give one of its adapters, such as "
-            f"{folder / 'adapters' / 'trial-...'}, or name tasks in the study's evaluate section"
-        )
-    adapter = folder if (folder / "adapter_config.json").is_file() else None
-    name = model or (source if adapter is None else _base_of(folder))
+    adapter = _adapter_of(source)
+    name = model or (source if adapter is None else _base_of(adapter))
     check_tasks(tasks, folder=Path.cwd(), unsafe_exec=unsafe_exec)
-    base = load_base(
-        name,
-        precision=precision,
-        device=choose_device(device),
-        trust_remote_code=trust_remote_code,
-    )
-    attached = None if adapter is None else attach_files(base.model, adapter)
-    try:
-        found = list[Evaluation]()
+    found = list[Evaluation]()
+    with _attached(name, adapter, precision, device, trust_remote_code) as base:
         for given in tasks:
             asked = _ask(given, base, prompt)
             kept = _Kept(answers, who=_fingerprint(name, adapter), asked=asked)
             said = kept.complete(base, asked)
             score, _ = grade(said, asked, unsafe_exec=unsafe_exec)
             found.append(_evaluation(name, adapter, score))
-        return tuple(found)
+    return tuple(found)
+
+
+def evaluate_by_harness(
+    source: str,
+    *,
+    tasks: Sequence[str],
+    model: str | None,
+    precision: Precision,
+    device: str | None,
+    include_path: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    chat: bool,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """lm-evaluation-harness's own results of its tasks, asked of an adapter or a model.
+
+    Raises:
+        LoratuneError: the harness is not installed, no such adapter, model or task, or one that
+            samples.
+    """
+    try:
+        from loratune.evaluation.harness import run_harness
+    except ImportError as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness is not installed ({error}); install it with "
+            "pip install 'loratune[harness]'"
+        ) from error
+    adapter = _adapter_of(source)
+    name = model or (source if adapter is None else _base_of(adapter))
+    with _attached(name, adapter, precision, device, trust_remote_code) as base:
+        return run_harness(
+            base,
+            tasks,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            chat=chat,
+        )
+
+
+def _adapter_of(source: str) -> Path | None:
+    """The folder, where it is an adapter's; None for a model.
+
+    Raises:
+        EvaluationError: it is a results folder.
+    """
+    folder = Path(source).expanduser()
+    if ResultsFolder(folder).study.is_file():
+        raise EvaluationError(
+            f"{source} is a results folder; give one of its adapters, such as "
+            f"{folder / 'adapters' / 'trial-...'}, or name tasks in the study's evaluate section"
+        )
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+@contextmanager
+def _attached(
+    model: str,
+    adapter: Path | None,
+    precision: Precision,
+    device: str | None,
+    trust_remote_code: bool,
+) -> Generator[Base]:
+    """The base, with the adapter on it meanwhile."""
+    base = load_base(
+        model,
+        precision=precision,
+        device=choose_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    attached = None if adapter is None else attach_files(base.model, adapter)
+    try:
+        yield base
     finally:
         if attached is not None:
             attached.detach()

@@ -1,5 +1,7 @@
 """Log-likelihoods against transformers, one row at a time without padding."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,7 +35,8 @@ def test_a_batch_gives_what_each_row_gives_alone(family):
         assert got.value == pytest.approx(alone, abs=1e-5 * got.num_tokens + 1e-5)
         assert got.num_tokens == len(one.continuation_ids)
         assert got.is_greedy == all(int(scores[t].argmax()) == whole[0, t + 1] for t in places)
-    greedy = base.model.generate(
+    generate: Any = base.model.generate
+    greedy = generate(
         torch.tensor([asked[0].context_ids]), max_new_tokens=3, do_sample=False, pad_token_id=0,
         eos_token_id=None,
     )[0, len(asked[0].context_ids) :]  # fmt: skip
