@@ -127,6 +127,11 @@ def comparison_sentences(one: Comparison) -> tuple[str, ...]:
     )
     p = "" if one.p_holm is None or one.undecided else f", Holm p = {one.p_holm:.2g}"
     seeds = "1 shared seed" if one.num_seeds == 1 else f"{one.num_seeds} shared seeds"
+    seeds += (
+        " that chose nothing"
+        if one.fresh
+        else ", the same that chose batch size and learning rate, which flatters both"
+    )
     better = "higher" if one.higher_is_better else "lower"
     sentences = [
         f"{one.method} against {one.baseline}{where}, {name}: {one.verdict}{why}.",
