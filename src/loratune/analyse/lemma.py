@@ -145,8 +145,8 @@ def check_lemma(
         else:
             mean_low, mean_high = estimate.low, estimate.high
     remarks.append(
-        "labels are independent of the inputs here: the true gradient is 0 and the true noise scale "
-        "infinite; what grows with N is the plug-in estimate, 1 / (1 / B_true + 1 / N)"
+        "labels are independent of the inputs here: the true gradient is 0 and the true noise "
+        "scale infinite; what grows with N is the plug-in estimate, 1 / (1 / B_true + 1 / N)"
     )
     median, median_low, median_high = _median(values)
     return LemmaCheck(

@@ -13,6 +13,7 @@ curve is linear in phi; elsewhere its coverage is tested on simulated data).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,9 @@ def fit_shape(
     on_grid = [rss_at(float(phi)) for phi in grid]
     index = int(np.argmin(on_grid))
     left, right = grid[max(index - 1, 0)], grid[min(index + 1, _GRID - 1)]
-    found = minimize_scalar(rss_at, bounds=(left, right), method="bounded", options={"xatol": 1e-10})
+    found: Any = minimize_scalar(
+        rss_at, bounds=(left, right), method="bounded", options={"xatol": 1e-10}
+    )
     phi = float(found.x) if found.fun <= on_grid[index] else float(grid[index])
     rss = rss_at(phi)
     bounded = grid[1] < phi < grid[-2]
@@ -116,9 +119,14 @@ def fit_shape(
     shape = curve(phi)
     offset = float(np.mean(y - shape))
     fitted = tuple((shape + offset).tolist())
-    return OffsetFit(
-        offset, phi if bounded else None, phi_low, phi_high, rss, len(y), 2, fitted
-    )
+    return OffsetFit(offset, phi if bounded else None, phi_low, phi_high, rss, len(y), 2, fitted)
+
+
+def find_root(
+    function: Callable[[float], float], start: float, end: float, *, precision: float = 1e-10
+) -> float:
+    """Where the function is 0 between two points at which its signs differ (Brent's method)."""
+    return float(brentq(function, start, end, xtol=precision))  # pyright: ignore[reportArgumentType]
 
 
 def _t(df: int) -> float:
@@ -132,6 +140,6 @@ def _crossing(
     inside = start
     for phi in outwards:
         if rss_at(phi) > limit:
-            return float(brentq(lambda one: rss_at(one) - limit, inside, phi))
+            return find_root(lambda one: rss_at(one) - limit, inside, phi)
         inside = phi
     return None

@@ -142,8 +142,10 @@ def fit_learning_rate(
         )
     x = np.log(np.asarray(sizes, dtype=float))
     y = np.log(np.asarray([rate for _, rate in pairs], dtype=float))
-    fits = {name: _fit(name, x, y) for name in LAW_NAMES}
-    criteria = {name: fit.aicc for name, fit in fits.items() if fit.aicc is not None}
+    fits: dict[LawName, OffsetFit] = {name: _fit(name, x, y) for name in LAW_NAMES}
+    criteria: dict[LawName, float] = {
+        name: fit.aicc for name, fit in fits.items() if fit.aicc is not None
+    }
     # Of equal ones the first, which has the fewest parameters.
     chosen = min(criteria, key=lambda name: round(criteria[name], 6))
     lowest = criteria[chosen]
@@ -157,8 +159,7 @@ def fit_learning_rate(
         not_excluded=tuple(
             name for name, value in criteria.items() if name != chosen and value - lowest < CLOSE
         ),
-        holds_out=left_out is not None
-        and 1 / LEFT_OUT_FACTOR <= left_out <= LEFT_OUT_FACTOR,
+        holds_out=left_out is not None and 1 / LEFT_OUT_FACTOR <= left_out <= LEFT_OUT_FACTOR,
     )
 
 

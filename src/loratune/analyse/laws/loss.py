@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import brentq, minimize, nnls
+from scipy.optimize import minimize, nnls
 
 from loratune.analyse.intervals import CONFIDENCE, t_quantile
-from loratune.analyse.laws.fitting import Array, aicc
+from loratune.analyse.laws.fitting import Array, aicc, find_root
 from loratune.errors import AnalysisError
 
 Form = Literal["floor", "steps", "batch", "three_terms"]
@@ -124,7 +124,7 @@ def fit_loss(points: Sequence[LossPoint]) -> LossLaw:
     _check(points)
     sizes, updates, losses = _arrays(points)
     forms: tuple[Form, ...] = ("floor", "steps", "batch", "three_terms")
-    fits = {form: _fit(form, sizes, updates, losses) for form in forms}
+    fits: dict[Form, _Fit] = {form: _fit(form, sizes, updates, losses) for form in forms}
     criteria = dict[Form, float]()
     for form, fit in fits.items():
         value = aicc(fit.rss, num_points=len(points), num_parameters=_NUM_PARAMETERS[form])
@@ -156,8 +156,8 @@ def fit_optimum(points: Sequence[LossPoint], *, samples: float) -> Optimum | Non
     """M* of the three-term form at `samples`, with its interval; None where a term vanishes.
 
     The profile: for a given M* the batch term's scale follows from the others, A = (c C / a)
-    M*^(a+c) D^-c, and the rest is fitted; the interval holds all M* whose sum of squares stays below
-    rss (1 + t^2 / df), df = n - 5.
+    M*^(a+c) D^-c, and the rest is fitted; the interval holds all M* whose sum of squares stays
+    below rss (1 + t^2 / df), df = n - 5.
 
     Raises:
         AnalysisError: as `fit_loss`, or samples that are not above 0.
@@ -211,7 +211,7 @@ def _profile_end(
     while abs(inside - start) < _DOUBLINGS:
         outside = inside + direction * step
         if rss_at(outside) > limit:
-            root = brentq(lambda one: rss_at(one) - limit, inside, outside, xtol=0.005)
+            root = find_root(lambda one: rss_at(one) - limit, inside, outside, precision=0.005)
             return float(2.0**root)
         inside, step = outside, step * 1.5
     return None
@@ -268,9 +268,13 @@ def _minimise(
     """The lowest of the local minima over the exponents, from each start."""
     bounds = [(_LOWEST_EXPONENT, _HIGHEST_EXPONENT)] * len(starts[0])
     best: _Fit | None = None
+
+    def value_at(exponents: Array) -> float:
+        return rss(exponents)[0]
+
     for start in dict.fromkeys(starts):
         found = minimize(
-            lambda one: rss(one)[0],
+            value_at,
             np.asarray(start),
             method="Nelder-Mead",
             bounds=bounds,

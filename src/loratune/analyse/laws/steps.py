@@ -2,8 +2,8 @@
 
 log S = log(a + b / B): halving of steps per doubling of the batch at small batches, `a` steps at
 least. The critical batch size is where S is 20% above what perfect halving from `reference` (256)
-would give: S(B) B = 1.2 S(ref) ref, so B = 1.2 ref + 0.2 b / a: a function of the ratio b / a alone,
-whose profile interval becomes its own.
+would give: S(B) B = 1.2 S(ref) ref, so B = 1.2 ref + 0.2 b / a: a function of the ratio b / a
+alone, whose profile interval becomes its own.
 """
 
 import math
