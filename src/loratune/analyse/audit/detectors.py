@@ -100,7 +100,11 @@ def learning_rate_edge(rows: Sequence[AuditRow]) -> Answer:
         edges = [(cell, best) for cell in own if (best := _edge(cell, chooser)) is not None]
         if not edges:
             continue
-        numbers: dict[str, Number] = {"num_cells": len(own), "num_at_edge": len(edges)}
+        numbers: dict[str, Number] = {
+            "num_cells": len(own),
+            "num_at_edge": len(edges),
+            "chosen_by": chooser.name,
+        }
         for cell, best in edges[:20]:
             rates = sorted({one.learning_rate or 0.0 for one in cell})
             end = "lowest" if best.learning_rate == rates[0] else "highest"
@@ -388,7 +392,8 @@ def below_detectable(rows: Sequence[AuditRow]) -> Answer:
         tasks = dict.fromkeys(
             score.task for one in bests.values() for row in one.rows for score in row.tests
         )
-        answers = [_on_task(model, task, bests) for task in tasks] or [_by_loss(model, bests)]
+        answers = [_on_task(model, task, bests, chooser) for task in tasks]
+        answers = answers or [_by_loss(model, bests, chooser)]
         for answer in answers:
             if isinstance(answer, str):
                 reason = answer
@@ -540,7 +545,7 @@ def _samples(row: AuditRow) -> float | None:
 
 
 def _on_task(
-    model: str | None, task: str, bests: dict[str, TriedConfiguration]
+    model: str | None, task: str, bests: dict[str, TriedConfiguration], chooser: Chooser
 ) -> list[Finding] | str:
     """Pairs of methods whose accuracies on one task are closer than its questions can tell."""
     scores = dict[str, list[float]]()
@@ -569,6 +574,7 @@ def _on_task(
         pairs,
         leader,
         {
+            "chosen_by": chooser.name,
             "num_questions": total,
             "detectable_paired": detectable_paired(total),
             "detectable_unpaired": detectable_unpaired(top, total),
@@ -580,7 +586,9 @@ def _on_task(
     )
 
 
-def _by_loss(model: str | None, bests: dict[str, TriedConfiguration]) -> list[Finding] | str:
+def _by_loss(
+    model: str | None, bests: dict[str, TriedConfiguration], chooser: Chooser
+) -> list[Finding] | str:
     """The same from the held-out losses of two seeds or more."""
     losses = {
         method: [row.validation_loss for row in best.rows if row.validation_loss is not None]
@@ -603,6 +611,7 @@ def _by_loss(model: str | None, bests: dict[str, TriedConfiguration]) -> list[Fi
         pairs,
         leader,
         {
+            "chosen_by": chooser.name,
             "fewest_seeds": min(map(len, usable.values())),
             "formula": "(t_97.5 + t_80) sqrt(v), v the variance of the difference over seeds",
         },

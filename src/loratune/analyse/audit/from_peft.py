@@ -7,8 +7,9 @@ has 1,319, that is used if every accuracy is a whole number of them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,9 @@ MOST_BYTES = 16 * 2**20
 MOST_FILES = 10_000
 GSM8K_TEST_QUESTIONS = 1319
 # Versions and places, which are no choice of the comparison.
-_NO_SETTING = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode"})
+_NO_SETTING = frozenset(
+    {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
+)
 
 Json = dict[str, Any]
 
@@ -34,8 +37,8 @@ def read_peft(paths: Sequence[Path]) -> AuditTable:
     if len(paths) > MOST_FILES:
         raise DataError(f"{len(paths):,} files; at most {MOST_FILES:,} are read")
     read = [_read(path) for path in paths]
-    accuracies = [one.accuracy for row, _ in read for one in row.tests if one.task == "test"]
-    gsm8k = bool(accuracies) and all("gsm8k" in data for _, data in read)
+    accuracies = [score.accuracy for one in read for score in one.row.tests]
+    gsm8k = bool(accuracies) and all("gsm8k" in one.data for one in read)
     whole = gsm8k and all(_is_count(one, GSM8K_TEST_QUESTIONS) for one in accuracies)
     remarks = list[str]()
     if whole:
@@ -43,12 +46,30 @@ def read_peft(paths: Sequence[Path]) -> AuditTable:
             "the files do not say how many test questions there were; taken as GSM8K's "
             f"{GSM8K_TEST_QUESTIONS:,}, of which every accuracy is a whole number"
         )
-    rows = tuple(_with_total(row) if whole else row for row, _ in read)
+    decays = Counter(one.weight_decay for one in read)
+    if len(decays) > 1:
+        # No part of a cell: the files that state a learning rate of their own lose it with it.
+        remarks.append(
+            "weight decay is not the same in all files: "
+            + ", ".join(
+                f"{'the default of the optimizer' if decay is None else f'{decay:g}'} in {count}"
+                for decay, count in decays.most_common()
+            )
+        )
+    rows = tuple(_with_total(one.row) if whole else one.row for one in read)
     return AuditTable("PEFT method_comparison results", rows, tuple(remarks))
 
 
-def _read(path: Path) -> tuple[AuditRow, tuple[str, ...]]:
-    """The row of one file, and the names of its data sets."""
+@dataclass(frozen=True, slots=True)
+class _File:
+    """The row of one file, and what is said of all files together: data sets and weight decay."""
+
+    row: AuditRow
+    data: tuple[str, ...]
+    weight_decay: float | None
+
+
+def _read(path: Path) -> _File:
     size = path.stat().st_size
     if size > MOST_BYTES:
         raise DataError(
@@ -59,7 +80,7 @@ def _read(path: Path) -> tuple[AuditRow, tuple[str, ...]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON ({error}); expected a PEFT result file") from error
     try:
-        return _row(path, _object(content))
+        return _file(path, _object(content))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(
             f"{path} is no PEFT result file ({type(error).__name__}: {error}); "
@@ -67,7 +88,7 @@ def _read(path: Path) -> tuple[AuditRow, tuple[str, ...]]:
         ) from error
 
 
-def _row(path: Path, content: Json) -> tuple[AuditRow, tuple[str, ...]]:
+def _file(path: Path, content: Json) -> _File:
     run, train = _object(content["run_info"]), _object(content["train_info"])
     config = _object(run["train_config"])
     peft = _object(run.get("peft_config") or {})
@@ -76,11 +97,12 @@ def _row(path: Path, content: Json) -> tuple[AuditRow, tuple[str, ...]]:
     final = metrics[-1] if metrics else {}
     held_out = [one["valid accuracy"] for one in metrics if "valid accuracy" in one]
     succeeded = train["status"] == "success"
-    optimizer = str(config.get("optimizer_type") or "AdamW")
-    method = _method(peft, optimizer)
-    rank, alpha = _whole(peft.get("r")), _number(peft.get("lora_alpha"))
+    optimizer = _object(config.get("optimizer_kwargs") or {})
+    method = _method(peft, str(config.get("optimizer_type") or "AdamW"))
+    # AdaLoRA ignores `r`: it starts with `init_r`, and divides alpha by the rank that is left.
+    rank = _whole(peft.get("init_r") if peft.get("peft_type") == "ADALORA" else peft.get("r"))
+    alpha = _number(peft.get("lora_alpha"))
     other = {key: value for key, value in peft.items() if key not in _NO_SETTING}
-    other |= {"weight_decay": _object(config.get("optimizer_kwargs") or {}).get("weight_decay")}
     other |= {"schedule": config.get("lr_scheduler"), "max_steps": config.get("max_steps")}
     row = AuditRow(
         where=path.name,
@@ -91,7 +113,7 @@ def _row(path: Path, content: Json) -> tuple[AuditRow, tuple[str, ...]]:
         alpha=alpha,
         scale=effective_scale(method, rank, alpha),
         batch_size=_whole(config["batch_size"]),
-        learning_rate=_number(_object(config.get("optimizer_kwargs") or {}).get("lr")),
+        learning_rate=_number(optimizer.get("lr")),
         seed=_whole(config.get("seed")),
         num_updates=_whole(final.get("step")),
         num_samples=_whole(final.get("train samples")),
@@ -104,7 +126,7 @@ def _row(path: Path, content: Json) -> tuple[AuditRow, tuple[str, ...]]:
         ),
         failed=not succeeded,
     )
-    return row, tuple(data)
+    return _File(row, tuple(data), _number(optimizer.get("weight_decay")))
 
 
 def _method(peft: Mapping[str, Any], optimizer: str) -> str:

@@ -153,11 +153,12 @@ def fit_loss(points: Sequence[LossPoint]) -> LossLaw:
 
 
 def fit_optimum(points: Sequence[LossPoint], *, samples: float) -> Optimum | None:
-    """M* of the three-term form at `samples`, with its interval; None where a term vanishes.
+    """M* of the three-term form at `samples`, with its interval; None where it is no batch size.
 
     The profile: for a given M* the batch term's scale follows from the others, A = (c C / a)
     M*^(a+c) D^-c, and the rest is fitted; the interval holds all M* whose sum of squares stays
-    below rss (1 + t^2 / df), df = n - 5.
+    below rss (1 + t^2 / df), df = n - 5. Where a term vanishes, or M* is below 1 or above `samples`,
+    the losses have no minimum inside.
 
     Raises:
         AnalysisError: as `fit_loss`, or samples that are not above 0.
@@ -174,6 +175,8 @@ def fit_optimum(points: Sequence[LossPoint], *, samples: float) -> Optimum | Non
     best = optimal_batch_size(
         samples, batch_scale=batch, batch_exponent=a, steps_scale=steps, steps_exponent=c
     )
+    if not 1 <= best <= samples:
+        return None
     df = len(points) - 5
     limit = fit.rss * (1 + t_quantile((1 + CONFIDENCE) / 2, df=df) ** 2 / df)
     ends = list[float | None]()
