@@ -147,4 +147,4 @@ def _end(value: float | None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "none"
-    return f"{value:,.1f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.1f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.4g}"

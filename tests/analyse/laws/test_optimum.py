@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -19,7 +21,7 @@ def test_the_exponent_and_its_interval_are_those_of_a_regression():
     fit = fit_power_law(made)
     x = np.log2([one.x for one in made for _ in range(3)])
     y = np.concatenate([one.log2_best for one in made])
-    oracle = stats.linregress(x, y)
+    oracle: Any = stats.linregress(x, y)
     half = stats.t.ppf(0.975, 10) * oracle.stderr
     assert fit.exponent == pytest.approx(oracle.slope)
     assert (fit.exponent_low, fit.exponent_high) == pytest.approx(

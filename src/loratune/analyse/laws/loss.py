@@ -157,8 +157,8 @@ def fit_optimum(points: Sequence[LossPoint], *, samples: float) -> Optimum | Non
 
     The profile: for a given M* the batch term's scale follows from the others, A = (c C / a)
     M*^(a+c) D^-c, and the rest is fitted; the interval holds all M* whose sum of squares stays
-    below rss (1 + t^2 / df), df = n - 5. Where a term vanishes, or M* is below 1 or above `samples`,
-    the losses have no minimum inside.
+    below rss (1 + t^2 / df), df = n - 5. Where a term vanishes, or M* is below 1 or above
+    `samples`, the losses have no minimum inside.
 
     Raises:
         AnalysisError: as `fit_loss`, or samples that are not above 0.
