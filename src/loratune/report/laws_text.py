@@ -108,10 +108,10 @@ def _optimum(one: OptimumFinding) -> str:
     for value in one.values:
         if value.batch_size is not None:
             said = f"{value.batch_size:.3g} ({value.num_seeds} seeds)"
-        elif value.bound is not None:
-            said = f"{value.bound} {value.tried_best}"
+        elif value.at_edge is not None:
+            said = f"{value.tried_best}, at the {value.at_edge} tried"
         else:
-            said = "no score"
+            said = "not known"
         lines.append(f"  {value.value}: {said}")
     fit = one.fit
     if fit is not None:

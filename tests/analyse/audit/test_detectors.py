@@ -6,7 +6,12 @@ import pytest
 
 from audit_tables import audited, clean_rows, spoilt
 from loratune.analyse.audit.detectors import DETECTORS
-from loratune.analyse.audit.effects import detectable_paired, detectable_unpaired, selection_bias
+from loratune.analyse.audit.effects import (
+    detectable_paired,
+    detectable_unpaired,
+    expected_maximum,
+    selection_bias,
+)
 from loratune.report.audit_text import audit_text
 
 
@@ -220,6 +225,14 @@ def test_the_detectable_effects_are_the_published_ones():
     wins = draw.multinomial(1319, [0.1 + gap / 2, 0.1 - gap / 2, 0.8], size=4000)
     z = (wins[:, 0] - wins[:, 1]) / np.sqrt(wins[:, 0] + wins[:, 1])
     assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, 0), (5, 1.163), (8, 1.424), (10, 1.539), (40, 2.161), (1000, 3.2414)],
+)
+def test_the_expected_maximum_is_the_published_one(count, expected):
+    assert expected_maximum(count) == pytest.approx(expected, abs=6e-4)
 
 
 def test_the_selection_bias_is_the_published_one():

@@ -163,6 +163,24 @@ def test_pickles_and_other_binary_files_are_never_opened_as_such(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_control_characters_reach_no_terminal(tmp_path):
+    with pytest.raises(DataError, match="no text"):
+        read_csv(file(tmp_path, "method,seed\nlora\x1b[31m,0\n"), columns={})
+
+
+def test_a_column_that_names_every_run_is_not_the_method(tmp_path):
+    path = file(
+        tmp_path, "method,seed,validation_loss\n" + "".join(f"m{n},0,1\n" for n in range(600))
+    )
+    with pytest.raises(AnalysisError, match="does the right column name the method"):
+        audit_table(read_csv(path, columns={}))
+
+
+def test_a_line_separator_of_unicode_is_no_new_row(tmp_path):
+    path = file(tmp_path, "method,seed\nlo\u2028ra,0\n")
+    assert len(read_csv(path, columns={}).rows) == 1
+
+
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "huge.csv"
     with path.open("wb") as file:

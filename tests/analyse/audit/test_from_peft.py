@@ -105,6 +105,16 @@ def test_an_accuracy_that_is_no_count_of_gsm8k_leaves_the_number_of_questions_op
     assert {row.tests[0].total for row in table.rows} == {None}
 
 
+@pytest.mark.parametrize("accuracy", [float("nan"), 47.8, -1, "much", None])
+def test_an_accuracy_that_is_no_fraction_is_refused(tmp_path, accuracy):
+    changed(
+        tmp_path,
+        lambda content: content["train_info"]["metrics"][-1].update({"test accuracy": accuracy}),
+    )
+    with pytest.raises(DataError, match="expected a fraction"):
+        read_table(tmp_path, columns={})
+
+
 def test_one_file_alone_can_be_read():
     assert read_table(LORA, columns={}).rows[0].method == "lora"
 

@@ -277,14 +277,16 @@ def unequal_scale(rows: Sequence[AuditRow]) -> Answer:
             tuned.add(cell[0].rows[0].cell)
     found = list[Finding]()
     for model, of_model in _by_model(known):
-        unlike = list[AuditRow]()
-        rates = list[float]()
-        for rate in sorted({row.learning_rate or 0.0 for row in of_model}):
-            at_rate = [row for row in of_model if row.learning_rate == rate]
-            loose = [row for row in at_rate if row.cell not in tuned]
-            if len({_rounded(row.scale) for row in at_rate}) > 1 and loose:
-                unlike += at_rate
-                rates.append(rate)
+        at_rates = dict[float, list[AuditRow]]()
+        for row in of_model:
+            at_rates.setdefault(row.learning_rate or 0.0, []).append(row)
+        mixed = {
+            rate: at_rate
+            for rate, at_rate in sorted(at_rates.items())
+            if len({_rounded(row.scale) for row in at_rate}) > 1
+            and any(row.cell not in tuned for row in at_rate)
+        }
+        unlike = [row for at_rate in mixed.values() for row in at_rate]
         if not unlike:
             continue
         scales = sorted({_rounded(row.scale) for row in unlike})
@@ -294,7 +296,7 @@ def unequal_scale(rows: Sequence[AuditRow]) -> Answer:
             if row.alpha is not None
         }
         numbers |= {
-            "learning_rates": ", ".join(f"{one:g}" for one in rates),
+            "learning_rates": ", ".join(f"{one:g}" for one in mixed),
             "largest_over_smallest": scales[-1] / scales[0],
         }
         found.append(

@@ -6,6 +6,7 @@ unpickles anything.
 """
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ _FAILED = frozenset({"failed", "out_of_memory", "stopped", "planned", "running"}
 _LOSSES = ("train_loss", "validation_loss")
 # Below 1 these have no meaning.
 _POSITIVE = frozenset(_WHOLE) - {"seed", "num_updates"}
+# Bytes that no table holds: they would also reach the reader's terminal.
+_CONTROL = bytes({*range(32), 127} - {9, 10, 13})
 # Columns of our own tables that make two configurations differ, and are no field of a row.
 _SETTINGS = (
     "study", "targets", "protocol", "schedule", "warmup_steps", "precision", "data_fingerprint",
@@ -104,7 +107,7 @@ def _read(path: Path) -> tuple[list[str], list[Line]]:
             "one row for each training run"
         )
     content = path.read_bytes()
-    if b"\x00" in content or content[:1] == b"\x80":
+    if content[:1] == b"\x80" or len(content.translate(None, _CONTROL)) < len(content):
         raise DataError(
             f"{path} is no text (a pickle or another binary file); only CSV and JSON are read, "
             "export it as CSV"
@@ -113,7 +116,7 @@ def _read(path: Path) -> tuple[list[str], list[Line]]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     lines = list[Line]()
     try:
         for cells in reader:

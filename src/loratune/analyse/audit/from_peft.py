@@ -7,6 +7,7 @@ has 1,319, that is used if every accuracy is a whole number of them.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ def _read(path: Path) -> _File:
         raise DataError(f"{path} is no JSON ({error}); expected a PEFT result file") from error
     try:
         return _file(path, _object(content))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is no PEFT result file ({type(error).__name__}: {error}); "
             "expected run_info, train_info and meta_info as method_comparison writes them"
@@ -118,9 +119,9 @@ def _file(path: Path, content: Json) -> _File:
         num_updates=_whole(final.get("step")),
         num_samples=_whole(final.get("train samples")),
         train_loss=_number(final.get("train loss")),
-        validation_accuracy=_number(held_out[-1]) if held_out and succeeded else None,
+        validation_accuracy=_accuracy(held_out[-1]) if held_out and succeeded else None,
         tests=(
-            (TaskScore("test", float(final["test accuracy"]), None),)
+            (TaskScore("test", _accuracy(final["test accuracy"]), None),)
             if succeeded and "test accuracy" in final
             else ()
         ),
@@ -166,7 +167,17 @@ def _object(value: object) -> Json:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A finite number; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _accuracy(value: object) -> float:
+    number = _number(value)
+    if number is None or not 0 <= number <= 1:
+        raise ValueError(f"an accuracy of {value!r}, expected a fraction from 0 to 1")
+    return number
 
 
 def _whole(value: object) -> int | None:

@@ -8,6 +8,8 @@ from loratune.analyse.audit.findings import Finding, NotChecked
 from loratune.analyse.audit.rows import AuditTable, methods_of
 from loratune.errors import AnalysisError
 
+MOST_METHODS = 500
+
 
 @dataclass(frozen=True, slots=True)
 class Audit:
@@ -39,7 +41,7 @@ def audit_table(table: AuditTable) -> Audit:
     """Every finding about the rows of a table, in the order of the detectors.
 
     Raises:
-        AnalysisError: no rows, or no run that ended with a score or diverged.
+        AnalysisError: no rows, none that ended with a score or diverged, or over 500 methods.
     """
     if not table.rows:
         raise AnalysisError(f"{table.source}: no runs; there is nothing to audit")
@@ -47,6 +49,12 @@ def audit_table(table: AuditTable) -> Audit:
         raise AnalysisError(
             f"{table.source}: none of {len(table.rows)} runs has a score that could be audited; "
             "map a loss or an accuracy"
+        )
+    methods = methods_of(table.rows)
+    if len(methods) > MOST_METHODS:
+        raise AnalysisError(
+            f"{table.source}: {len(methods):,} methods in {len(table.rows):,} runs; at most "
+            f"{MOST_METHODS} are compared: does the right column name the method?"
         )
     findings, not_checked = list[Finding](), list[NotChecked]()
     for detect in DETECTORS:
@@ -58,7 +66,7 @@ def audit_table(table: AuditTable) -> Audit:
     return Audit(
         source=table.source,
         num_rows=len(table.rows),
-        methods=methods_of(table.rows),
+        methods=methods,
         findings=tuple(findings),
         not_checked=tuple(not_checked),
         remarks=table.remarks,

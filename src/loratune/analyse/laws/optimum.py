@@ -10,7 +10,8 @@ ratio R of the best batch sizes at the largest and the smallest x, exponent * lo
 - "undecided": neither; the interval is too wide. A difference that was not found is not "none".
 
 Seeds are the noise that is counted. With three values of x or more their scatter around the line is
-in it as well.
+in it as well. The rounding of LRs to their grid moves all seeds alike and is not: it can shift a
+best batch size by a part of a doubling, which is why the margin is a whole one.
 """
 
 # statsmodels and numpy come without complete types.

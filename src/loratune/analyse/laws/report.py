@@ -86,15 +86,15 @@ class BestBatchSize:
     """One curve's best batch size at one value of an axis.
 
     `batch_size` is 2 to the mean over seeds of log2 of each seed's best (lowest point of a parabola
-    in log2 batch size), None where some seed's best is at the edge of the batch sizes tried; then
-    `bound` says "at most" (the smallest) or "at least" (the largest) `tried_best`.
+    in log2 batch size), None where some seed's best is the `at_edge` (smallest or largest) of the
+    batch sizes tried. `tried_best` is the best of those tried in the mean over seeds.
     """
 
     value: str
     x: float | None
     batch_size: float | None
     tried_best: int | None
-    bound: Literal["at most", "at least"] | None
+    at_edge: Literal["smallest", "largest"] | None
     num_seeds: int
 
 
@@ -327,11 +327,14 @@ def _optimum(
         elif one.tried_best is None:
             undecided.append(f"at {_SPOKEN[axis]} {value} no batch size has a score")
             run_next.append(f"the study's unfinished trials at {_SPOKEN[axis]} {value}")
-        elif one.bound is not None:
-            beyond = "smaller" if one.bound == "at most" else "larger"
+        elif not one.num_seeds:
+            undecided.append(f"at {_SPOKEN[axis]} {value} no seed is common to all batch sizes")
+            run_next.append("the same seeds at every batch size")
+        elif one.at_edge is not None:
+            beyond = "smaller" if one.at_edge == "smallest" else "larger"
             undecided.append(
-                f"at {_SPOKEN[axis]} {value} the best batch size is {one.bound} {one.tried_best}, "
-                "the edge of those tried"
+                f"at {_SPOKEN[axis]} {value} the best batch size is the {one.at_edge} of those "
+                "tried, for some seed at least"
             )
             run_next.append(f"a {beyond} batch size at {_SPOKEN[axis]} {value}")
         elif edges := _rate_edges(curve, one.tried_best):
@@ -363,8 +366,6 @@ def _optimum(
             f"2^{fit.ratio_low:.2f} to 2^{fit.ratio_high:.2f}: too wide to say either"
         )
         run_next.append("more seeds, or values of the axis further apart")
-    if len({one.x for one in found}) < len(found):
-        assumed.append("two curves share a value of the axis")
     return OptimumFinding(
         axis=axis,
         setting=_shared_label(group),
@@ -393,22 +394,19 @@ def _best_batch_size(
     seeds = sorted(set[int].intersection(*sets)) if sets else []
     sign = -1.0 if curve.metric.higher_is_better else 1.0
     xs = [math.log2(point.batch_size) for point in points]
-    by_seed = [
-        vertex(xs, [sign * dict(point.seed_scores)[seed] for point in points]) for seed in seeds
-    ]
-    inner = [one for one in by_seed if one is not None]
-    bound: Literal["at most", "at least"] | None = None
-    if best is not None and (len(inner) < len(by_seed) or not by_seed):
-        middle = (xs[0] + xs[-1]) / 2
-        bound = "at most" if math.log2(best.batch_size) <= middle else "at least"
-    known = best is not None and bound is None
+    curves = [[sign * dict(point.seed_scores)[seed] for point in points] for seed in seeds]
+    inner = [found for scores in curves if (found := vertex(xs, scores)) is not None]
+    at_edge: Literal["smallest", "largest"] | None = None
+    if len(inner) < len(curves):
+        at_edge = "smallest" if any(min(one) == one[0] for one in curves) else "largest"
+    known = bool(inner) and at_edge is None
     return (
         BestBatchSize(
             value=value,
             x=x,
             batch_size=2 ** (math.fsum(inner) / len(inner)) if known else None,
             tried_best=best.batch_size if best is not None else None,
-            bound=bound,
+            at_edge=at_edge,
             num_seeds=len(seeds),
         ),
         tuple(inner) if known else (),
