@@ -12,14 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.analyse.audit.from_results import table_of_results
+from loratune.analyse.audit.inspect import Audit, audit_table
+from loratune.analyse.audit.reading import read_table
 from loratune.analyse.cells import cells_table, make_cells
 from loratune.analyse.compare import Comparison
 from loratune.analyse.compare import compare as compare_results
+from loratune.analyse.laws.report import Laws, find_laws
+from loratune.analyse.lemma import DEFAULT_REPLICATES, LemmaCheck, check_lemma
 from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError, EvaluationError, StudyError
 from loratune.folder import ResultsFolder, open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
+from loratune.planning.shapes import declared_model_facts
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
@@ -38,12 +44,15 @@ if TYPE_CHECKING:
     from loratune.workshop import EngineChoice, Survey
 
 __all__ = [
+    "audit",
     "cells",
     "compare",
     "demo",
     "demo_study",
     "evaluate",
     "evaluate_by_harness",
+    "laws",
+    "lemma",
     "load_study",
     "new_study",
     "plan",
@@ -412,6 +421,58 @@ def evaluate_by_harness(
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
+
+
+def laws(folder: str | Path) -> Laws:
+    """The laws that a results folder's cells support, and what cannot be concluded from them.
+
+    A model's number of parameters is that of the study's `declared` section, else that which its
+    name states.
+    """
+    place, store, record = open_results(folder)
+    with store:
+        found = store.results(record.name, with_losses=False)
+    declared = load_study(place.study).study.declared.models
+    sizes = {
+        source: float(declared_model_facts(source, shape).num_parameters)
+        for source, shape in declared.items()
+    }
+    return find_laws(found, model_parameters=sizes)
+
+
+def lemma(
+    *,
+    rank: int,
+    samples: int,
+    replicates: int = DEFAULT_REPLICATES,
+    seed: int = 0,
+    noise_scale: float | None = None,
+) -> LemmaCheck:
+    """Lemma 4.1 by simulation; with `noise_scale` the plug-in law at that true noise scale too."""
+    return check_lemma(
+        rank=rank, samples=samples, replicates=replicates, seed=seed, true_noise_scale=noise_scale
+    )
+
+
+def audit(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Audit:
+    """What makes a comparison of methods less than fair, or less than sure, with numbers.
+
+    Args:
+        path: a results folder, a CSV (as `loratune results` writes it, or with `columns`), or a
+            folder of PEFT method_comparison result files.
+        columns: {column of the CSV: our field}, as `analyse.audit.from_csv.parse_map` reads it.
+
+    Raises:
+        LoratuneError: nothing that can be read, or no run with a score.
+    """
+    place = Path(path)
+    if ResultsFolder(place).study.is_file() and not columns:
+        _, store, record = open_results(place)
+        with store:
+            table = table_of_results(store.results(record.name, with_losses=False))
+    else:
+        table = read_table(place, columns=columns or {})
+    return audit_table(table)
 
 
 def report(folder: str | Path) -> ReportPaths:

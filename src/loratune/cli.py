@@ -506,6 +506,64 @@ def compare(
 
 
 @app.command()
+def laws(folder: Folder, *, as_json: Json = False) -> None:
+    """Laws of the best LR, the loss and the best batch size, with intervals, or why none."""
+    from loratune import api
+    from loratune.report.laws_text import laws_text
+
+    found = api.laws(folder)
+    _print(_json_of(found.to_json()) if as_json else laws_text(found))
+
+
+@app.command()
+def lemma(
+    *,
+    rank: Annotated[int, typer.Option(help="r, the dimension of the inputs.")],
+    samples: Annotated[int, typer.Option(help="N, the rows that an estimate is made from.")],
+    replicates: Annotated[int, typer.Option(help="How many estimates are drawn.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+    noise_scale: Annotated[
+        float | None,
+        typer.Option(metavar="B", help="Check the plug-in law too, at this true noise scale."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check Lemma 4.1 of the paper by simulation, and what the plug-in noise scale estimates."""
+    from loratune import api
+    from loratune.report.laws_text import lemma_text
+
+    found = api.lemma(
+        rank=rank, samples=samples, replicates=replicates, seed=seed, noise_scale=noise_scale
+    )
+    _print(_json_of(found.to_json()) if as_json else lemma_text(found))
+
+
+@app.command()
+def audit(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A results folder, a CSV, or a folder of PEFT method_comparison results.",
+        ),
+    ],
+    *,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="COLUMN=FIELD", help="A CSV's column and our field for it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what makes a comparison of methods unfair or unsure, with numbers."""
+    from loratune import api
+    from loratune.analyse.audit.from_csv import parse_map
+    from loratune.report.audit_text import audit_text
+
+    found = api.audit(path, columns=parse_map(columns or []))
+    _print(_json_of(found.to_json()) if as_json else audit_text(found))
+
+
+@app.command()
 def tune(
     *,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, file.gguf or demo:1m.")] = None,
