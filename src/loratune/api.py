@@ -319,8 +319,12 @@ def evaluate(
 ) -> "tuple[Evaluation, ...]":
     """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
 
+    Of a results folder every adapter that it keeps, with the study's own prompts; scores and
+    answers go into its store, and what is there is not asked again.
+
     Args:
-        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        source: the adapter's folder, a hub id, folder, file.gguf or demo model, or a results
+            folder.
         tasks: names of tasks, or paths of a task's .yaml file.
         data: the questions, where there is one task and they are not its own.
         grader: in the place of the tasks' own.
@@ -337,7 +341,7 @@ def evaluate(
     Raises:
         LoratuneError: no such adapter, model or task, or they do not fit together.
     """
-    from loratune.evaluating import DEFAULT_PROMPT
+    from loratune.evaluating import DEFAULT_PROMPT, evaluate_results, is_results_folder
     from loratune.evaluating import evaluate as evaluate_source
     from loratune.study.schema import Source, Task, source_of
     from loratune.workshop import choose_device
@@ -356,6 +360,19 @@ def evaluate(
         )
         for name in tasks
     ]
+    if is_results_folder(str(source)):
+        if model or prompt or answers or precision:
+            raise EvaluationError(
+                f"{source} is a results folder: model, prompt and precision are its study's, and "
+                "answers are kept in its store; leave them out"
+            )
+        return evaluate_results(
+            str(source),
+            tasks=asked,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            unsafe_exec=unsafe_exec,
+        )
     on_gpu = choose_device(device).type == "cuda"
     return evaluate_source(
         str(source),

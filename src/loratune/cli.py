@@ -346,7 +346,10 @@ def score(
 @app.command()
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="ADAPTER|MODEL", help="A PEFT folder, or a model.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER|MODEL|DIR", help="A PEFT folder, a model, or a results folder."
+        ),
     ],
     *,
     task: Annotated[
@@ -439,8 +442,9 @@ def evaluate(
         return
     for one in found:
         account = one.score
+        who = f"{Path(one.adapter).name} " if one.adapter is not None and len(found) > 1 else ""
         _print(
-            f"{account.task}: {100 * account.accuracy:.1f}% ({100 * one.low:.1f} to "
+            f"{who}{account.task}: {100 * account.accuracy:.1f}% ({100 * one.low:.1f} to "
             f"{100 * one.high:.1f}, 95% over questions), {account.correct} right, "
             f"{account.wrong} wrong, {account.truncated} truncated, {account.errors} errors of "
             f"{account.total}; grader {account.grader}"
