@@ -380,7 +380,7 @@ BAD_STUDIES = {
     "grader of numbers for a task of programs": (
         "seeds: 2",
         "evaluate: {tasks: [{name: humaneval, grader: strict}]}\nseeds: 2",
-        "task humaneval runs its tests; remove its `grader:`",
+        "task humaneval is not judged by grader strict; choose tests",
     ),
     "unknown task": ("seeds: 2", "evaluate: {tasks: [gsm8]}\nseeds: 2", "gsm8k"),
     "adaptive search": ("[1e-3, 1e-2]", "{search: adaptive, low: 1e-4, high: 1e-2}", "give a list"),

@@ -82,14 +82,12 @@ def test_the_proxy_is_searched_with_all_rows_and_the_target_trained_at_its_batch
     assert (on_proxy.batch_size, on_proxy.learning_rate) == (8, 3e-3)
     assert target.batch_size == (8,)
     carried = on_proxy.learning_rate * 0.5**0.781
-    assert target.learning_rate.values == pytest.approx(
-        [carried / 3, carried, carried * 3], rel=0.05
-    )
+    assert target.learning_rates() == pytest.approx([carried / 3, carried, carried * 3], rel=0.05)
     (answer,) = api.recommend(asked.out)
     assert (answer.model, answer.evidence.num_trials) == ("demo:4m", on_proxy.evidence.num_trials)
     assert answer.undecided == ()
     assert answer.batch_size == 8
-    assert answer.learning_rate == target.learning_rate.values[1]
+    assert answer.learning_rate == target.learning_rates()[1]
     assert answer.cost_fraction is not None
     assert 0 < answer.cost_fraction < 1
     # The same again trains nothing, and ends at the same answer.

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.laws.report import Laws, find_laws
 from loratune.analyse.lemma import DEFAULT_REPLICATES, LemmaCheck, check_lemma
 from loratune.analyse.tables import results_table
-from loratune.errors import AnalysisError, StudyError
+from loratune.errors import AnalysisError, EvaluationError, StudyError
 from loratune.folder import ResultsFolder, open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
@@ -32,11 +31,15 @@ from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
 from loratune.records import TrialResult
 from loratune.report.page import ReportPaths, write_report
-from loratune.study.loading import LoadedStudy, load_study, parse_study
+from loratune.study.loading import LoadedStudy, load_study
 
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
+    from loratune.evaluating import Evaluation
+    from loratune.models.load import Precision
+    from loratune.regrading import Regraded
+    from loratune.study.schema import GraderName
     from loratune.sweep import Sweep
     from loratune.workshop import EngineChoice, Survey
 
@@ -44,7 +47,10 @@ __all__ = [
     "audit",
     "cells",
     "compare",
+    "demo",
     "demo_study",
+    "evaluate",
+    "evaluate_by_harness",
     "laws",
     "lemma",
     "load_study",
@@ -54,6 +60,7 @@ __all__ = [
     "report",
     "results",
     "run",
+    "score",
     "tune",
 ]
 
@@ -232,9 +239,9 @@ def recommend(
     """
     place = ResultsFolder(Path(folder))
     if place.proxy_pair.is_file():
-        on_proxy = _results_of(place.proxy)
-        on_target = _results_of(place.root) if place.study.is_file() else ()
         pair = ProxyPair.from_json(place.proxy_pair.read_text(encoding="utf-8"))
+        on_proxy = _results_of(place.root / pair.folder)
+        on_target = _results_of(place.root) if place.study.is_file() else ()
         one = recommend_by_proxy(on_proxy, on_target, pair=pair, margin=margin)
         if method not in (None, one.method):
             raise AnalysisError(f"no trials with method {method!r}; there are {one.method}")
@@ -253,6 +260,167 @@ def compare(folder: str | Path) -> tuple[Comparison, ...]:
     _, store, record = open_results(folder)
     with store:
         return compare_results(store.results(record.name, with_losses=False))
+
+
+def score(
+    folder: str | Path,
+    *,
+    grader: "GraderName",
+    tasks: Sequence[str] | None = None,
+    data: Mapping[str, str] | None = None,
+    unsafe_exec: bool = False,
+) -> "tuple[Regraded, ...]":
+    """Grade a results folder's kept answers anew, without a model; scores are added, none changes.
+
+    Args:
+        folder: a results folder whose study has test tasks.
+        grader: pissa, strict, exact, plain, normalised or tests.
+        tasks: only these of the study's; None: all that the grader can judge.
+        data: questions by task, where the study's paths lead nowhere from here.
+        unsafe_exec: run generated code where it cannot be isolated.
+
+    Raises:
+        LoratuneError: no such folder or task, or questions that are not those that were asked.
+    """
+    from loratune.regrading import regrade
+    from loratune.study.schema import Source, source_of
+
+    place, store, _ = open_results(folder)
+    with store:
+        return regrade(
+            store,
+            load_study(place.study).study,
+            folder=place.root,
+            grader=grader,
+            tasks=None if tasks is None else frozenset(tasks),
+            data={
+                name: Source.model_validate(source_of(_absolute(path)))
+                for name, path in (data or {}).items()
+            },
+            unsafe_exec=unsafe_exec,
+        )
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    tasks: Sequence[str],
+    data: str | None = None,
+    grader: "GraderName | None" = None,
+    questions: int | None = None,
+    model: str | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    precision: "Precision | None" = None,
+    device: str | None = None,
+    answers: str | Path | None = None,
+    trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
+) -> "tuple[Evaluation, ...]":
+    """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
+
+    Args:
+        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        tasks: names of tasks, or paths of a task's .yaml file.
+        data: the questions, where there is one task and they are not its own.
+        grader: in the place of the tasks' own.
+        questions: the first so many of each task; None: all.
+        model: the adapter's base; None: the one that its adapter_config.json names.
+        prompt: a text with {prompt}, or alpaca, plain or chat; None: "Question: {prompt}\nAnswer:".
+        max_new_tokens: in the place of the tasks' own.
+        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        answers: a file that keeps raw answers, a line a question; gone on with where it is there.
+        trust_remote_code: let a model's own Python code run.
+        unsafe_exec: run generated code where it cannot be isolated.
+
+    Raises:
+        LoratuneError: no such adapter, model or task, or they do not fit together.
+    """
+    from loratune.evaluating import DEFAULT_PROMPT
+    from loratune.evaluating import evaluate as evaluate_source
+    from loratune.study.schema import Source, Task, source_of
+    from loratune.workshop import choose_device
+
+    if not tasks:
+        raise EvaluationError("no task is named; give at least one, such as gsm8k")
+    if data is not None and len(tasks) > 1:
+        raise EvaluationError(f"data={data!r} for {len(tasks)} tasks; give one task with it")
+    asked = [
+        Task(
+            name=name,
+            data=None if data is None else Source.model_validate(source_of(data)),
+            grader=grader,
+            questions=questions,
+            max_new_tokens=max_new_tokens,
+        )
+        for name in tasks
+    ]
+    on_gpu = choose_device(device).type == "cuda"
+    return evaluate_source(
+        str(source),
+        tasks=asked,
+        model=model,
+        prompt=prompt or DEFAULT_PROMPT,
+        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        device=device,
+        answers=None if answers is None else Path(answers),
+        trust_remote_code=trust_remote_code,
+        unsafe_exec=unsafe_exec,
+    )
+
+
+def evaluate_by_harness(
+    source: str | Path,
+    *,
+    tasks: Sequence[str],
+    model: str | None = None,
+    precision: "Precision | None" = None,
+    device: str | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, object]]:
+    """lm-evaluation-harness's own tasks, asked of an adapter or a model; its results by task.
+
+    Args:
+        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        tasks: names of the harness's tasks.
+        model: the adapter's base; None: the one that its adapter_config.json names.
+        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        include_path: a folder with task files of your own.
+        num_fewshot: worked examples before each question; None: the task's own.
+        limit: the first so many questions of each task; None: all.
+        chat: put prompts into the tokenizer's chat template.
+        trust_remote_code: let a model's own Python code run.
+
+    Raises:
+        LoratuneError: the harness is not installed, or no such adapter, model or task.
+    """
+    from loratune import evaluating
+    from loratune.workshop import choose_device
+
+    on_gpu = choose_device(device).type == "cuda"
+    return evaluating.evaluate_by_harness(
+        str(source),
+        tasks=tasks,
+        model=model,
+        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        device=device,
+        include_path=None if include_path is None else str(include_path),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def laws(folder: str | Path) -> Laws:
@@ -322,8 +490,41 @@ def report(folder: str | Path) -> ReportPaths:
 
 def demo_study() -> LoadedStudy:
     """The study of `loratune demo`: shipped model and data, minutes on two cores."""
-    text = resources.files("loratune").joinpath("demo.yaml").read_text(encoding="utf-8")
-    return parse_study(text, name="demo.yaml", folder=Path.cwd())
+    from loratune.demonstration import demo_study
+
+    return demo_study()
+
+
+def demo(
+    out: str | Path,
+    *,
+    engine: "EngineChoice" = "auto",
+    quiet: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> "Sweep":
+    """The whole job on shipped models and data, without a GPU or a network.
+
+    A sweep of batch size and LR of three methods on demo:1m in OUT; then, in OUT/target, demo:4m at
+    the batch size that the sweep found for LoRA: the smaller model is the larger one's proxy.
+
+    Raises:
+        LoratuneError: `out` holds something else.
+        training.Interrupted: `should_stop` said so; the same call goes on.
+    """
+    from loratune.demonstration import demonstrate
+
+    def run_here(loaded: LoadedStudy, folder: Path) -> "Sweep":
+        return run(
+            loaded,
+            out=folder,
+            # Small products gain more from two processes than from two threads.
+            devices=["cpu"] * min(2, os.cpu_count() or 1),
+            engine=engine,
+            quiet=quiet,
+            should_stop=should_stop,
+        )
+
+    return demonstrate(Path(out), run=run_here)
 
 
 def tune(

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
     from loratune.analyse.tables import TableFormat
+    from loratune.recommendation.grid import Recommendation
     from loratune.sweep import Sweep
 
 app = typer.Typer(
@@ -49,6 +50,24 @@ class Format(StrEnum):
     csv = "csv"
     json = "json"
     parquet = "parquet"
+
+
+class GraderChoice(StrEnum):
+    """How answers are judged."""
+
+    pissa = "pissa"
+    strict = "strict"
+    number = "number"
+    exact = "exact"
+    plain = "plain"
+    normalised = "normalised"
+    tests = "tests"
+
+
+class HarnessChoice(StrEnum):
+    """Whose tasks are asked."""
+
+    lm_eval = "lm-eval"
 
 
 class Engine(StrEnum):
@@ -140,20 +159,13 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sweep batch size and LR of three methods on a shipped model: no GPU, no network, minutes."""
+    """The whole job on shipped models and data: no GPU, no network, minutes."""
     from loratune import api
 
     with _stoppable() as should_stop:
-        sweep = api.run(
-            api.demo_study(),
-            out=out,
-            # Small products gain more from two processes than from two threads.
-            devices=["cpu"] * min(2, os.cpu_count() or 1),
-            engine=engine.value,
-            quiet=quiet,
-            should_stop=should_stop,
-        )
-    _print_answer(sweep, as_json=as_json)
+        sweep = api.demo(out, engine=engine.value, quiet=quiet, should_stop=should_stop)
+    carried = api.recommend(out / "target") if (out / "target" / "study.yaml").is_file() else ()
+    _print_answer(sweep, as_json=as_json, further=carried)
 
 
 @app.command()
@@ -292,6 +304,147 @@ def recommend(
         _print(_json_of(documents[0] if len(documents) == 1 else documents))
     else:
         _print("\n\n".join(recommendation_text(answer) for answer in answers))
+
+
+@app.command()
+def score(
+    folder: Folder,
+    *,
+    grader: Annotated[GraderChoice, typer.Option(help="How to judge the kept answers.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="Only this task; may be given several times.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=FILE", help="A task's questions, where they have moved."),
+    ] = None,
+    unsafe_exec: UnsafeExec = False,
+    as_json: Json = False,
+) -> None:
+    """Grade a results folder's kept answers anew: no model, no GPU. Old scores stay."""
+    from loratune import api
+
+    moved = dict[str, str]()
+    for one in data or ():
+        name, sign, path = one.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"--data {one!r}; give TASK=FILE, as in gsm8k=test.jsonl")
+        moved[name] = path
+    made = api.score(folder, grader=grader.value, tasks=task, data=moved, unsafe_exec=unsafe_exec)
+    if as_json:
+        _print(_json_of([dataclasses.asdict(one) for one in made]))
+        return
+    for one in made:
+        before, after = one.before, one.after
+        _print(
+            f"{one.trial_id} {after.task}: {after.correct} of {after.total} right by "
+            f"{after.grader}, {before.correct} by {before.grader}"
+        )
+    _say(f"{len(made)} scores added")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER|MODEL", help="A PEFT folder, or a model.")
+    ],
+    *,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task's name, or its .yaml file; may be given several times."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The questions of the one task.")] = None,
+    grader: Annotated[GraderChoice | None, typer.Option(help="How to judge.")] = None,
+    questions: Annotated[int | None, typer.Option(help="The first so many.", min=1)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The adapter's base, in the place of the one it names.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="A text with {prompt}, or alpaca, plain or chat."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where answers are cut.", min=1)
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep raw answers here, and go on from them."),
+    ] = None,
+    harness: Annotated[
+        HarnessChoice | None,
+        typer.Option(help="Ask another harness's tasks, named by --tasks."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="With --harness: its tasks, as gsm8k,arc_easy.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --harness: a folder with task files of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="With --harness: worked examples before a question.", min=0)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="With --harness: the tokenizer's chat template.")
+    ] = False,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    unsafe_exec: UnsafeExec = False,
+    as_json: Json = False,
+) -> None:
+    """Score any PEFT adapter, or a model, on tasks; no study is needed."""
+    from loratune import api
+
+    if harness is not None:
+        if not tasks or task:
+            raise typer.BadParameter("--harness takes its tasks by --tasks, as gsm8k,arc_easy")
+        results = api.evaluate_by_harness(
+            source,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+            model=model,
+            device=device,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=questions,
+            chat=chat,
+            trust_remote_code=trust_remote_code,
+        )
+        if as_json:
+            _print(json.dumps(results, indent=2, default=str))
+            return
+        for name, metrics in results.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    _print(f"{name} {metric}: {value:.4f}")
+        return
+    if tasks or include_path or num_fewshot is not None or chat:
+        raise typer.BadParameter(
+            "--tasks, --include-path, --num-fewshot and --chat belong to --harness lm-eval"
+        )
+    found = api.evaluate(
+        source,
+        tasks=task or [],
+        data=data,
+        grader=None if grader is None else grader.value,
+        questions=questions,
+        model=model,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        answers=answers,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        unsafe_exec=unsafe_exec,
+    )
+    if as_json:
+        _print(_json_of([one.to_json() for one in found]))
+        return
+    for one in found:
+        account = one.score
+        _print(
+            f"{account.task}: {100 * account.accuracy:.1f}% ({100 * one.low:.1f} to "
+            f"{100 * one.high:.1f}, 95% over questions), {account.correct} right, "
+            f"{account.wrong} wrong, {account.truncated} truncated, {account.errors} errors of "
+            f"{account.total}; grader {account.grader}"
+        )
 
 
 @app.command()
@@ -537,8 +690,13 @@ def _study(path: str) -> Any:
     return load_study(path)
 
 
-def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
-    """The curve, the recommendation, where the report is; exit code 1 if a trial failed."""
+def _print_answer(
+    sweep: "Sweep", *, as_json: bool, further: "Sequence[Recommendation]" = ()
+) -> None:
+    """The curve, the recommendation, where the report is; exit code 1 if a trial failed.
+
+    `further` are recommendations for larger models that the sweep was the proxy of.
+    """
     from loratune import api
     from loratune.analyse.cells import make_cells
     from loratune.analyse.curves import make_curves
@@ -550,12 +708,16 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
             "folder": str(sweep.folder.root),
             "report": str(sweep.folder.root / "report.html"),
             "statuses": sweep.statuses(),
-            "recommendations": [answer.to_json() for answer in answers],
+            "recommendations": [answer.to_json() for answer in (*answers, *further)],
         }
         _print(_json_of(body))
     else:
         parts = [curves_text(make_curves(make_cells(sweep.results)))]
         parts += [recommendation_text(answer) for answer in answers]
+        parts += [
+            f"The same, carried over to the larger {answer.model}:\n{recommendation_text(answer)}"
+            for answer in further
+        ]
         parts.append(f"report: {sweep.folder.root / 'report.html'}")
         _print("\n\n".join(parts))
     total = len(sweep.results)

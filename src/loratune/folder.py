@@ -38,7 +38,7 @@ class ResultsFolder:
 
     @property
     def proxy(self) -> Path:
-        """The results folder of the proxy that was searched in this model's place, if one was."""
+        """Where `tune` searches a proxy in this model's place: a results folder of its own."""
         return self.root / "proxy"
 
     @property

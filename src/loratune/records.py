@@ -240,12 +240,17 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One raw answer, kept so that scoring can be redone without a GPU."""
+    """One raw answer, kept so that scoring can be redone without a GPU.
+
+    Of a question with choices `text` is the JSON list of their log-likelihoods. `finished` is False
+    where the token limit cut the answer off; None in answers of older versions, which did not say.
+    """
 
     question_index: int
     text: str
     num_tokens: int
     verdict: Literal["correct", "wrong", "truncated", "error"]
+    finished: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from loratune.errors import ModelError, StudyError
 from loratune.folder import ResultsFolder, open_results, write_whole
 from loratune.models.proxies import propose_proxy
 from loratune.new_study import (
-    Request,
     fixed_sweep,
     grid_study,
     proxy_studies,
@@ -111,16 +110,24 @@ def tune(
     rank = asked.proxy_rank or min(asked.rank, LOW_RANK)
     studies = proxy_studies(request, model=name, rank=rank)
     # Everything that can be refused is refused before anything is trained.
-    pair = _pair(asked, request, studies[0])
+    sweep = fixed_sweep(request, model=asked.model, rank=asked.rank)
+    folder = ResultsFolder(asked.out)
+    pair = pair_of(
+        studies[0],
+        sweep,
+        method=asked.method,
+        folder=folder.proxy.name,
+        trust_remote_code=asked.trust_remote_code,
+    )
     searched = _affordable(asked, studies, say)
     say(searched.text)
-    folder = ResultsFolder(asked.out)
     if not _within(asked, SHARE_OF_PROXY, searched, folder.proxy, run, should_stop, say):
         say(f"the proxy's share of the budget is over: {folder.proxy} holds what was trained")
     write_whole(folder.proxy_pair, pair.to_json())
     _, store, record = open_results(folder.proxy)
     with store:
-        answer = proxy_answer(store.results(record.name, with_losses=False))
+        found = store.results(record.name, with_losses=False)
+    answer = proxy_answer(found, method=asked.method)
     if answer.batch_size is None or answer.learning_rate is None:
         return  # `recommend` says why.
     carried = target_study(
@@ -209,28 +216,39 @@ def _affordable(
     return studies[-1]
 
 
-def _pair(asked: Tuning, request: Request, searched: LoadedStudy) -> ProxyPair:
-    """What is known of both models before anything is trained.
+def pair_of(
+    searched: LoadedStudy,
+    sweep: LoadedStudy,
+    *,
+    method: str,
+    folder: str,
+    trust_remote_code: bool = False,
+) -> ProxyPair:
+    """What is known of a proxy and its target before the target is trained.
+
+    Args:
+        searched: a study of the proxy.
+        sweep: the fixed sweep of the target, on the same rows.
+        method: the LoRA variant of both.
+        folder: the proxy's results folder, from the target's.
 
     Raises:
         ModelError: the proxy is no smaller than the target, or makes other tokens of the rows.
     """
-    sweep = fixed_sweep(request, model=asked.model, rank=asked.rank)
-    proxy, _, proxy_rows = _model_of(searched, trust_remote_code=asked.trust_remote_code)
-    target, sweep_flops, rows = _model_of(sweep, trust_remote_code=asked.trust_remote_code)
-    pair = ProxyPair(proxy, target, sweep_flops)
+    proxy, _, proxy_rows = _model_of(searched, trust_remote_code=trust_remote_code)
+    target, sweep_flops, rows = _model_of(sweep, trust_remote_code=trust_remote_code)
     if proxy_rows != rows:
         raise ModelError(
-            f"proxy {pair.proxy.name} makes other tokens of the rows than {pair.target.name}; "
+            f"proxy {proxy.name} makes other tokens of the rows than {target.name}; "
             "choose a proxy with the same tokenizer, a smaller model of the same family"
         )
-    if pair.proxy.num_parameters >= pair.target.num_parameters:
+    if proxy.num_parameters >= target.num_parameters:
         raise ModelError(
-            f"proxy {pair.proxy.name} has {pair.proxy.num_parameters:,} parameters, "
-            f"{pair.target.name} {pair.target.num_parameters:,}; choose a smaller one, or --proxy "
-            "none to sweep the model itself"
+            f"proxy {proxy.name} has {proxy.num_parameters:,} parameters, {target.name} "
+            f"{target.num_parameters:,}; choose a smaller one, or --proxy none to sweep the model "
+            "itself"
         )
-    return pair
+    return ProxyPair(proxy, target, sweep_flops, method, folder)
 
 
 def _model_of(

@@ -13,6 +13,8 @@ PAIR = ProxyPair(
     proxy=ModelOfPair("small", "llama", 10**6, 128, 4, 6e6),
     target=ModelOfPair("large", "llama", 28 * 10**6, 512, 8, 1.7e8),
     sweep_flops=1e15,
+    method="lora",
+    folder="proxy",
 )
 RATES = (1e-3, 3e-3, 1e-2)
 

@@ -2,8 +2,11 @@
 
 Batch size and LR are chosen by the score that selects; where a test was scored, the difference on
 the test is compared as well, at those same choices. Only seeds vary here: the interval says what
-other seeds would do with the same rows and questions. Both methods were chosen as the best of
-their grids on the same seeds, and so a little flattered, alike where their grids are alike.
+other seeds would do with the same rows and questions.
+
+Where both methods' best points were confirmed with fresh seeds, which chose nothing, those alone
+are compared. Otherwise the seeds that chose are: both methods are then the best of their grids on
+these very seeds, and so a little flattered, alike only where their grids are alike.
 """
 
 import math
@@ -34,7 +37,8 @@ class Comparison:
     """One method against the baseline under one metric, in one setting.
 
     `difference` is method - baseline, in the metric's unit, over `num_seeds` shared seeds, with its
-    95% interval; `p_value` from the paired t test, `p_holm` adjusted over the methods compared with
+    95% interval. `fresh`: these seeds chose nothing; scores are then the means over them. `p_value`
+    from the paired t test, `p_holm` adjusted over the methods compared with
     this baseline in this setting under this metric. `equivalence_p` is TOST's against plus or minus
     `equivalence_margin` (same unit); `equivalence` is "equivalent" where it is below 5%. `verdict`
     is "better" or "worse" where `p_holm` is below 5%, else "equivalent" if so, else "undecided",
@@ -58,6 +62,7 @@ class Comparison:
     difference_low: float | None
     difference_high: float | None
     num_seeds: int
+    fresh: bool
     what_varied: str
     p_value: float | None
     p_holm: float | None
@@ -199,10 +204,9 @@ def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
     metric = baseline[1].metric
     one, two = _chosen(method), _chosen(baseline)
     names = (method[0].setting.value("method"), baseline[0].setting.value("method"))
-    seeds = _shared(one, two)
-    differences = [dict(one.seed_scores)[s] - dict(two.seed_scores)[s] for s in seeds] if (
-        one and two
-    ) else []  # fmt: skip
+    seeds, fresh = _shared(one, two)
+    scores = [_scores(point, fresh=fresh) for point in (one, two)]
+    differences = [scores[0][seed] - scores[1][seed] for seed in seeds]
     mean = mean_with_interval(differences) if differences else None
     tolerated = margin
     if tolerated is None and two is not None and two.score is not None:
@@ -227,14 +231,15 @@ def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
         higher_is_better=metric.higher_is_better,
         method_batch_size=one.batch_size if one else None,
         method_learning_rate=one.learning_rate if one else None,
-        method_score=one.score if one else None,
+        method_score=_mean(scores[0]),
         baseline_batch_size=two.batch_size if two else None,
         baseline_learning_rate=two.learning_rate if two else None,
-        baseline_score=two.score if two else None,
+        baseline_score=_mean(scores[1]),
         difference=mean.value if mean else None,
         difference_low=mean.low if mean else None,
         difference_high=mean.high if mean else None,
         num_seeds=len(seeds),
+        fresh=fresh,
         what_varied="seeds",
         p_value=two_sided_p(differences) if enough else None,
         p_holm=None,
@@ -293,10 +298,22 @@ def _chosen(pair: Pair) -> Point | None:
     return next(point for point in pair[1].points if point.batch_size == best.batch_size)
 
 
-def _shared(one: Point | None, two: Point | None) -> list[int]:
-    if one is None or two is None:
-        return []
-    return sorted(dict(one.seed_scores).keys() & dict(two.seed_scores).keys())
+def _shared(one: Point | None, two: Point | None) -> tuple[list[int], bool]:
+    """The seeds that both have: fresh ones if there are two or more, else those that chose."""
+    fresh = _scores(one, fresh=True).keys() & _scores(two, fresh=True).keys()
+    if len(fresh) > 1:
+        return sorted(fresh), True
+    return sorted(_scores(one, fresh=False).keys() & _scores(two, fresh=False).keys()), False
+
+
+def _scores(point: Point | None, *, fresh: bool) -> dict[int, float]:
+    if point is None:
+        return {}
+    return dict(point.fresh_scores if fresh else point.seed_scores)
+
+
+def _mean(scores: dict[int, float]) -> float | None:
+    return math.fsum(scores.values()) / len(scores) if scores else None
 
 
 def _setting_text(curve: Curve, method: str) -> str:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from loratune.analyse.cells import Cell, TriedRate
 from loratune.analyse.intervals import mean_with_interval, zero_set
 from loratune.analyse.scores import Metric, accuracy_metric, test_tasks, trial_score
-from loratune.records import Trial
+from loratune.records import Trial, TrialResult
 
 # What a trial's batch size decides, and so differs along a curve. Warm-up is matched by rank
 # (`_warmups`), beta2 by its rule; the data fingerprint and N say which rows, not `rows`.
@@ -45,7 +45,8 @@ class Point:
     """A curve at one batch size. `score` is None where the cell has none.
 
     `seed_scores` maps seeds to the score at the chosen LR. `incomplete`: some trial of the cell has
-    neither a score nor diverged, so that the choice of LR may still change.
+    neither a score nor diverged, so that the choice of LR may still change. `fresh_scores` are
+    those of seeds that confirm the chosen LR and chose nothing; they are not in `score`.
     """
 
     batch_size: int
@@ -57,6 +58,7 @@ class Point:
     lr_at_edge: bool | None
     diverged_rates: tuple[float, ...]
     incomplete: bool
+    fresh_scores: tuple[tuple[int, float], ...] = ()
 
     @property
     def num_seeds(self) -> int:
@@ -299,11 +301,23 @@ def _point(cell: Cell, metric: Metric) -> Point:
         lr_at_edge=cell.lr_at_edge,
         diverged_rates=cell.diverged_rates,
         incomplete=bool(cell.incomplete_rates) or 0 < len(scores) < len(cell.seeds),
+        fresh_scores=() if cell.best is None else _fresh_scores(cell, metric),
     )
 
 
 def _seed_scores(rate: TriedRate, metric: Metric) -> tuple[tuple[int, float], ...]:
-    found = [(result.trial.seed, trial_score(result, metric)) for result in rate.trials]
+    return _by_seed(rate.trials, metric)
+
+
+def _fresh_scores(cell: Cell, metric: Metric) -> tuple[tuple[int, float], ...]:
+    """Of trials that confirm the LR which is the best one now: it may have changed since."""
+    assert cell.best is not None
+    rate = cell.best.learning_rate
+    return _by_seed([one for one in cell.confirmations if one.trial.learning_rate == rate], metric)
+
+
+def _by_seed(results: Sequence[TrialResult], metric: Metric) -> tuple[tuple[int, float], ...]:
+    found = [(result.trial.seed, trial_score(result, metric)) for result in results]
     return tuple((seed, s) for seed, s in found if s is not None and math.isfinite(s))
 
 

@@ -65,4 +65,5 @@ TASK = TaskDefinition(
     max_new_tokens=512,  # as HumanEval's own harness is mostly run; no reference is as long
     stop=(),
     load=load,
+    takes_data=True,
 )

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from loratune.analyse.cells import Cell, make_cells
-from loratune.analyse.curves import make_curves
+from loratune.analyse.scores import method_label
 from loratune.errors import AnalysisError
 from loratune.recommendation.grid import (
     DEFAULT_MARGIN,
     Recommendation,
     ScoreAtLearningRate,
-    recommend_from_curve,
+    recommendations,
 )
 from loratune.records import ModelFacts, TrialResult
 
@@ -45,11 +45,16 @@ class ModelOfPair:
 
 @dataclass(frozen=True, slots=True)
 class ProxyPair:
-    """A proxy, its target, and the FLOPs of the fixed sweep that it saves; beside the results."""
+    """A proxy, its target, and the FLOPs of the fixed sweep that it saves; beside the results.
+
+    `method` is the LoRA variant of both; `folder` the proxy's results folder, from the target's.
+    """
 
     proxy: ModelOfPair
     target: ModelOfPair
     sweep_flops: float
+    method: str
+    folder: str
 
     def to_json(self) -> str:
         """As it is kept in the results folder."""
@@ -65,7 +70,11 @@ class ProxyPair:
         try:
             read = json.loads(text)
             return ProxyPair(
-                ModelOfPair(**read["proxy"]), ModelOfPair(**read["target"]), read["sweep_flops"]
+                ModelOfPair(**read["proxy"]),
+                ModelOfPair(**read["target"]),
+                sweep_flops=float(read["sweep_flops"]),
+                method=str(read["method"]),
+                folder=str(read["folder"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise AnalysisError(
@@ -88,10 +97,10 @@ class ProxyPair:
     def law(self) -> str:
         """The law in words."""
         if self.width_exponent == 0:
-            return "the proxy's learning rate as it is (no law is known for this family)"
+            return "taken over as it is, since no law is known for this family,"
         return (
-            f"the proxy's learning rate times (width {self.proxy.hidden_size} / "
-            f"{self.target.hidden_size})^{self.width_exponent:g}, LoRA Without Regret's law"
+            f"LoRA Without Regret's law, (width {self.proxy.hidden_size} / "
+            f"{self.target.hidden_size})^{self.width_exponent:g},"
         )
 
     def extrapolated_over(self) -> tuple[str, ...]:
@@ -118,20 +127,20 @@ def model_of_pair(facts: ModelFacts, *, rank: int, flops_per_token: float) -> Mo
 
 
 def proxy_answer(
-    proxy_results: Sequence[TrialResult], *, margin: float = DEFAULT_MARGIN
+    proxy_results: Sequence[TrialResult], *, method: str, margin: float = DEFAULT_MARGIN
 ) -> Recommendation:
-    """What the proxy's own sweep says; it has one method, model, rank and N.
+    """What the proxy's own sweep says of a method; it has one model, rank and N.
 
     Raises:
-        AnalysisError: it has no trials, or more than one curve.
+        AnalysisError: it has no trials of the method, or more than one curve of them.
     """
-    curves = make_curves(make_cells(proxy_results))
-    if len(curves) != 1:
+    answers = recommendations(proxy_results, method=method, margin=margin)
+    if len(answers) != 1:
         raise AnalysisError(
-            f"a proxy's study has one curve over batch size, this one {len(curves)}; "
-            "give one method, model, rank and number of rows"
+            f"a proxy's study has one curve over batch size, this one {len(answers)}; "
+            "give one model, rank and number of rows"
         )
-    return recommend_from_curve(curves[0], margin=margin)
+    return answers[0]
 
 
 def recommend_by_proxy(
@@ -151,7 +160,7 @@ def recommend_by_proxy(
         AnalysisError: the two were trained on other rows, or the target's trials are not of the
             proxy's batch size and method.
     """
-    on_proxy = proxy_answer(proxy_results, margin=margin)
+    on_proxy = proxy_answer(proxy_results, method=pair.method, margin=margin)
     undecided = [f"on the proxy {pair.proxy.name}: {reason}" for reason in on_proxy.undecided]
     cell: Cell | None = None
     if target_results:
@@ -236,12 +245,12 @@ def _law_note(on_proxy: Recommendation, cell: Cell | None, pair: ProxyPair) -> l
         return []
     expected = pair.carried(on_proxy.learning_rate)
     note = (
-        f"the learning rate: {on_proxy.learning_rate:g} on the proxy; {pair.law()} gives "
-        f"{expected:.2g}"
+        f"the best learning rate on {pair.proxy.name} is {on_proxy.learning_rate:g}; {pair.law()} "
+        f"gives {expected:.2g} for {pair.target.name}"
     )
     if cell is not None and cell.best is not None:
         off = cell.best.learning_rate / expected
-        note += f"; best on the target is {cell.best.learning_rate:g}, {off:.2g} times that"
+        note += f"; the best one there is {cell.best.learning_rate:g}, {off:.2g} times that"
     return [note]
 
 
@@ -270,8 +279,9 @@ def _rows_per_microbatch(cell: Cell) -> int | None:
 def _cost_fraction(
     proxy: Sequence[TrialResult], target: Sequence[TrialResult], pair: ProxyPair
 ) -> float:
-    """FLOPs trained, of both models, over those of the fixed sweep on the target."""
-    spent = _tokens(proxy) * pair.proxy.flops_per_token
+    """FLOPs trained for the method, of both models, over those of the fixed sweep on the target."""
+    of_method = [one for one in proxy if method_label(one) == pair.method]
+    spent = _tokens(of_method) * pair.proxy.flops_per_token
     spent += _tokens(target) * pair.target.flops_per_token
     return spent / pair.sweep_flops
 

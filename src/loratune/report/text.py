@@ -89,7 +89,7 @@ def _by_proxy(found: Recommendation) -> list[str]:
         return []
     measured = ", ".join(
         f"{one.learning_rate:g}: "
-        + (one.verdict if one.score is None else f"{one.score:.4g} ({one.num_seeds} seeds)")
+        + (one.verdict if one.score is None else f"{one.score:.4g} ({_seeds(one.num_seeds)})")
         for one in found.confirmed
     )
     said = [f"Extrapolated over {'; '.join(found.extrapolated_over)}."]
@@ -101,6 +101,10 @@ def _by_proxy(found: Recommendation) -> list[str]:
             " (batch sizes 1 to 512, the paper's learning rates, 3 seeds)."
         )
     return said
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def recommendation_text(found: Recommendation) -> str:
@@ -123,6 +127,11 @@ def comparison_sentences(one: Comparison) -> tuple[str, ...]:
     )
     p = "" if one.p_holm is None or one.undecided else f", Holm p = {one.p_holm:.2g}"
     seeds = "1 shared seed" if one.num_seeds == 1 else f"{one.num_seeds} shared seeds"
+    seeds += (
+        " that chose nothing"
+        if one.fresh
+        else ", the same that chose batch size and learning rate, which flatters both"
+    )
     better = "higher" if one.higher_is_better else "lower"
     sentences = [
         f"{one.method} against {one.baseline}{where}, {name}: {one.verdict}{why}.",

@@ -609,6 +609,7 @@ class Store:
                             "num_tokens": prediction.num_tokens,
                             "verdict": prediction.verdict,
                             "text": prediction.text,
+                            "finished": prediction.finished,
                         }
                         for prediction in predictions
                     ],
@@ -639,6 +640,7 @@ class Store:
                     text=row.text,
                     num_tokens=row.num_tokens,
                     verdict=row.verdict,
+                    finished=row.finished,
                 )
                 for row in connection.execute(query)
             )

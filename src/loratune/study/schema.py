@@ -372,6 +372,10 @@ class Schedule(Section):
         return self
 
 
+# How an answer is judged; `evaluation.graders` says what each of them does.
+GraderName = Literal["pissa", "strict", "number", "exact", "plain", "normalised", "tests"]
+
+
 def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -388,8 +392,8 @@ class Task(Section):
         default=(), description="strings that end an answer"
     )
     max_new_tokens: int | None = Field(default=None, gt=0)
-    grader: Literal["pissa", "strict"] | None = Field(
-        default=None, description="how numbers are read"
+    grader: GraderName | None = Field(
+        default=None, description="how answers are judged: pissa, strict, exact, plain, normalised"
     )
     questions: int | None = Field(
         default=None, gt=0, description="the first so many; left out: all"
