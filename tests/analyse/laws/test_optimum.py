@@ -100,6 +100,27 @@ def test_what_cannot_be_concluded_is_refused(made, said):
         fit_power_law(made)
 
 
+@pytest.mark.parametrize("noise", [0.002, 0.01])
+def test_intervals_cover_the_exponent_from_the_curves_on(noise):
+    # From losses at twelve batch sizes: also the choice of each seed's lowest point is in it. With
+    # the larger noise that point jumps between neighbours.
+    draw = np.random.default_rng(0)
+    xs = [float(k) for k in range(12)]
+    hits = 0
+    for _ in range(400):
+        made = list[SeedOptima]()
+        for rows in (1024, 4096, 16384):
+            best = 4.3 + 0.5 * np.log2(rows / 4096)
+            losses = [
+                [0.01 * (x - best) ** 2 + draw.normal(0, noise) for x in xs] for _ in range(3)
+            ]
+            found = [vertex(xs, one) for one in losses]
+            made.append(SeedOptima(rows, tuple(one for one in found if one is not None)))
+        fit = fit_power_law(made)
+        hits += fit.exponent_low <= 0.5 <= fit.exponent_high
+    assert abs(hits / 400 - 0.95) < 3 * 0.011
+
+
 def test_the_vertex_of_a_parabola_is_its_lowest_point():
     xs = [0.0, 1.0, 2.0, 4.0]
     assert vertex(xs, [(x - 1.7) ** 2 for x in xs]) == pytest.approx(1.7)

@@ -1,5 +1,7 @@
+import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from loratune.errors import AnalysisError
 from loratune.report.laws_text import laws_text
 from simulated import result, sweep
 
+LOG = Path(__file__).parents[3] / "docs" / "log"
 SIZES = [2**k for k in range(1, 10)]
 RATES = [1e-4 * 2**k for k in range(8)]
 
@@ -51,6 +54,32 @@ def test_the_best_rates_follow_the_form_they_were_made_by():
     text = laws_text(laws)
     assert "* lr = s / (0.5 (sqrt(Bn/B) + sqrt(B/Bn))): s = 0.002, Bn = 4" in text
     assert "Not varied by this study" in text
+
+
+def test_in_the_recorded_sweep_the_best_rate_rises_and_then_falls_for_every_method():
+    # SmolLM2-135M on GSM8K, 279 trials of docs/log.md: no simulation.
+    with (LOG / "fig1-smollm2-results.csv").open(newline="") as lines:
+        recorded = [
+            result(
+                float(row["validation_loss"]),
+                method=row["method"],
+                batch_size=int(row["batch_size"]),
+                learning_rate=float(row["learning_rate"]),
+                seed=int(row["seed"]),
+                num_train_rows=4096,
+            )
+            for row in csv.DictReader(lines)
+        ]
+    laws = find_laws(recorded)
+    peaks = {}
+    for found in laws.learning_rate:
+        assert found.fit is not None
+        assert found.fit.chosen == "surge"
+        assert found.fit.holds_out
+        assert found.fit.law("sqrt").aicc_difference > 20  # type: ignore[operator]
+        peaks[found.method] = found.fit.law("surge").shape
+    # As first measured; a change of the fit that moves them has to be seen.
+    assert peaks == pytest.approx({"lora": 55.3, "pissa": 21.2, "milora": 20.8}, rel=5e-3)
 
 
 def test_rates_at_the_edge_are_left_out_and_said():
@@ -162,31 +191,49 @@ def test_everything_diverged_is_undecided_and_no_number():
     laws_text(laws)
 
 
-def test_three_terms_are_found_where_rows_vary_too():
+# M* of the terms below at 65,536 samples: about 44.
+BEST_AT_65536 = (0.5 * 3 / (0.65 * 40)) ** (1 / 1.15) * 65536 ** (0.65 / 1.15)
+
+
+def three_terms(sizes, *, noise):
+    """Sweeps at two numbers of rows whose losses follow the three terms."""
+
     def loss(total):
         return lambda size, rate, seed: (
             0.5
             + 3 * size**-0.5
             + 40 * (total / size) ** -0.65
             + 0.1 * math.log2(rate / 4e-4) ** 2
-            + np.random.default_rng(size * seed + total).normal(0, 1e-3)
+            + np.random.default_rng(size * seed + total).normal(0, noise)
         )
 
-    made = [
+    return [
         one
         for total in (8192, 65536)
         for one in sweep(
-            loss(total), batch_sizes=SIZES, learning_rates=RATES[:4], num_train_rows=total
+            loss(total), batch_sizes=sizes, learning_rates=RATES[:4], num_train_rows=total
         )
     ]
+
+
+def test_three_terms_are_found_where_rows_vary_too():
+    made = three_terms(SIZES, noise=1e-3)
     (found,) = find_laws(made).loss
     assert found.samples == (8192, 65536)
     assert found.fit is not None
     assert found.fit.chosen == "three_terms"
     assert found.optimum is not None
-    true = (0.5 * 3 / (0.65 * 40)) ** (1 / 1.15) * 65536 ** (0.65 / 1.15)
-    assert found.optimum.batch_size == pytest.approx(true, rel=0.02)
+    assert found.optimum.batch_size == pytest.approx(BEST_AT_65536, rel=0.02)
+    assert not any("extrapolated" in reason for reason in found.undecided)
     assert "best batch size at 65,536 samples" in laws_text(find_laws(made))
+
+
+def test_an_optimum_outside_of_the_batch_sizes_tried_is_said_to_be_extrapolated():
+    made = three_terms([64, 128, 256, 512], noise=1e-4)
+    (found,) = find_laws(made).loss
+    assert found.optimum is not None
+    assert found.optimum.batch_size == pytest.approx(BEST_AT_65536, rel=0.1)
+    assert any("extrapolated" in reason for reason in found.undecided)
 
 
 def test_one_number_of_samples_says_what_it_cannot_say():

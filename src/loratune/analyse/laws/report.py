@@ -278,6 +278,15 @@ def _loss(group: Sequence[Curve]) -> LossFinding:
         run_next.append("more batch sizes, at two or more numbers of training rows")
     if fit is not None and fit.chosen == "three_terms":
         optimum = fit_optimum(points, samples=samples[-1])
+        tried = sorted(point.batch_size for point in points)
+        if optimum is None:
+            undecided.append("the three terms have their lowest loss at no batch size")
+        elif not tried[0] <= optimum.batch_size <= tried[-1]:
+            undecided.append(
+                f"the best batch size by the three terms, {optimum.batch_size:.3g}, lies outside "
+                f"of those tried ({tried[0]} to {tried[-1]}): extrapolated, not measured"
+            )
+            run_next.append("batch sizes around it")
     elif fit is not None:
         undecided.append(
             f"AICc chooses the form {fit.chosen!r}: these losses do not show a best batch size "
