@@ -15,15 +15,14 @@ from loratune.analyse.crossed import (
     crossed_zero_set,
 )
 from loratune.errors import AnalysisError
+from loratune.planning.power import DifferenceNoise
+from null_test import COVERAGE_CASES, coverage, normal_tables
 
 
 def tables(draw, n, seeds, questions, *, seed, question, residual):
     """[n, S, Q] of differences whose true mean is 0."""
-    return (
-        math.sqrt(seed) * draw.standard_normal((n, seeds, 1))
-        + math.sqrt(question) * draw.standard_normal((n, 1, questions))
-        + math.sqrt(residual) * draw.standard_normal((n, seeds, questions))
-    )
+    noise = DifferenceNoise(seed, question, residual, "simulated")
+    return normal_tables(draw, n, num_seeds=seeds, num_questions=questions, noise=noise)
 
 
 def mean_squares(table):
@@ -117,44 +116,7 @@ def test_the_zero_set_is_where_the_test_does_not_reject():
         assert (found.low <= 0.0 <= found.high) == inside
 
 
-# The seeds' part of the variance over the questions' part, and whether residuals are large.
-CASES = {
-    "questions dominate": (0.0, 0.1),
-    "questions and residuals": (0.0, 3.0),
-    "in between": (2.0, 0.5),
-    "seeds above questions": (8.0, 0.5),
-    "seeds dominate": (300.0, 0.1),
-}
-
-
-def coverage(case, *, num_seeds, num_questions, num_simulations, seed):
-    """How often the 95% interval covers the true difference, 0."""
-    ratio, residual = CASES[case]
-    question_part = 1.0 / num_questions + residual / (num_seeds * num_questions)
-    draw = np.random.default_rng(seed)
-    covered = 0
-    for start in range(0, num_simulations, 250):
-        batch = tables(
-            draw,
-            min(250, num_simulations - start),
-            num_seeds,
-            num_questions,
-            seed=ratio * question_part * num_seeds,
-            question=1.0,
-            residual=residual,
-        )
-        if num_seeds < 10:
-            found = crossed_variance(batch)
-            allowed = stats.t.ppf(0.975, found.df) * np.sqrt(found.variance)
-            covered += int((np.abs(found.value) <= allowed).sum())
-        else:
-            for table in batch:
-                one = crossed_difference(table, np.zeros_like(table), paired=True)
-                covered += one.low <= 0.0 <= one.high
-    return covered / num_simulations
-
-
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", list(COVERAGE_CASES))
 @pytest.mark.parametrize("num_seeds", [3, 5, 20])
 def test_intervals_cover_what_they_say(case, num_seeds):
     n = 2000 if num_seeds < 10 else 200
@@ -166,10 +128,10 @@ def test_intervals_cover_what_they_say(case, num_seeds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", list(COVERAGE_CASES))
 @pytest.mark.parametrize("num_seeds", [3, 5, 20])
 def test_intervals_cover_what_they_say_at_full_size(case, num_seeds):
-    n = 10_000 if num_seeds < 10 else 4_000
+    n = 20_000 if num_seeds < 10 else 4_000
     found = coverage(case, num_seeds=num_seeds, num_questions=100, num_simulations=n, seed=10)
     assert found >= 0.93
     if case in ("questions dominate", "seeds dominate"):

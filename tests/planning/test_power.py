@@ -7,11 +7,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from loratune.analyse.crossed import crossed_variance
+from decisions import POWER_CASES
 from loratune.planning.power import (
     DifferenceNoise,
     called_effect,
-    critical_t,
     detectable_effect,
     detectable_multiples,
     miller_sample_size,
@@ -20,10 +19,10 @@ from loratune.planning.power import (
     questions_for_discordance,
     questions_to_detect,
     seeds_to_detect,
-    study_called_effect,
     study_detectable_effect,
     unpaired_detectable_effect,
 )
+from null_test import realised_power
 
 NOISE = DifferenceNoise(2 * 0.005**2, 0.06, 0.08, "simulated")
 
@@ -107,61 +106,22 @@ def test_a_loss_is_a_t_test_over_seeds():
     assert power(found, standard_error=error, df=4.0) == pytest.approx(0.8, abs=1e-6)
 
 
-def realised(noise, *, num_seeds, num_questions, num_simulations, seed):
-    """How often the crossed test rejects 0 at the effect that is said to be found 80% of times."""
-    effect = study_detectable_effect(noise, num_seeds=num_seeds, num_questions=num_questions)
-    assert effect is not None
-    draw = np.random.default_rng(seed)
-    rejected = 0
-    for start in range(0, num_simulations, 500):
-        n = min(500, num_simulations - start)
-        table = (
-            effect
-            + math.sqrt(noise.seed_variance) * draw.standard_normal((n, num_seeds, 1))
-            + math.sqrt(noise.question_variance) * draw.standard_normal((n, 1, num_questions))
-            + math.sqrt(noise.residual_variance)
-            * draw.standard_normal((n, num_seeds, num_questions))
-        )
-        found = crossed_variance(table)
-        t = np.abs(found.value) / np.sqrt(found.variance)
-        rejected += int((t > stats.t.ppf(0.975, found.df)).sum())
-    return rejected / num_simulations
-
-
 @pytest.mark.parametrize("num_seeds", [3, 5])
 def test_the_stated_power_is_realised(num_seeds):
-    found = realised(NOISE, num_seeds=num_seeds, num_questions=300, num_simulations=1000, seed=5)
-    # 3 points are asked for; 1,000 simulations have a standard error of 1.3, of which 3 are added.
-    assert found == pytest.approx(0.8, abs=0.03 + 3 * math.sqrt(0.8 * 0.2 / 1000))
-
-
-CASES = [
-    (DifferenceNoise(0.0, 0.1, 0.1, ""), 3),
-    (DifferenceNoise(1e-4, 0.06, 0.08, ""), 3),
-    (DifferenceNoise(1e-4, 0.06, 0.08, ""), 5),
-    (DifferenceNoise(2e-3, 0.06, 0.08, ""), 3),
-    (DifferenceNoise(2e-3, 0.06, 0.08, ""), 5),
-]
+    n = 1000
+    found = realised_power(NOISE, num_seeds=num_seeds, num_questions=300, num_simulations=n, seed=5)
+    # 3 points are asked for; three standard errors of n simulations are added.
+    slack = 0.03 + 3 * math.sqrt(0.8 * 0.2 / n)
+    assert found.found == pytest.approx(0.8, abs=slack)
+    assert found.called == pytest.approx(0.8, abs=slack)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("noise", "num_seeds"), CASES)
-def test_the_stated_power_is_realised_within_three_points_at_full_size(noise, num_seeds):
-    found = realised(noise, num_seeds=num_seeds, num_questions=500, num_simulations=10_000, seed=6)
-    assert found == pytest.approx(0.8, abs=0.03)
-    assert critical_t(4.0) == pytest.approx(stats.t.ppf(0.975, 4))
-
-
-def test_a_difference_of_the_called_effect_is_called_four_times_in_five():
-    effect = study_called_effect(NOISE, num_seeds=4, num_questions=300)
-    assert effect is not None
-    draw = np.random.default_rng(7)
-    table = (
-        effect
-        + math.sqrt(NOISE.seed_variance) * draw.standard_normal((1000, 4, 1))
-        + math.sqrt(NOISE.question_variance) * draw.standard_normal((1000, 1, 300))
-        + math.sqrt(NOISE.residual_variance) * draw.standard_normal((1000, 4, 300))
+@pytest.mark.parametrize(("name", "noise"), POWER_CASES)
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_the_stated_power_is_realised_within_three_points_at_full_size(name, noise, num_seeds):
+    found = realised_power(
+        noise, num_seeds=num_seeds, num_questions=500, num_simulations=10_000, seed=6
     )
-    found = crossed_variance(table)
-    called = found.value >= detectable_multiples(found.df) * np.sqrt(found.variance)
-    assert np.mean(called) == pytest.approx(0.8, abs=3 * math.sqrt(0.8 * 0.2 / 1000))
+    assert found.found == pytest.approx(0.8, abs=0.03), name
+    assert found.called == pytest.approx(0.8, abs=0.03), name
