@@ -195,9 +195,9 @@ def test_answers_end_where_those_of_generate_do():
         found = [one.answer for one in answered(decoder, requests)]
         assert found == wanted
     assert {one.finished for one in wanted} == {True, False}
-    assert any(one.finished and one.num_tokens == 9 for one in wanted) or any(
-        one.num_tokens < 9 for one in wanted
-    )
+    # By stop strings as well as by end tokens.
+    plain = tokens_of(answered(Decoder(base, adapters), [replace(one, stop=()) for one in requests]))
+    assert any(len(ids) > one.num_tokens for ids, one in zip(plain, wanted, strict=True))
 
 
 # Neighbours ---------------------------------------------------------------------------------------
@@ -222,20 +222,19 @@ def sampling_requests(keys: Sequence[str], *, count: int) -> list[Request]:
 def test_answers_do_not_depend_on_neighbours_order_slots_or_seats(family: str):
     base = tiny_base(family)
     adapters = mixed_adapters(base.model)
-    requests = sampling_requests(list(adapters), count=40)
+    requests = sampling_requests(list(adapters), count=27)
     reference = answered(Decoder(base, adapters, num_slots=1), requests)
     for settings in (
-        {"num_slots": 3, "num_seats": 1},
-        {"num_slots": 13, "num_seats": 2, "tokens_per_prefill": 24},
+        {"num_slots": 5, "num_seats": 1},
+        {"num_slots": 13, "num_seats": 2, "tokens_per_prefill": 24, "steps_behind": 2},
         {"num_slots": 64, "steps_behind": 1},
-        {"num_slots": 6, "num_seats": 3, "steps_behind": 2},
     ):
         found = answered(Decoder(base, adapters, **settings), requests)
         assert tokens_of(found) == tokens_of(reference), settings
     backwards = answered(Decoder(base, adapters, num_slots=8), requests[::-1])
     assert tokens_of(backwards[::-1]) == tokens_of(reference)
     # Alone, with only its own adapter given: other ranks, no magnitudes of others.
-    for index in (1, 5, 8, 9):
+    for index in (5, 8):
         one = requests[index]
         alone = Decoder(base, {one.adapter: adapters[one.adapter]})
         assert tokens_of(alone.answers([one])) == [reference[index].token_ids]
@@ -283,16 +282,24 @@ def test_a_finished_rows_place_is_taken_by_the_next_request_at_once(
         return step(model, slots, counts, **more)
 
     monkeypatch.setattr(DecodingModel, "step", noted)
-    # No answer ends by itself: no end token is ever the likeliest for so few tokens.
-    limits = [2, 9, 3, 5, 4, 7, 2, 2, 8, 3, 6]
+    limits = [2, 9, 3, 5, 4, 7, 2, 1, 8, 3, 6]
     requests = [Request("plain", [5, 6, 7 + at], limit) for at, limit in enumerate(limits)]
     found = answered(Decoder(base, {"plain": None}, num_slots=4), requests)
+    # None of these answers ends by itself.
     assert [one.answer.num_tokens for one in found] == limits
-    # A prompt gives the first token, steps give the others, with no place empty while any waits.
-    assert sum(sizes) == sum(limits) - len(limits)
-    waiting = len(sizes) - next((at for at, size in enumerate(sizes) if size < 4), len(sizes))
-    assert all(size == 4 for size in sizes[: len(sizes) - waiting])
-    assert sum(sizes[-waiting:]) < 4 * max(limits) if waiting else True
+    assert sizes == steps_by_hand(limits, num_slots=4)
+
+
+def steps_by_hand(limits: Sequence[int], *, num_slots: int) -> list[int]:
+    """Rows of each step: a prompt gives the first token of an answer, each step one more."""
+    waiting, active, sizes = list(limits), list[int](), list[int]()
+    while waiting or active:
+        while waiting and len(active) < num_slots:
+            active += [left - 1 for left in [waiting.pop(0)] if left > 1]
+        if active:
+            sizes.append(len(active))
+        active = [left - 1 for left in active if left > 1]
+    return sizes
 
 
 def test_running_out_of_memory_halves_the_slots_and_repeats_no_answer(
@@ -325,7 +332,7 @@ def test_where_not_even_one_row_fits_it_says_so(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(DecodingModel, "begin", no_memory)
     monkeypatch.setattr(DecodingModel, "score", no_memory)
-    decoder = Decoder(tiny_base(), {"plain": None}, num_slots=4)
+    decoder = Decoder(tiny_base(), {"plain": None}, num_slots=1, tokens_per_prefill=2)
     with pytest.raises(CapacityError, match=r"not even one row .*CUDA out of memory\.\)"):
         list(decoder.answers([Request("plain", [5], 3)]))
     with pytest.raises(CapacityError, match="not even one row fits"):
@@ -442,7 +449,7 @@ def test_log_likelihoods_go_on_in_smaller_batches_when_memory_runs_out(
         return score(model, rows, seats)
 
     monkeypatch.setattr(DecodingModel, "score", greedy_for_memory)
-    found = Decoder(base, {"plain": None}).log_likelihoods(questions)
+    found = Decoder(base, {"plain": None}, tokens_per_prefill=32).log_likelihoods(questions)
     assert [one.value for one in found] == pytest.approx([one.value for one in wanted], abs=1e-5)
     assert Decoder(base, {"plain": None}).log_likelihoods([]) == []
 
