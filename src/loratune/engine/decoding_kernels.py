@@ -1,4 +1,4 @@
-"""Triton kernels of decoding: keys and values into their slots, one new token of each row over them.
+"""Triton kernels of decoding: attention over slots, and low-rank products of few rows an adapter.
 
 What bounds the attention of one token a row is reading its keys and values once. A program owns one
 key head of one row, so that the heads that share it read it together (16 queries, the fewest that
@@ -6,13 +6,21 @@ matrix units take; the rows of that block beyond the group are filler). Where ro
 keys are split over several programs, and a second kernel adds their parts up: FlashDecoding
 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html). No atomics: same sums at every repeat.
 
+The low-rank products are those of `engine.kernels` for steps of hundreds of rows instead of
+thousands of tokens: the features that `shrink` sums over are split over programs as well, `expand`
+adds the parts up (in order, in float32) where it reads them, and does all members of a group.
+
 The number of programs depends on the number of rows alone, lengths are read on the device.
 
-Legend: M rows, S slots, G key heads, H heads, D width of a key, E of a value.
+Legend: M rows, S slots, G key heads, H heads, D width of a key, E of a value; A seats, K directions,
+R rank, N features.
 """
 
 # triton has no types, and is there with CUDA builds of torch alone.
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -20,10 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from loratune.engine.attention_kernels import Launch, _is_large, _padded_width, _precision
+from loratune.engine.kernels import EXPAND, SHRINK, _block
+from loratune.engine.routing import TILE, Routing
 
 # As many programs as keep a large device busy, twice its processors: fewer, and rows are split.
 BUSY = 264
 MOST_SPLITS = 16
+# No program of `shrink` sums over fewer features than this, in blocks of SHRINK's.
+FEWEST_FEATURES = 256
 
 
 @triton.jit
@@ -291,3 +303,200 @@ def _launch(operand: Tensor, padded: int) -> Launch:
     # 8 KiB each of small shared memory, one block at a time.
     keys = max(16, min(64, 8192 // (padded * operand.element_size())))
     return Launch(16, keys, 4, 1)
+
+
+@triton.jit
+def _shrink_parts(
+    x_ptr,
+    w_ptr,
+    part_ptr,
+    tile_slot,
+    tile_begin,
+    tile_end,
+    K,
+    N,
+    features,
+    num_tokens,
+    stride_x,
+    stride_wa,
+    stride_wk,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(2)
+    slot = tl.load(tile_slot + tile)
+    begin = tl.load(tile_begin + tile)
+    end = tl.load(tile_end + tile)
+    # Nobody reads the parts of filler.
+    if slot < 0:
+        return
+    rows = begin + tl.arange(0, BM)
+    is_row = rows < end
+    ks = tl.program_id(1) * BK + tl.arange(0, BK)
+    is_k = ks < K
+    first = split * features
+    last = tl.minimum(first + features, N)
+    base_w = slot.to(tl.int64) * stride_wa
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
+    acc = tl.zeros((BM, BK), dtype=tl.float32)
+    for n in range(first, last, BN):
+        ns = n + tl.arange(0, BN)
+        is_n = ns < last
+        x = tl.load(x_rows + ns[None, :], mask=is_row[:, None] & is_n[None, :], other=0.0)
+        at_w = base_w + ks[None, :] * stride_wk + ns[:, None]
+        w = tl.load(w_ptr + at_w, mask=is_k[None, :] & is_n[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    at = (split * num_tokens + rows).to(tl.int64)[:, None] * K + ks[None, :]
+    tl.store(part_ptr + at, acc, mask=is_row[:, None] & is_k[None, :])
+
+
+@triton.jit
+def _expand_parts(
+    part_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    tile_slot,
+    tile_begin,
+    tile_end,
+    block_ptr,
+    R,
+    K,
+    num_tokens,
+    stride_wa,
+    stride_wk,
+    stride_y,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    block = block_ptr + 3 * tl.program_id(1)
+    slot = tl.load(tile_slot + tile)
+    begin = tl.load(tile_begin + tile)
+    end = tl.load(tile_end + tile)
+    if begin >= end:
+        return
+    rows = begin + tl.arange(0, BM)
+    is_row = rows < end
+    # The features of this block, all of one member, and where its directions begin.
+    ns = tl.load(block) + tl.arange(0, BN)
+    is_n = ns < tl.load(block + 1)
+    first = tl.load(block + 2)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if slot >= 0:
+        base_w = slot.to(tl.int64) * stride_wa
+        for r in range(0, R, BR):
+            rs = r + tl.arange(0, BR)
+            is_r = rs < R
+            h = tl.zeros((BM, BR), dtype=tl.float32)
+            for split in range(0, SPLITS):
+                at_h = (split * num_tokens + rows).to(tl.int64)[:, None] * K
+                h += tl.load(
+                    part_ptr + at_h + (first + rs)[None, :],
+                    mask=is_row[:, None] & is_r[None, :],
+                    other=0.0,
+                )
+            at_w = base_w + rs[:, None] * stride_wk + ns[None, :]
+            w = tl.load(w_ptr + at_w, mask=is_r[:, None] & is_n[None, :], other=0.0)
+            acc = tl.dot(h.to(w.dtype), w, acc, input_precision=PRECISION)
+    if BIAS:
+        acc += tl.load(bias_ptr + ns, mask=is_n, other=0.0).to(tl.float32)[None, :]
+    at_y = rows.to(tl.int64)[:, None] * stride_y + ns[None, :]
+    tl.store(y_ptr + at_y, acc.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_n[None, :])
+
+
+def adapter_outputs(
+    x_MD: Tensor,
+    down_AKD: Tensor,
+    up_ARE: Tensor,
+    routing: Routing,
+    *,
+    blocks: Tensor,
+    bias_E: Tensor | None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """M x E: each token through its own seat's factors, and the bias; filler gets that alone.
+
+    Args:
+        x_MD: any stride of M.
+        down_AKD: the members' directions one after the other, R each.
+        up_ARE: the members' outputs side by side.
+        routing: which token has which seat.
+        blocks: see `output_blocks`.
+        bias_E: None: there is none.
+        num_splits: over how many programs features are split; None: by the number of tiles.
+    """
+    num_tokens, num_features = x_MD.shape
+    _, num_directions, _ = down_AKD.shape
+    _, rank, num_outputs = up_ARE.shape
+    num_tiles = len(routing.tile_slot_T)
+    block_k = _block(num_directions, most=128)
+    num_k_blocks = triton.cdiv(num_directions, block_k)
+    if num_splits is None:
+        most = max(1, num_features // FEWEST_FEATURES)
+        num_splits = min(most, _num_splits(num_tiles * num_k_blocks))
+    step = SHRINK["BN"]
+    features = triton.cdiv(triton.cdiv(num_features, num_splits), step) * step
+    parts = torch.empty(
+        num_splits, num_tokens, num_directions, dtype=torch.float32, device=x_MD.device
+    )
+    _shrink_parts[(num_tiles, num_k_blocks, num_splits)](
+        x_MD,
+        down_AKD,
+        parts,
+        routing.tile_slot_T,
+        routing.tile_begin_T,
+        routing.tile_end_T,
+        num_directions,
+        num_features,
+        features,
+        num_tokens,
+        x_MD.stride(0),
+        down_AKD.stride(0),
+        down_AKD.stride(1),
+        BM=TILE,
+        BK=block_k,
+        PRECISION=_precision(x_MD),
+        **SHRINK,
+    )
+    y_ME = torch.empty(num_tokens, num_outputs, dtype=x_MD.dtype, device=x_MD.device)
+    _expand_parts[(num_tiles, len(blocks))](
+        parts,
+        up_ARE,
+        y_ME if bias_E is None else bias_E,
+        y_ME,
+        routing.tile_slot_T,
+        routing.tile_begin_T,
+        routing.tile_end_T,
+        blocks,
+        rank,
+        num_directions,
+        num_tokens,
+        up_ARE.stride(0),
+        up_ARE.stride(1),
+        y_ME.stride(0),
+        SPLITS=num_splits,
+        BIAS=bias_E is not None,
+        BM=TILE,
+        BR=_block(rank, most=64),
+        PRECISION=_precision(x_MD),
+        **EXPAND,
+    )
+    return y_ME
+
+
+def output_blocks(segments: Sequence[int], *, rank: int, device: torch.device) -> Tensor:
+    """int32[blocks, 3]: first feature, bound of its member, first direction of its member."""
+    rows = [
+        (begin, high, member * rank)
+        for member, (low, high) in enumerate(pairwise(segments))
+        for begin in range(low, high, EXPAND["BN"])
+    ]
+    return torch.tensor(rows, dtype=torch.int32, device=device)

@@ -37,9 +37,10 @@ from loratune.engine.attention import where_rows_lie
 from loratune.engine.decoding_adapters import AdapterBank
 from loratune.engine.decoding_attention import NAME, CacheShape, cache_on
 from loratune.engine.decoding_choice import Sampling, drawn, likeliest
+from loratune.engine.decoding_linear import DecodingGroup
 from loratune.engine.laying import LaidOut, StepRows, lay_out_step, most_filler_rows
 from loratune.engine.memory import release_memory, sent
-from loratune.engine.packed_linear import PackedGroup, PackedLinear, StepRouting
+from loratune.engine.packed_linear import PackedLinear, StepRouting
 from loratune.engine.packed_model import LOGITS_TOLERANCE, check_rows, has_bias, side_by_side
 from loratune.engine.replay import Replay
 from loratune.engine.routing import route
@@ -218,7 +219,7 @@ class DecodingModel:
         state = self._state
         state.temperature_S[slots] = how[0]
         state.top_p_S[slots] = how[1]
-        state.count_S[slots] = 0
+        state.count_S.index_fill_(0, slots, 0)
         hidden_MD = self._body(
             tokens[0],
             tokens[1],
@@ -531,28 +532,19 @@ def attention_layers(model: PreTrainedModel) -> list[CacheShape]:
 
 def _replace_linears(model: PreTrainedModel, bank: AdapterBank, step: StepRouting) -> None:
     linears = block_linears(model)
-    # Nothing is trained: no gradient has a buffer.
-    nothing = torch.zeros(0, device=model.device)
     for index, shape in enumerate(bank.layout.groups):
         members = [linears[name] for name in shape.names]
         down_AKD, up_ARE = bank.factors(index)
-        gain_AE = bank.gain(index)
-        group = PackedGroup(
+        group = DecodingGroup(
             weight_ED=side_by_side(members),
             bias_E=torch.cat([one.bias.detach() for one in members])
             if has_bias(members[0])
             else None,
             segments=shape.segments,
-            downs=[down_AKD],
-            ups=[up_ARE],
-            scale_A=nothing,
-            grad_down=nothing,
-            grad_up=nothing,
-            gain_AE=gain_AE,
-            inverse_norm_AE=None,
-            grad_magnitude=None,
+            down_AKD=down_AKD,
+            up_ARE=up_ARE,
+            gain_AE=bank.gain(index),
             step=step,
-            dropout=None,
         )
         for member, name in enumerate(shape.names):
             parent, _, own = name.rpartition(".")
