@@ -49,9 +49,9 @@ def test_a_seated_adapter_is_the_weight_that_peft_merges(method: str):
     wanted = merged_by_peft(model, files)
     bank = AdapterBank(model, needs_of(model, [other, files]), num_seats=2)
     linears = block_linears(model)
-    bank.put(1, other)  # somebody has sat there before
-    bank.put(0, other)
-    bank.put(1, files)
+    bank.put(1, bank.read(other))  # somebody has sat there before
+    bank.put(0, bank.read(other))
+    bank.put(1, bank.read(files))
     assert wanted.keys() == linears.keys()
     for group, shape in enumerate(bank.layout.groups):
         down_AKD, up_ARE = bank.factors(group)
@@ -76,7 +76,7 @@ def test_16_bits_keep_the_difference_that_a_part_of_the_base_would_round_away(me
     near = barely_moved(tiny_adapter(exact, method, seed=2, rank=4))
     layers = read_layers(exact, near)
     bank = AdapterBank(model, needs_of(model, [near]), num_seats=1)
-    bank.put(0, near)
+    bank.put(0, bank.read(near))
     down_AKD, up_ARE = bank.factors(0)
     name = bank.layout.groups[0].names[0]
     ranks, (low, high) = slice(0, bank.layout.rank), bank.layout.groups[0].segments[:2]

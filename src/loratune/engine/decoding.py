@@ -40,6 +40,7 @@ take nearly all of the time: many rows a step are what makes small models fast.
 
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +52,9 @@ from loratune.data.rows import lay_end_to_end
 from loratune.engine.decoding_adapters import (
     Adapter,
     AdapterBank,
+    SeatRow,
     needs_of,
+    seat_bytes,
 )
 from loratune.engine.decoding_choice import Sampling
 from loratune.engine.decoding_model import (
@@ -81,8 +84,11 @@ MOST_SEATS = 64
 PREFILL_TOKENS = 8192
 # The share of free memory that slots may take; the rest is for what a step makes on the way.
 SHARE_FOR_SLOTS = 0.8
+SHARE_FOR_SEATS = 0.15
 # Prompts wait until so small a part of all slots is free, or each would have a pass of its own.
 PART_TO_REFILL = 32
+# Adapters that are read before a seat is free for them.
+READ_AHEAD = 2
 # Keys of a slot begin at a multiple of so many tokens.
 ROOM_STEP = 16
 
@@ -156,7 +162,7 @@ class Decoder:
             base: a frozen base without an adapter.
             adapters: by key: in memory, folders in PEFT's format, or None for the plain base.
             num_slots: rows at once; fewer, where memory does not hold them. None: by the device.
-            num_seats: adapters at once; None: up to 64.
+            num_seats: adapters at once; None: up to 64, by the device.
             tokens_per_prefill: tokens of prompts that go through the model at once; for speed and
                 memory alone.
             steps_behind: how many steps late the host reads; None: 1 on CUDA, else 0.
@@ -169,7 +175,7 @@ class Decoder:
         real = [one for one in self._adapters.values() if one is not None]
         self._needs = needs_of(base.model, real)
         self._num_slots = num_slots
-        self._num_seats = num_seats or max(1, min(MOST_SEATS, len(real)))
+        self._num_seats = num_seats or self._seats_that_fit(len(real))
         self._tokens_per_prefill = tokens_per_prefill or PREFILL_TOKENS
         is_cuda = base.device.type == "cuda"
         self._steps_behind = int(is_cuda) if steps_behind is None else steps_behind
@@ -211,13 +217,16 @@ class Decoder:
         bank = AdapterBank(base.model, self._needs, num_seats=self._num_seats)
         size = self._size_for(list(left.values()))
         num_left = Counter(one.adapter for one in left.values())
-        with installed_decoder(base.model, bank, size) as model:
+        with (
+            installed_decoder(base.model, bank, size) as model,
+            ThreadPoolExecutor(1) as reader,
+        ):
             run = _Run(
                 base,
                 model,
                 size,
                 left,
-                seating=_Seating(self._adapters, bank, num_left),
+                seating=_Seating(self._adapters, bank, num_left, reader=reader),
                 num_seats=bank.num_seats + 1,
                 steps_behind=self._steps_behind,
             )
@@ -239,6 +248,15 @@ class Decoder:
             num_uniforms=max(sampled, default=0),
         )
 
+    def _seats_that_fit(self, num_adapters: int) -> int:
+        most = max(1, min(MOST_SEATS, num_adapters))
+        device = self._base.device
+        if device.type != "cuda":
+            return most
+        free, _ = torch.cuda.mem_get_info(device)
+        of_a_seat = seat_bytes(self._base.model, self._needs)
+        return max(1, min(most, int(SHARE_FOR_SEATS * free / max(1, of_a_seat))))
+
     def _slots_that_fit(self, room: int) -> int:
         device = self._base.device
         if device.type != "cuda":
@@ -252,16 +270,15 @@ class Decoder:
 
     def _shrink(self, reason: str) -> None:
         """Half as many slots, and less of everything else that may have been too much."""
-        assert self._num_slots is not None
-        if self._num_slots == 1 and self._num_seats == 1:
+        if self._num_slots is not None and self._num_slots > 1:
+            self._num_slots //= 2
+        elif self._num_seats > 1:
+            self._num_seats //= 2
+        else:
             raise CapacityError(
                 f"not even one row of one adapter fits in memory ({reason}); give shorter prompts "
                 "or a smaller max_new_tokens, or load the base in 16 bits"
             )
-        if self._num_slots > 1:
-            self._num_slots //= 2
-        else:
-            self._num_seats //= 2
         self._tokens_per_prefill = max(1, self._tokens_per_prefill // 2)
 
     def log_likelihoods(self, asked: Sequence[ContinuationRequest]) -> list[ContinuationScore]:
@@ -301,14 +318,18 @@ class Decoder:
         left = [index for index in range(len(asked)) if index not in found]
         order = _by_adapter(left, [asked[index].adapter for index in left])
         bank = AdapterBank(base.model, self._needs, num_seats=self._num_seats)
-        seating = _Seating(self._adapters, bank, Counter(asked[index].adapter for index in order))
+        num_left = Counter(asked[index].adapter for index in order)
         size = DecoderSize(
             num_slots=1,
             room=CHECK_TOKENS,
             longest_prompt=max(CHECK_TOKENS, *lengths),
             tokens_per_prefill=CHECK_TOKENS,
         )
-        with installed_decoder(base.model, bank, size) as model:
+        with (
+            installed_decoder(base.model, bank, size) as model,
+            ThreadPoolExecutor(1) as reader,
+        ):
+            seating = _Seating(self._adapters, bank, num_left, reader=reader)
             waiting = deque(order)
             while waiting:
                 batch = dict[int, int]()
@@ -372,31 +393,51 @@ class Decoder:
 
 
 class _Seating:
-    """Which adapter sits where. One leaves when all its requests are done and another needs it."""
+    """Which adapter sits where. One leaves when all its requests are done and another needs it.
+
+    The next ones are read by a thread beside, in the order in which they will come.
+    """
 
     def __init__(
         self,
         adapters: Mapping[str, Adapter],
         bank: AdapterBank,
         num_left: Counter[str],
+        *,
+        reader: Executor,
     ) -> None:
+        """`num_left` are the requests of each adapter, in the order in which they first come."""
         self._adapters = adapters
         self._bank = bank
         self._num_left = num_left
         self._free = list(range(bank.num_seats))[::-1]
         self._seats = dict[str, int]()
+        self._reader = reader
+        self._unread = deque(key for key in num_left if adapters[key] is not None)
+        self._being_read = dict[str, Future[SeatRow]]()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self._unread and len(self._being_read) < READ_AHEAD:
+            key = self._unread.popleft()
+            adapter = self._adapters[key]
+            assert adapter is not None
+            self._being_read[key] = self._reader.submit(self._bank.read, adapter)
 
     def seat_of(self, adapter: str) -> int | None:
-        """The adapter's seat, which it takes if one is free; None: it has to wait."""
+        """The adapter's seat, which it takes if one is free; None: it has to wait.
+
+        Adapters are asked for in the order in which they were given.
+        """
         if adapter in self._seats:
             return self._seats[adapter]
-        files = self._adapters[adapter]
-        if files is None:
+        if self._adapters[adapter] is None:
             return self._bank.plain_seat
         if not self._free:
             return None
         seat = self._free.pop()
-        self._bank.put(seat, files)
+        self._bank.put(seat, self._being_read.pop(adapter).result())
+        self._read_ahead()
         self._seats[adapter] = seat
         return seat
 

@@ -173,6 +173,22 @@ def needs_of(model: PreTrainedModel, adapters: Sequence[AdapterFiles | Path]) ->
     return Needs(ordered, rank, magnitudes)
 
 
+def seat_bytes(model: PreTrainedModel, needs: Needs) -> int:
+    """Bytes of one seat of a bank that holds these."""
+    groups = group_targets(model, needs.targets, apart=False)
+    layout = lay_out(groups, rank=needs.rank, magnitudes=needs.magnitudes)
+    _, end, size = layout.ends
+    return end * model.dtype.itemsize + 4 * (size - end)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeatRow:
+    """An adapter as a bank takes it: its factors in a flat row, and its layers in float32."""
+
+    factors_P: Tensor
+    layers: Mapping[str, LayerTensors]
+
+
 class AdapterBank:
     """Seats for `num_seats` adapters, and one more, the last, in which nobody ever sits.
 
@@ -207,29 +223,28 @@ class AdapterBank:
         return self.num_seats
 
     @torch.no_grad()
-    def put(self, seat: int, adapter: AdapterFiles | Path) -> None:
-        """Put an adapter into a seat, over whoever sat there.
+    def read(self, adapter: AdapterFiles | Path) -> "SeatRow":
+        """What a seat takes of an adapter, on the CPU; the bank is not touched, by any thread.
 
         Raises:
             ModelError: see `read_layers`.
         """
         layers = read_layers(self._model, adapter)
-        device = self.factors_AP.device
-        lacking = {
-            name: _nothing(linear) for name, linear in self._linears.items() if name not in layers
-        }
-        whole = {**layers, **lacking}
-        if self.factors_AP.element_size() == 2:
-            exact = {name: _small(one) for name, one in whole.items()}
-        else:
-            exact = whole
-        row_P = to_row(exact, self.layout)
-        end = self.layout.ends[1]
+        for name, linear in self._linears.items():
+            layers.setdefault(name, _nothing(linear))
+        dtype = self.factors_AP.dtype
+        exact = layers if dtype == torch.float32 else _by_smaller_numbers(layers)
+        row_P = to_row(exact, self.layout)[: self.layout.ends[1]]
         # Rounded here: half as much goes to the device.
-        self.factors_AP[seat].copy_(sent(row_P[:end].to(self.factors_AP.dtype), device))
+        return SeatRow(row_P.to(dtype), layers)
+
+    @torch.no_grad()
+    def put(self, seat: int, row: "SeatRow") -> None:
+        """Put an adapter into a seat, over whoever sat there."""
+        self.factors_AP[seat].copy_(sent(row.factors_P, self.factors_AP.device))
         if self.gain_AE is not None:
             self.gain_AE[seat] = 1
-            self._gain(seat, whole)
+            self._gain(seat, row.layers)
 
     def _gain(self, seat: int, layers: Mapping[str, LayerTensors]) -> None:
         assert self.gain_AE is not None
@@ -273,14 +288,21 @@ def _nothing(linear: nn.Linear) -> LayerTensors:
     return LayerTensors(torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0))
 
 
-def _small(layer: LayerTensors) -> LayerTensors:
-    """The same product by the smaller numbers; see the module's docstring."""
-    a_RD, b_ER = layer.a_RD, layer.b_ER
-    if len(a_RD) == 0 or len(a_RD) % 2:
-        return layer
-    (a1, a2), (b1, b2) = a_RD.chunk(2), b_ER.chunk(2, dim=1)
+def _by_smaller_numbers(layers: dict[str, LayerTensors]) -> dict[str, LayerTensors]:
+    """The same products; see the module's docstring. An adapter starts alike in all its layers."""
+    kept = next(one for one in layers.values() if len(one.a_RD))
+    if len(kept.a_RD) % 2:
+        return layers
+    (a1, a2), (b1, b2) = kept.a_RD.chunk(2), kept.b_ER.chunk(2, dim=1)
     as_it_is = a1.norm() * b1.norm() + a2.norm() * b2.norm()
     as_differences = a1.norm() * (b1 + b2).norm() + (a1 - a2).norm() * b2.norm()
     if bool(as_differences >= as_it_is):
-        return layer
+        return layers
+    return {
+        name: one if len(one.a_RD) % 2 else _as_differences(one) for name, one in layers.items()
+    }
+
+
+def _as_differences(layer: LayerTensors) -> LayerTensors:
+    (a1, a2), (b1, b2) = layer.a_RD.chunk(2), layer.b_ER.chunk(2, dim=1)
     return replace(layer, a_RD=torch.cat([a1, a1 - a2]), b_ER=torch.cat([b1 + b2, -b2], dim=1))
