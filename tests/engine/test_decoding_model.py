@@ -34,7 +34,7 @@ class Recorded:
         Recorded.made += 1
         self._body = body
         self._buffers = [one.clone() for one in example]
-        for _ in range(3):
+        for _ in range(3):  # type: ignore
             body(self._buffers)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:

@@ -620,11 +620,13 @@ class _Run:
     def _ends_of(self, request: Request) -> Ends:
         key = (request.stop, request.end_ids)
         if key not in self._ends:
+            head = self._base.model.get_output_embeddings()
+            assert head is not None, "a causal model has an output head"
             self._ends[key] = Ends(
                 self._base.tokenizer,
                 stop=request.stop,
                 end_ids=end_ids_of(self._base, request.end_ids),
-                vocab_size=self._base.model.get_output_embeddings().weight.shape[0],
+                vocab_size=head.weight.shape[0],
             )
         return self._ends[key]
 

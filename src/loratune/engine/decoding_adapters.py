@@ -137,7 +137,8 @@ def _check_config(config: LoraConfig, *, where: str) -> None:
 
 def _scale_of(config: LoraConfig, name: str, *, rank: int, where: str) -> float:
     """alpha/r or alpha/sqrt(r), alpha and r by the layer's own patterns where it has some."""
-    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    ranks: dict[str, int] = {**(config.rank_pattern or {})}
+    alphas: dict[str, float] = {**(config.alpha_pattern or {})}
     declared = ranks.get(get_pattern_key(list(ranks), name), config.r)
     if declared != rank:
         raise ModelError(
