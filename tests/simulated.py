@@ -49,6 +49,7 @@ def result(
     rows_per_microbatch: int | None = 16,
     reason: str | None = None,
     data_fingerprint: str | None = None,
+    purpose: str = "search",
 ) -> TrialResult:
     """One trial; fixed_samples over one epoch unless `steps` is given."""
     choice = method if isinstance(method, MethodChoice) else choose(method, {})
@@ -118,6 +119,7 @@ def result(
         outcome=outcome,
         scores=tuple(scores),
         engine=None if outcome is None else "reference",
+        purpose=purpose,  # type: ignore[arg-type]
     )
 
 

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,7 +179,14 @@ def test_an_optimum_at_the_edge_is_said():
 def with_fresh(results, lora, pissa):
     """Further seeds of the best points (batch size 4, first LR)."""
     return results + [
-        result(loss, batch_size=4, seed=10 + index, method=method, learning_rate=RATES[0])
+        result(
+            loss,
+            batch_size=4,
+            seed=10 + index,
+            method=method,
+            learning_rate=RATES[0],
+            purpose="confirm",
+        )
         for method, losses in (("lora", lora), ("pissa", pissa))
         for index, loss in enumerate(losses)
     ]
@@ -220,7 +228,7 @@ def test_seeds_that_are_not_shared_are_compared_unpaired():
     pissa = two_methods({}, {4: [1.5, 1.4, 1.7]})
     moved = [replace(one, trial=replace(one.trial, seed=one.trial.seed + 50)) for one in pissa]
     (found,) = compare([*two_methods(lora, {}), *moved])
-    known = stats.ttest_ind([1.5, 1.4, 1.7], lora[4], equal_var=False)
+    known: Any = stats.ttest_ind([1.5, 1.4, 1.7], lora[4], equal_var=False)
     assert (found.paired, found.procedure) == (False, "Welch t over seeds")
     assert found.p_value == pytest.approx(known[1])
 

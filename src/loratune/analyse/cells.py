@@ -1,14 +1,13 @@
 """Cells: all trials that differ only in LR and seed, and the LR that is best among them.
 
 The best LR is the best in the mean over its seeds. An LR at which any seed diverged is not
-eligible, and shown. Neither is one that lacks a score for any seed of the cell (planned, failed,
-out of memory, stopped early): a mean over fewer seeds would be compared with one over more.
+eligible, and shown. Neither is one that lacks a score for any seed of the cell: a mean over fewer
+seeds would be compared with one over more. It lacks one because it failed or is still to come
+("incomplete"), or because the study gives further seeds to the LRs around the best alone, and this
+is not one of them ("screened").
 The interval is over seeds alone, and the same seeds chose the LR, so that the score is a little
-better than a fresh seed's would be; `curves.selection_gaps` measures that where it can be measured.
-
-A cell's seeds are those that choose: the ones that every LR of the method's whole grid has. What
-was chosen may be trained again with further seeds, to be told without that flattery; those trials
-stand apart (`TriedRate.further`), so that they make no other LR incomplete and change no choice.
+better than a fresh seed's would be; `curves.selection_gaps` measures that where it can be measured,
+and trials that confirm, which choose nothing, are free of it.
 """
 
 # pandas comes without complete types: what it returns is unknown to pyright.
@@ -46,7 +45,7 @@ class TriedRate:
     trials: tuple[TrialResult, ...]
     seed_scores: tuple[float | None, ...]
     mean: float | None
-    verdict: Literal["eligible", "diverged", "incomplete"]
+    verdict: Literal["eligible", "diverged", "incomplete", "screened"]
     further: tuple[TrialResult, ...] = ()
 
 
@@ -58,7 +57,8 @@ class Cell:
 
     `best` and `score` are None where no LR is eligible, `lr_at_edge` too. `lr_at_edge`: the best
     LR is the lowest or the highest that was tried; an LR that diverged or was stopped early was
-    tried, one that is planned or failed was not.
+    tried, one that is planned or failed was not. `confirmations` are trials of fresh seeds at the
+    LR that was chosen; they are in nothing else.
     """
 
     trial: Trial
@@ -84,8 +84,13 @@ class Cell:
 
     @property
     def results(self) -> tuple[TrialResult, ...]:
-        """Every trial of the cell, by LR, then seed; further seeds behind those that choose."""
+        """Every trial of the cell, by LR, then seed; those that confirm come last."""
         return tuple(result for rate in self.rates for result in (*rate.trials, *rate.further))
+
+    @property
+    def confirmations(self) -> tuple[TrialResult, ...]:
+        """The trials that choose nothing."""
+        return tuple(result for rate in self.rates for result in rate.further)
 
     def _rates_of(self, verdict: str) -> tuple[float, ...]:
         return tuple(rate.learning_rate for rate in self.rates if rate.verdict == verdict)
@@ -105,25 +110,8 @@ def make_cells(results: Sequence[TrialResult]) -> tuple[Cell, ...]:
         grouped = dict[tuple[object, ...], list[TrialResult]]()
         for result in of_study:
             grouped.setdefault(cell_key(result.trial), []).append(result)
-        choosing = _choosing_seeds(of_study)
-        cells.extend(
-            _cell(of_cell, metric, choosing[method_label(of_cell[0])])
-            for of_cell in grouped.values()
-        )
+        cells.extend(_cell(of_cell, metric) for of_cell in grouped.values())
     return tuple(cells)
-
-
-def _choosing_seeds(results: Sequence[TrialResult]) -> dict[str, frozenset[int]]:
-    """For each method the seeds that every (cell, LR) of it has a trial of, finished or not."""
-    points = dict[str, dict[tuple[object, ...], set[int]]]()
-    for result in results:
-        of_method = points.setdefault(method_label(result), {})
-        point = (*cell_key(result.trial), result.trial.learning_rate)
-        of_method.setdefault(point, set()).add(result.trial.seed)
-    return {
-        method: frozenset[int].intersection(*map(frozenset, of_method.values()))
-        for method, of_method in points.items()
-    }
 
 
 def best_rate(rates: Sequence[TriedRate], metric: Metric) -> TriedRate | None:
@@ -164,15 +152,21 @@ def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
     return make_frame(columns, [_row(cell, columns) for cell in cells])
 
 
-def _cell(results: Sequence[TrialResult], metric: Metric, choosing: frozenset[int]) -> Cell:
-    # Where no seed is common to the whole grid, all of the cell's choose, as many as there are.
-    seeds = tuple(sorted(choosing or {result.trial.seed for result in results}))
+def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
+    results = [result for result in of_cell if result.purpose == "search"]
+    seeds = tuple(sorted({result.trial.seed for result in results}))
     by_rate = dict[float, list[TrialResult]]()
     for result in results:
         by_rate.setdefault(result.trial.learning_rate, []).append(result)
-    rates = tuple(_tried(rate, by_rate[rate], seeds, metric) for rate in sorted(by_rate))
+    fresh = dict[float, list[TrialResult]]()
+    for result in of_cell:
+        if result.purpose == "confirm":
+            fresh.setdefault(result.trial.learning_rate, []).append(result)
+    rates = tuple(
+        _tried(rate, by_rate[rate], fresh.get(rate, ()), seeds, metric) for rate in sorted(by_rate)
+    )
     best = best_rate(rates, metric)
-    first = results[0]
+    first = of_cell[0]
     return Cell(
         trial=first.trial,
         study=first.study,
@@ -188,25 +182,31 @@ def _cell(results: Sequence[TrialResult], metric: Metric, choosing: frozenset[in
 
 
 def _tried(
-    rate: float, results: Sequence[TrialResult], seeds: Sequence[int], metric: Metric
+    rate: float,
+    results: Sequence[TrialResult],
+    fresh: Sequence[TrialResult],
+    seeds: Sequence[int],
+    metric: Metric,
 ) -> TriedRate:
     by_seed = {result.trial.seed: result for result in results}
     scores = tuple(
         trial_score(by_seed[seed], metric) if seed in by_seed else None for seed in seeds
     )
     finite = _finite(scores)
-    verdict: Literal["eligible", "diverged", "incomplete"] = "eligible"
-    if any(diverged(by_seed[seed], metric) for seed in seeds if seed in by_seed):
+    verdict: Literal["eligible", "diverged", "incomplete", "screened"] = "eligible"
+    if any(diverged(result, metric) for result in results):
         verdict = "diverged"
-    elif len(finite) < len(seeds):
+    elif len(finite) < len(results):
         verdict = "incomplete"
+    elif len(finite) < len(seeds):
+        verdict = "screened"
     return TriedRate(
         learning_rate=rate,
         trials=tuple(by_seed[seed] for seed in seeds if seed in by_seed),
         seed_scores=scores,
         mean=math.fsum(finite) / len(finite) if finite else None,
         verdict=verdict,
-        further=tuple(by_seed[seed] for seed in sorted(by_seed) if seed not in seeds),
+        further=tuple(sorted(fresh, key=lambda result: result.trial.seed)),
     )
 
 

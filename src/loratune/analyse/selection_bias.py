@@ -8,6 +8,7 @@ noise; what is reported on other questions and fresh seeds is not flattered.
 # scipy comes without types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownLambdaType=false
 
 import math
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ Nothing here depends on a trial's seed, and nothing here knows torch.
 """
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,6 +216,23 @@ def fingerprint(train: EncodedRows, validation: EncodedRows | None) -> str:
         digest.update(rows.input_ids.astype("<i4").tobytes())
         digest.update(rows.is_target.astype("u1").tobytes())
     return f"data-{digest.hexdigest()}"
+
+
+def turn_ends(data: Data, *, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The tokens that end an answer under the template, as `PreparedData.end_ids`, without rows."""
+    question, response = "question", "response"
+    row = {question: "a", response: "b"}
+    plain = Data(
+        train=data.train,
+        prompt=question,
+        response=response,
+        template=data.template,
+        max_tokens=data.max_tokens,
+    )
+    rendered = render_rows([row], plain, tokenizer=tokenizer, source="the template")
+    encoded = encode(rendered, tokenizer=tokenizer, template=data.template, max_tokens=sys.maxsize)
+    is_long = np.zeros(1, dtype=np.bool_)
+    return _end_ids(encoded, is_long, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,14 +1,15 @@
 """The plan of a study: its trials and what they cost all together. Changes nothing."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
 from loratune.errors import StudyError
 from loratune.planning.cost import Rate, TrialCost, trial_cost
+from loratune.planning.packs import PlannedPack, plan_packs
 from loratune.planning.power import ASSUMED_NOISE, DifferenceNoise, StudyPower, study_power
-from loratune.planning.trials import DataKey, plan_trials
+from loratune.planning.trials import DataKey, plan_trials, siblings
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import cell_key
 from loratune.study.schema import VALIDATION, Study
@@ -28,7 +29,10 @@ LOSS_METRIC = "validation_loss"
 class Plan:
     """The trials in order and the totals of their costs.
 
-    `hours` is the time of one device at `device`'s rate, one trial after another.
+    `num_further_trials` is how many the study asks for once outcomes are known, where no best LR
+    lies at an edge: the totals count them, `trials` does not hold them. `hours` is the time of one
+    device at `device`'s rate, one trial after another; `packs` are the planned trials as the packed
+    engine trains them, on an H100: empty where the rate is of another device.
     `power` says what differences between methods the study can show, by metric;
     `detectable_effect` is that of the accuracy with the most questions, a fraction (0.03 = 3
     points), None where no test task with a known size is scored or seeds are too few. `provisional`
@@ -38,7 +42,9 @@ class Plan:
     study: Study
     trials: tuple[Trial, ...]
     costs: tuple[TrialCost, ...]
+    models: Mapping[str, ModelFacts]
     num_cells: int
+    num_further_trials: int
     num_updates: int
     tokens: float
     flops: float
@@ -48,6 +54,11 @@ class Plan:
     disk_bytes: int
     power: tuple[StudyPower, ...]
     provisional: bool
+    packs: tuple[PlannedPack, ...] = ()
+
+    def siblings(self, trial: Trial, points: Iterable[tuple[float, int]]) -> tuple[Trial, ...]:
+        """The trials of a planned trial's cell at other points, each an (LR, seed)."""
+        return siblings(trial, points, model=self.models[trial.model])
 
     @property
     def detectable_effect(self) -> float | None:
@@ -61,7 +72,7 @@ class Plan:
         """The totals under the names that others rely on."""
         return {
             "study": self.study.study,
-            "num_trials": len(self.trials),
+            "num_trials": len(self.trials) + self.num_further_trials,
             "num_cells": self.num_cells,
             "num_updates": self.num_updates,
             "tokens": round(self.tokens),
@@ -72,6 +83,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "detectable_effect": self.detectable_effect,
             "provisional": self.provisional,
+            "packs": [pack.to_json() for pack in self.packs],
             "power": [
                 {**asdict(one), "questions_needed_with": dict(one.questions_needed_with)}
                 for one in self.power
@@ -99,22 +111,49 @@ def make_plan(
         raise StudyError(f"study {study.study!r} plans no trial")
     cost_of = _cached_cost(models, data, rate, tokens_per_microbatch)
     costs = tuple(cost_of(trial) for trial in trials)
-    cells = {cell_key(trial) for trial in trials}
+    cells = dict[tuple[object, ...], tuple[Trial, TrialCost]]()
+    for trial, cost in zip(trials, costs, strict=True):
+        cells.setdefault(cell_key(trial), (trial, cost))
+    around, fresh = _further_trials(study, num_cells=len(cells))
+    # Which batch size will be the best one, and gets fresh seeds, nobody knows: a share for each.
+    more = around + fresh / len(cells)
+    once = tuple(cells.values())
     return Plan(
         study=study,
         trials=trials,
         costs=costs,
+        models=models,
         num_cells=len(cells),
-        num_updates=sum(trial.num_updates for trial in trials),
-        tokens=math.fsum(cost.num_tokens for cost in costs),
-        flops=math.fsum(cost.flops for cost in costs),
-        hours=math.fsum(cost.seconds for cost in costs) / 3600,
+        num_further_trials=around * len(cells) + fresh,
+        num_updates=sum(trial.num_updates for trial in trials)
+        + round(more * sum(trial.num_updates for trial, _ in once)),
+        tokens=math.fsum(cost.num_tokens for cost in costs)
+        + more * math.fsum(cost.num_tokens for _, cost in once),
+        flops=math.fsum(cost.flops for cost in costs)
+        + more * math.fsum(cost.flops for _, cost in once),
+        hours=(
+            math.fsum(cost.seconds for cost in costs)
+            + more * math.fsum(cost.seconds for _, cost in once)
+        )
+        / 3600,
         device=rate.device,
         peak_memory_bytes=max(cost.peak_memory_bytes for cost in costs),
         disk_bytes=_disk_bytes(study, costs, num_cells=len(cells)),
         power=plan_power(study, noise),
         provisional=any(trial.provisional for trial in trials),
+        packs=(
+            plan_packs(trials, costs, models=models, data=data, memory_bytes=rate.memory_bytes)
+            if rate.memory_bytes is not None
+            else ()
+        ),
     )
+
+
+def _further_trials(study: Study, *, num_cells: int) -> tuple[int, int]:
+    """How many trials outcomes will call for: in each cell, and for the best cells together."""
+    num_rates = min(3, len(study.learning_rates()))  # the best one and its neighbours
+    num_curves = num_cells // len(study.batch_size)
+    return study.seeds.around_best * num_rates, study.seeds.confirm * num_curves
 
 
 def plan_power(
@@ -134,7 +173,7 @@ def plan_power(
             study_power(
                 LOSS_METRIC,
                 known,
-                num_seeds=len(study.seeds),
+                num_seeds=study.seeds.num_compared,
                 num_questions=None,
                 target=LOSS_TARGET,
             )
@@ -144,7 +183,7 @@ def plan_power(
             study_power(
                 f"{task}_accuracy",
                 noise.get(f"{task}_accuracy", ASSUMED_NOISE),
-                num_seeds=len(study.seeds),
+                num_seeds=study.seeds.num_compared,
                 num_questions=num_questions,
                 target=ACCURACY_TARGET,
             )

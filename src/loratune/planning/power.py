@@ -12,6 +12,7 @@ estimate.
 # scipy comes without types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownLambdaType=false
 
 import math
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from loratune.planning.build import Plan
+from loratune.planning.packs import PlannedPack
 from loratune.planning.power import StudyPower
 from loratune.records import Trial
 
@@ -14,6 +15,7 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
     lines = [
         f"study {study.study}: {len(trials):,} trials in {plan.num_cells:,} cells "
         "(a cell: all trials that differ only in LR and seed)",
+        *_further(plan),
         "",
         f"  model          {_listed(trial.model for trial in trials)}",
         f"  methods        {_listed(trial.method.name for trial in trials)}",
@@ -31,6 +33,7 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
         f"  peak memory    {plan.peak_memory_bytes / 2**30:.1f} GiB (an estimate)",
         f"  disk           {plan.disk_bytes / 2**30:.2f} GiB",
     ]
+    lines += map(_pack_line, plan.packs)
     for one in plan.power:
         lines += ["", *_power_lines(one)]
     if plan.provisional:
@@ -38,6 +41,23 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
     if list_trials:
         lines += ["", *map(_trial_line, trials)]
     return "\n".join(lines)
+
+
+def _further(plan: Plan) -> list[str]:
+    """What outcomes will call for; it stands in the totals."""
+    seeds, extend = plan.study.seeds, plan.study.learning_rate.extend
+    lines = list[str]()
+    if plan.num_further_trials:
+        lines.append(
+            f"and {plan.num_further_trials:,} more once outcomes are known: {seeds.around_best} "
+            f"further seeds around each cell's best LR, {seeds.confirm} fresh ones for each "
+            "curve's best cell"
+        )
+    if extend:
+        lines.append(
+            f"a best LR at an end of the grid adds up to {extend} beyond it (not counted here)"
+        )
+    return lines
 
 
 def _power_lines(one: StudyPower) -> list[str]:
@@ -91,6 +111,16 @@ def _trial_line(trial: Trial) -> str:
         f"alpha={trial.alpha:g}  rows={trial.num_train_rows}  batch={trial.batch_size}  "
         f"lr={trial.learning_rate:g}  seed={trial.seed}  updates={trial.num_updates}  "
         f"warmup={trial.warmup_steps}  last_batch={trial.last_batch_size}"
+    )
+
+
+def _pack_line(pack: PlannedPack) -> str:
+    shape = pack.shape
+    checkpointed = ", checkpointed" if shape.gradient_checkpointing else ""
+    return (
+        f"  packed         {pack.num_trials:,} trials of {pack.model} in {shape.num_slots} slots, "
+        f"{shape.tokens_per_step:,} tokens a step{checkpointed}: "
+        f"{pack.peak_memory_bytes / 2**30:.1f} GiB, {_hours(pack.hours)} hours of full steps"
     )
 
 

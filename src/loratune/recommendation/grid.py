@@ -62,6 +62,19 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreAtLearningRate:
+    """What the target scored at one LR of the recommended batch size, the mean over its seeds.
+
+    `verdict` is that of `analyse.cells.TriedRate`.
+    """
+
+    learning_rate: float
+    score: float | None
+    num_seeds: int
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recommendation:
     """The batch size and LR for one method in one setting, or why they cannot be told.
 
@@ -70,7 +83,9 @@ class Recommendation:
     of the best's. Both hold together with 95% confidence. `fastest_acceptable_batch_size` has the
     most measured rows per second of them. `cost_fraction` is tokens trained over tokens of the
     full sweep; a grid is the full sweep, so it is below 1 only while trials are unfinished or
-    where they diverged early. None where no trial has run.
+    where they diverged early. None where no trial has run. Where a proxy was searched
+    (`recommendation.proxy`), `confirmed` are the target's scores, `extrapolated_over` says what
+    differs, and the cost is in FLOPs, over those of the fixed sweep on the target.
     """
 
     setting: str
@@ -91,6 +106,7 @@ class Recommendation:
     extrapolated_over: tuple[str, ...]
     cost_fraction: float | None
     undecided: tuple[str, ...]
+    confirmed: tuple[ScoreAtLearningRate, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The answer as plain values under the names that others rely on; tuples are lists."""

@@ -48,7 +48,8 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
     """The answer, or why there is none, then what belongs beside it. Plain words, no markup."""
     if found.undecided:
         reasons = "; ".join(found.undecided)
-        return (f"Undecided: {reasons}.", *(_sentence(note) for note in found.evidence.notes))
+        notes = (_sentence(note) for note in found.evidence.notes)
+        return (f"Undecided: {reasons}.", *_by_proxy(found), *notes)
     sentences = [
         f"Use batch size {found.batch_size} and learning rate {found.learning_rate:g} "
         f"for {found.method} (rank {found.rank}, {found.num_train_rows:,} training rows)."
@@ -79,7 +80,31 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
         )
         rows = "1 row" if found.rows_per_microbatch == 1 else f"{found.rows_per_microbatch} rows"
         sentences.append(f"On the device that trained it: {rows} per microbatch, {accumulation}.")
-    return (*sentences, *(_sentence(note) for note in found.evidence.notes))
+    return (*sentences, *_by_proxy(found), *(_sentence(note) for note in found.evidence.notes))
+
+
+def _by_proxy(found: Recommendation) -> list[str]:
+    """What was measured on the target, and what the answer was extrapolated over."""
+    if not found.extrapolated_over:
+        return []
+    measured = ", ".join(
+        f"{one.learning_rate:g}: "
+        + (one.verdict if one.score is None else f"{one.score:.4g} ({_seeds(one.num_seeds)})")
+        for one in found.confirmed
+    )
+    said = [f"Extrapolated over {'; '.join(found.extrapolated_over)}."]
+    if measured:
+        said.append(f"Measured on {found.model} at that batch size, by learning rate: {measured}.")
+    if found.cost_fraction is not None:
+        said.append(
+            f"It cost {100 * found.cost_fraction:.2g}% of the FLOPs of a fixed sweep on the target"
+            " (batch sizes 1 to 512, the paper's learning rates, 3 seeds)."
+        )
+    return said
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def recommendation_text(found: Recommendation) -> str:

@@ -9,6 +9,7 @@ Who may write what, when. `Store` keeps it, whatever the database and however ma
 
 *Studies and trials.* Anyone may add a study at any time. Adding is idempotent: the same name, text
 and trials again write nothing; a change appends a revision, and the newest revision is the study.
+`add_trials` appends what the outcomes of a study call for to its newest revision, idempotent too.
 A trial is known by its id alone. It is written once and shared by every study that has it, with its
 attempts, outcomes, scores and artifacts. Provisional trials have no place here.
 
@@ -95,6 +96,7 @@ from loratune.records import (
     Outcome,
     Prediction,
     Provenance,
+    Purpose,
     Score,
     ScoreKey,
     ScoreRecord,
@@ -224,6 +226,8 @@ class Store:
     ) -> None:
         """Add a study with its trials in their order; the same again writes nothing.
 
+        What `add_trials` has added to the same study since then stays.
+
         `asks` are the scores that the study wants, whatever else its trials were ever asked; left
         out, the newest score of each task is the study's.
 
@@ -240,20 +244,9 @@ class Store:
                     newest.text == text and newest.select_on == select_on and newest.asks == asked
                 )
                 rows = connection.execute(_trial_bodies(newest.study_id, None)).all()
-                if unchanged and [(row.trial_id, row.body) for row in rows] == list(bodies.items()):
+                planned = [(row.trial_id, row.body) for row in rows[: len(bodies)]]
+                if unchanged and planned == list(bodies.items()):
                     return
-            known = _bodies_of(connection, list(bodies))
-            new = [
-                {
-                    "trial_id": trial.trial_id,
-                    "data_fingerprint": trial.data_fingerprint,
-                    "body": bodies[trial.trial_id],
-                }
-                for trial in trials
-                if trial.trial_id not in known
-            ]
-            if new:
-                connection.execute(insert(tables.trials), new)
             study_id = _inserted_id(
                 connection,
                 insert(tables.studies).values(
@@ -265,19 +258,21 @@ class Store:
                     created_at=self._clock(),
                 ),
             )
-            if bodies:
-                connection.execute(
-                    insert(tables.study_trials),
-                    [
-                        {
-                            "study_id": study_id,
-                            "position": position,
-                            "trial_id": trial_id,
-                            "body": None if known.get(trial_id, body) == body else body,
-                        }
-                        for position, (trial_id, body) in enumerate(bodies.items())
-                    ],
-                )
+            self._add_trials(connection, study_id, trials, first_position=0, purpose="search")
+
+    def add_trials(self, study: str, trials: Sequence[Trial], *, purpose: Purpose) -> None:
+        """Trials that a study's outcomes call for, after those that it has; known ones stay.
+
+        Raises:
+            StoreError: no such study, or a trial is provisional or stands twice in the list.
+        """
+        _check_addable(study, trials)
+        with self._writing() as connection:
+            study_id = self._study(connection, study).study_id
+            rows = connection.execute(_trial_bodies(study_id, None)).all()
+            known = {row.trial_id for row in rows}
+            new = [trial for trial in trials if trial.trial_id not in known]
+            self._add_trials(connection, study_id, new, first_position=len(rows), purpose=purpose)
 
     def studies(self) -> tuple[StudyRecord, ...]:
         """The newest revision of every study, in the order in which they were first added."""
@@ -581,6 +576,7 @@ class Store:
                         record.score for _, record in sorted(scored.get(trial_id, {}).items())
                     ),
                     engine=engine,
+                    purpose=planned.purpose,
                 )
             )
         return tuple(results)
@@ -611,6 +607,7 @@ class Store:
                             "num_tokens": prediction.num_tokens,
                             "verdict": prediction.verdict,
                             "text": prediction.text,
+                            "finished": prediction.finished,
                         }
                         for prediction in predictions
                     ],
@@ -641,6 +638,7 @@ class Store:
                     text=row.text,
                     num_tokens=row.num_tokens,
                     verdict=row.verdict,
+                    finished=row.finished,
                 )
                 for row in connection.execute(query)
             )
@@ -788,6 +786,43 @@ class Store:
             raise StoreError(f"no study {name!r} in {self.place}; the studies there: {there}")
         return row
 
+    def _add_trials(
+        self,
+        connection: Connection,
+        study_id: int,
+        trials: Sequence[Trial],
+        *,
+        first_position: int,
+        purpose: Purpose,
+    ) -> None:
+        bodies = {trial.trial_id: codec.trial_to_json(trial) for trial in trials}
+        known = _bodies_of(connection, list(bodies))
+        new = [
+            {
+                "trial_id": trial.trial_id,
+                "data_fingerprint": trial.data_fingerprint,
+                "body": bodies[trial.trial_id],
+            }
+            for trial in trials
+            if trial.trial_id not in known
+        ]
+        if new:
+            connection.execute(insert(tables.trials), new)
+        if bodies:
+            connection.execute(
+                insert(tables.study_trials),
+                [
+                    {
+                        "study_id": study_id,
+                        "position": position,
+                        "trial_id": trial_id,
+                        "body": None if known.get(trial_id, body) == body else body,
+                        "purpose": purpose,
+                    }
+                    for position, (trial_id, body) in enumerate(bodies.items(), first_position)
+                ],
+            )
+
     def _check_trial(self, connection: Connection, trial_id: str) -> None:
         query = select(tables.trials.c.trial_id).where(tables.trials.c.trial_id == trial_id)
         if connection.execute(query).one_or_none() is None:
@@ -838,11 +873,15 @@ def _of_study(
 
 
 def _trial_bodies(study_id: int, trial_ids: Sequence[str] | None) -> Executable:
-    """(position, trial id, canonical JSON) of trials in their order, as the study writes them."""
+    """(position, purpose, trial id, canonical JSON) of trials in their order, as the study writes.
+
+    A trial's JSON is the study's own where it writes the trial in its own way.
+    """
     shared, own = tables.trials, tables.study_trials
     return (
         select(
             own.c.position,
+            own.c.purpose,
             shared.c.trial_id,
             func.coalesce(own.c.body, shared.c.body).label("body"),
         )
