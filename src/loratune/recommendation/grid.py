@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loratune.analyse.cells import Cell, make_cells
-from loratune.analyse.curves import Curve, Point, make_curves
+from loratune.analyse.curves import Curve, Point, make_curves, why_no_score
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
@@ -65,6 +65,19 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreAtLearningRate:
+    """What the target scored at one LR of the recommended batch size, the mean over its seeds.
+
+    `verdict` is that of `analyse.cells.TriedRate`.
+    """
+
+    learning_rate: float
+    score: float | None
+    num_seeds: int
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recommendation:
     """The batch size and LR for one method in one setting, or why they cannot be told.
 
@@ -75,7 +88,9 @@ class Recommendation:
     full sweep; a grid is the full sweep, so it is below 1 only while trials are unfinished or
     where they diverged early. None where no trial has run, and for an adaptive search, which has no
     grid. `expected_regret` (a fraction of the loss) is an adaptive search's; its batch sizes hold
-    with 95% posterior probability each.
+    with 95% posterior probability each. Where a proxy was searched (`recommendation.proxy`),
+    `confirmed` are the target's scores, `extrapolated_over` says what differs, and the cost is in
+    FLOPs, over those of the fixed sweep on the target.
     """
 
     setting: str
@@ -97,6 +112,7 @@ class Recommendation:
     cost_fraction: float | None
     undecided: tuple[str, ...]
     expected_regret: float | None = None
+    confirmed: tuple[ScoreAtLearningRate, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The answer as plain values under the names that others rely on; tuples are lists."""
@@ -150,7 +166,7 @@ def recommend_from_curve(
     shared = _shared_seeds(curve)
     undecided = list[str]()
     if best is None:
-        undecided.append(_nothing_eligible(curve))
+        undecided.append(why_no_score(curve))
     elif len(scored) < 2:
         undecided.append(
             f"only batch size {best.batch_size} has a score, and it takes two to say which is "
@@ -274,26 +290,6 @@ def _shared_seeds(curve: Curve) -> list[int]:
 
 def _seed_count(num: int) -> str:
     return "no seed is" if num == 0 else "only one seed is" if num == 1 else f"{num} seeds are"
-
-
-def _nothing_eligible(curve: Curve) -> str:
-    statuses = [result.status for cell in curve.cells for result in cell.results]
-    if all(status in ("planned", "running") for status in statuses):
-        return "no trial has finished yet"
-    if all(rate.verdict == "diverged" for cell in curve.cells for rate in cell.rates):
-        lowest = min(rate.learning_rate for cell in curve.cells for rate in cell.rates)
-        return (
-            "every learning rate diverged at every batch size; "
-            f"try rates below the lowest one, {lowest:g}"
-        )
-    return (
-        "no learning rate has a score with every seed at any batch size "
-        f"({_counted(statuses)}); finish the study with `loratune run`"
-    )
-
-
-def _counted(statuses: Sequence[str]) -> str:
-    return ", ".join(f"{statuses.count(one)} {one}" for one in sorted(set(statuses)))
 
 
 def _notes(

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -29,7 +30,7 @@ from sqlalchemy.types import TypeDecorator
 
 # Every numbered migration, oldest first. A database whose revision is not in this list was written
 # by a newer version. Kept here, not asked of alembic, whose import takes longer than opening.
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -236,6 +237,7 @@ predictions = Table(
     Column("num_tokens", Integer, nullable=False),
     Column("verdict", String(16), nullable=False),
     Column("text", RawText, nullable=False),
+    Column("finished", Boolean, nullable=True),
 )
 
 artifacts = Table(

@@ -395,6 +395,10 @@ class Schedule(Section):
         return self
 
 
+# How an answer is judged; `evaluation.graders` says what each of them does.
+GraderName = Literal["pissa", "strict", "number", "exact", "plain", "normalised", "tests"]
+
+
 def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -411,8 +415,8 @@ class Task(Section):
         default=(), description="strings that end an answer"
     )
     max_new_tokens: int | None = Field(default=None, gt=0)
-    grader: Literal["pissa", "strict"] | None = Field(
-        default=None, description="how numbers are read"
+    grader: GraderName | None = Field(
+        default=None, description="how answers are judged: pissa, strict, exact, plain, normalised"
     )
     questions: int | None = Field(
         default=None, gt=0, description="the first so many; left out: all"
@@ -544,6 +548,11 @@ class Seeds(Section):
         """The seeds that are added around each cell's best LR."""
         first = max(self.grid) + 1
         return tuple(range(first, first + self.around_best))
+
+    @property
+    def num_compared(self) -> int:
+        """How many seeds two chosen points are compared over: fresh ones where there are two."""
+        return self.confirm if self.confirm > 1 else len(self.grid) + self.around_best
 
     @property
     def fresh(self) -> tuple[int, ...]:
