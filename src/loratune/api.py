@@ -255,7 +255,9 @@ def recommend(
         pair = ProxyPair.from_json(place.proxy_pair.read_text(encoding="utf-8"))
         on_proxy = _results_of(place.root / pair.folder)
         on_target = _results_of(place.root) if place.study.is_file() else ()
-        one = recommend_by_proxy(on_proxy, on_target, pair=pair, margin=margin)
+        beside = ResultsFolder(place.beside)
+        on_beside = _results_of(beside.root) if beside.study.is_file() else ()
+        one = recommend_by_proxy(on_proxy, on_target, on_beside, pair=pair, margin=margin)
         if method not in (None, one.method):
             raise AnalysisError(f"no trials with method {method!r}; there are {one.method}")
         return (one,)
