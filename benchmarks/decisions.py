@@ -3,6 +3,7 @@
     python benchmarks/decisions.py null-test
     python benchmarks/decisions.py coverage
     python benchmarks/decisions.py power
+    python benchmarks/decisions.py rules [--pairs 50] [--ratios 4 16 28 56]
 
 Each part is a function here that prints, and a file of its own that computes. The same seed gives
 the same table.
@@ -22,8 +23,14 @@ from null_test import (
     null_test,
     realised_power,
 )
+from rules import HEADER, RULES, TOLERATED, Case, families, rows_of, simulated_cases, table_line
 
 NUM_SIMULATIONS = 4000
+# Pairs of models of each family; seeds below FIRST_PAIR may have been seen in tuning the rule.
+NUM_PAIRS, FIRST_PAIR = 50, 2000
+# A trial of the target costs so many times one of the proxy.
+COST_RATIOS = (4.0, 16.0, 28.0, 56.0)
+FAR_RATIO = 28.0
 POWER_CASES = (
     ("questions alone", DifferenceNoise(0.0, 0.10, 0.10, "")),
     ("as assumed by plan", DifferenceNoise(5e-5, 0.20, 0.0, "")),
@@ -100,6 +107,39 @@ def power_part(num_simulations: int) -> None:
             )
 
 
+def rules_part(num_pairs: int, cost_ratios: Sequence[float]) -> None:
+    """Rules for choosing batch size and LR: regret against cost on simulated pairs of models."""
+    for held_out in (False, True):
+        kind = "held out" if held_out else "not held out"
+        names = families(held_out=held_out)
+        for ratio in cost_ratios:
+            print(f"\nfamilies {kind}, {num_pairs} pairs each, cost ratio {ratio:g}\n")
+            _print_rules([_pairs(name, num_pairs, ratio) for name in names])
+    names = families(held_out=False)
+    print(f"\nshifts three times as large, {num_pairs} pairs each, cost ratio {FAR_RATIO:g}\n")
+    _print_rules([_pairs(name, num_pairs, FAR_RATIO, far=True) for name in names])
+
+
+def _pairs(name: str, num_pairs: int, ratio: float, *, far: bool = False) -> list[Case]:
+    return simulated_cases(
+        name, num_pairs=num_pairs, cost_ratio=ratio, first_seed=FIRST_PAIR, far=far
+    )
+
+
+def _print_rules(by_family: Sequence[Sequence[Case]]) -> None:
+    print(HEADER)
+    for row in rows_of([case for cases in by_family for case in cases]):
+        print(table_line(row))
+    shipped = tuple(RULES)[-1]
+    shares = [f"{cases[0].family} {_percent(_share_good(cases, shipped))}" for cases in by_family]
+    print(f"\n{shipped}, regret <= 0.5% by family, %: {', '.join(shares)}", flush=True)
+
+
+def _share_good(cases: Sequence[Case], rule: str) -> float:
+    regrets = [one.regret for one in cases if one.rule == rule]
+    return sum(one is not None and one <= TOLERATED for one in regrets) / len(regrets)
+
+
 def _percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:.1f}"
 
@@ -113,8 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, part in PARTS.items():
         command = commands.add_parser(name, help=(part.__doc__ or "").partition("\n")[0])
         command.add_argument("--simulations", type=int, default=NUM_SIMULATIONS)
+    command = commands.add_parser("rules", help=(rules_part.__doc__ or "").partition("\n")[0])
+    command.add_argument("--pairs", type=int, default=NUM_PAIRS)
+    command.add_argument("--ratios", type=float, nargs="+", default=COST_RATIOS)
     given = parser.parse_args(arguments)
-    PARTS[given.part](given.simulations)
+    if given.part == "rules":
+        rules_part(given.pairs, given.ratios)
+    else:
+        PARTS[given.part](given.simulations)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from loratune.analyse.intervals import wilson_interval
+from loratune.analyse.proportions import wilson
 from loratune.data.prepare import turn_ends
 from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError, ModelError
@@ -242,7 +242,7 @@ def _attached(
 
 
 def _evaluation(model: str, adapter: Path | None, score: Score) -> Evaluation:
-    low, high = wilson_interval(score.correct, score.total)
+    low, high = wilson(score.correct, score.total)
     return Evaluation(model, None if adapter is None else str(adapter), score, low, high)
 
 

@@ -141,7 +141,7 @@ def target_study(
         model=model,
         rank=rank,
         batch_sizes=batch_sizes,
-        learning_rates=f"{{values: {json.dumps(list(learning_rates))}, extend: 3}}",
+        learning_rates=f"{{values: {json.dumps(list(learning_rates))}, extend: 6}}",
         seeds="1",
     )
 

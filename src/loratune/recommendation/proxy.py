@@ -40,6 +40,9 @@ RATE_STEP = 1.5
 WORTH_TRYING = 1.1
 # An answer is so many times below the lowest LR at which the target diverged.
 DISTANCE_TO_DIVERGENCE = 1.8
+# An LR that far below it is as good as just there; two digits are kept of each.
+NEAR_ENOUGH = 1.25
+_SLACK = 1.05
 
 # Trains the target at every batch size with every LR, and gives the results of all trials that this
 # asks for, further LRs beyond an end among them; None where there is no time left.
@@ -202,9 +205,17 @@ def search_target(
     cell = search_rate(train, batch_size=batch_size, expected=expected)
     if cell is None or cell.best is None or cell.lr_at_edge:
         return
+    if (safe := _safe_rate(cell)) is not None:
+        rates = [rate.learning_rate for rate in cell.rates]
+        tried = train((batch_size,), _rounded([*rates, safe]))
+        if tried is None:
+            return
+        (cell,) = make_cells(tried)
+    chosen = _chosen([cell])
+    assert chosen is not None
     beside = tuple(size for size in sorted(sizes) if size in (batch_size / 2, batch_size * 2))
     if beside:
-        train(beside, (cell.best.learning_rate,))
+        train(beside, (chosen[1].learning_rate,))
 
 
 def recommend_by_proxy(
@@ -308,6 +319,24 @@ def _beside(
     )
 
 
+def _safe_rate(cell: Cell) -> float | None:
+    """The highest LR that is far enough below any that diverged, where it is worth a trial.
+
+    It is where the best LR is nearer to divergence than that, and none was tried just below.
+    """
+    if cell.best is None or not cell.diverged_rates:
+        return None
+    highest = min(cell.diverged_rates) / DISTANCE_TO_DIVERGENCE
+    if cell.best.learning_rate <= _SLACK * highest:
+        return None
+    near = [
+        rate
+        for rate in cell.rates
+        if highest / NEAR_ENOUGH <= rate.learning_rate <= _SLACK * highest
+    ]
+    return None if near else highest
+
+
 def _chosen(cells: Sequence[Cell]) -> tuple[Cell, TriedRate] | None:
     """The best LR of all cells among those far enough below any that diverged.
 
@@ -325,8 +354,7 @@ def _chosen(cells: Sequence[Cell]) -> tuple[Cell, TriedRate] | None:
     highest = max(rate.learning_rate for _, rate in tried)
     if bounds:
         lowest = min(rate.learning_rate for _, rate in tried)
-        # Two digits were kept of each LR.
-        highest = max(1.02 * min(bounds) / DISTANCE_TO_DIVERGENCE, lowest)
+        highest = max(_SLACK * min(bounds) / DISTANCE_TO_DIVERGENCE, lowest)
     best: tuple[Cell, TriedRate] | None = None
     for cell, rate in tried:
         if rate.learning_rate > highest or rate.mean is None:
