@@ -27,7 +27,7 @@ from rules import HEADER, RULES, TOLERATED, Case, families, rows_of, simulated_c
 
 NUM_SIMULATIONS = 4000
 # Pairs of models of each family; seeds below FIRST_PAIR may have been seen in tuning the rule.
-NUM_PAIRS, FIRST_PAIR = 50, 2000
+NUM_PAIRS, FIRST_PAIR = 50, 5000
 # A trial of the target costs so many times one of the proxy.
 COST_RATIOS = (4.0, 16.0, 28.0, 56.0)
 FAR_RATIO = 28.0

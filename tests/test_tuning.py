@@ -106,7 +106,7 @@ def test_the_proxy_is_searched_with_all_rows_and_the_target_trained_at_its_batch
 
 
 def test_a_proxy_that_is_cheap_beside_its_target_is_searched_with_the_finest_grid():
-    assert [finest_grid(share) for share in (0.001, 0.02, 0.021, 0.3)] == [0, 0, 1, 1]
+    assert [finest_grid(share) for share in (0.001, 0.01, 0.011, 0.3)] == [0, 0, 1, 1]
     assert len(PROXY_GRIDS[0][1]) > len(PROXY_GRIDS[1][1])
 
 

@@ -32,7 +32,6 @@ from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
 from loratune.records import TrialResult
-from loratune.report.page import ReportPaths, write_report
 from loratune.study.loading import LoadedStudy, load_study
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from loratune.evaluating import Evaluation
     from loratune.models.load import Precision
     from loratune.regrading import Regraded
+    from loratune.report.page import ReportPaths
     from loratune.study.schema import GraderName
     from loratune.sweep import Sweep
     from loratune.workshop import EngineChoice, Survey
@@ -510,8 +510,10 @@ def audit(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Audi
     return audit_table(table)
 
 
-def report(folder: str | Path) -> ReportPaths:
+def report(folder: str | Path) -> "ReportPaths":
     """Write DIR/report.html and DIR/figures/ from what is in the store."""
+    from loratune.report.page import write_report  # matplotlib, which only this draws with
+
     place, store, record = open_results(folder)
     with store:
         found = store.results(record.name)
