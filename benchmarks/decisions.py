@@ -148,7 +148,7 @@ PARTS = {"null-test": null_test_part, "coverage": coverage_part, "power": power_
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         command = commands.add_parser(name, help=(part.__doc__ or "").partition("\n")[0])

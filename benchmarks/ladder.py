@@ -322,7 +322,7 @@ def _there(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
     command = commands.add_parser("record", help="train the grids")
     command.add_argument("--out", type=Path, required=True)

@@ -97,3 +97,11 @@ def test_a_rule_that_asks_for_what_was_not_recorded_has_no_case(tmp_path):
     regrets = {one.rule: one.regret for one in ladder_cases(proxy, target)}
     assert regrets["`tune`"] is None
     assert regrets["fixed sweep"] == 0.0
+
+
+def test_the_recorded_pair_is_a_whole_grid_of_both_models():
+    small, large = (Recorded(RECORDED / f"demo-{size}.csv") for size in ("1m", "4m"))
+    for model in (small, large):
+        assert len(model.losses) == 6 * 5 * 3
+        assert model.best(model.seeds)[0] <= 4  # small batches are best on the demo task
+    assert large.tokens / small.tokens == pytest.approx(4.0, rel=0.05)
