@@ -105,9 +105,10 @@ def test_the_proxy_is_searched_with_all_rows_and_the_target_trained_at_its_batch
     assert api.recommend(asked.out) == (answer,)
 
 
-def test_a_proxy_that_is_cheap_beside_its_target_is_searched_with_the_finest_grid():
-    assert [finest_grid(share) for share in (0.001, 0.01, 0.011, 0.3)] == [0, 0, 1, 1]
-    assert len(PROXY_GRIDS[0][1]) > len(PROXY_GRIDS[1][1])
+def test_a_proxy_gets_fewer_seeds_where_they_decide_whether_the_search_is_cheap():
+    shares = (0.001, 0.01, 0.011, 0.02, 0.021, 0.3)
+    assert [finest_grid(share) for share in shares] == [0, 0, 1, 1, 0, 0]
+    assert PROXY_GRIDS[0][2] > PROXY_GRIDS[1][2]
 
 
 def test_when_the_budget_is_over_the_answer_is_what_can_be_said(asked):
