@@ -103,6 +103,6 @@ def test_over_all_families_that_are_not_held_out_tune_is_within_half_a_percent_a
         if case.rule == "`tune`"
     ]
     good = [one.regret is not None and one.regret <= 0.005 for one in cases]
-    # docs/decisions.md: 96 in 100 of the six, 87 of all; minus three standard errors.
+    # docs/decisions.md: 98 in 100 of the six, 89 of all; less three standard errors and more.
     assert sum(good[:150]) / 150 >= 0.90
     assert sum(good) / 200 >= 0.79
