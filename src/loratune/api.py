@@ -16,15 +16,17 @@ from loratune.analyse.audit.from_results import table_of_results
 from loratune.analyse.audit.inspect import Audit, audit_table
 from loratune.analyse.audit.reading import read_table
 from loratune.analyse.cells import cells_table, make_cells
-from loratune.analyse.compare import Comparison
+from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.laws.report import Laws, find_laws
 from loratune.analyse.lemma import DEFAULT_REPLICATES, LemmaCheck, check_lemma
+from loratune.analyse.noise import measured_noise
 from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError, EvaluationError, StudyError
 from loratune.folder import ResultsFolder, open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
+from loratune.planning.power import DifferenceNoise
 from loratune.planning.shapes import declared_model_facts
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
@@ -73,7 +75,8 @@ def plan_with_remarks(
     Args:
         loaded: the study.
         tflops: a rate of your own in TFLOP/s; left out: a stated H100 rate.
-        like: a results folder whose finished trials give the rate of the device they ran on.
+        like: a results folder whose finished trials give the rate of the device they ran on, and
+            the noise from which the detectable differences are planned.
 
     Raises:
         LoratuneError: the study can't be planned.
@@ -88,8 +91,18 @@ def plan_with_remarks(
         rate = stated_rate(tflops)
     elif like is not None:
         rate = _measured_rate(like, found)
-    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate)
+    noise = {} if like is None else noise_of(like)
+    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
     return made, found.remarks
+
+
+def noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
+    """The noise between methods that was measured in a results folder, by metric."""
+    _, store, record = open_results(folder)
+    with store:
+        results = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(results))
+    return measured_noise(results, verdicts)
 
 
 def plan(
@@ -259,7 +272,10 @@ def compare(folder: str | Path) -> tuple[Comparison, ...]:
     """Every method against lora, each at its own best batch size and LR, in every setting."""
     _, store, record = open_results(folder)
     with store:
-        return compare_results(store.results(record.name, with_losses=False))
+        found = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
+        sources = question_sources(store.data_summaries(record.name))
+    return compare_results(found, verdicts=verdicts, sources=sources)
 
 
 def score(
@@ -496,11 +512,13 @@ def report(folder: str | Path) -> ReportPaths:
     """Write DIR/report.html and DIR/figures/ from what is in the store."""
     place, store, record = open_results(folder)
     with store:
+        found = store.results(record.name)
         return write_report(
             place.root,
             study=record,
-            results=store.results(record.name),
-            summaries=tuple(store.data_summaries(record.name).values()),
+            results=found,
+            verdicts=store.verdicts(record.name, trial_ids=trials_to_compare(found)),
+            summaries=store.data_summaries(record.name),
             provenances=store.provenances(record.name),
         )
 

@@ -198,7 +198,7 @@ def plan(
     ] = None,
     like: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Take the rate measured in this results folder."),
+        typer.Option(metavar="DIR", help="Take rate and noise as measured in this results folder."),
     ] = None,
     trials: Annotated[bool, typer.Option("--trials", help="List every trial as well.")] = False,
     as_json: Json = False,

@@ -15,8 +15,8 @@ from typing import Any
 
 from loratune.analyse.intervals import wilson_interval
 from loratune.data.prepare import turn_ends
+from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError, ModelError
-from loratune.evaluation.generate import Answer
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.score import answer_questions, grade, score_task
 from loratune.evaluation.tasks import ask, check_tasks, load_questions

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import chdtri
-from scipy.stats import binom
 
 from loratune.analyse.intervals import mean_with_interval
 from loratune.analyse.tables import as_document
@@ -221,6 +220,8 @@ def _plugin(
 
 def _median(values: np.ndarray) -> tuple[float, float, float]:
     """The median, and the order statistics that bound it with 95%."""
+    from scipy.stats import binom  # a second to import, which other commands need not pay
+
     ordered = np.sort(values)
     count = len(ordered)
     # The number of values below the median is binomial(n, 1/2).

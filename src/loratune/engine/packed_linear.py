@@ -109,7 +109,7 @@ def packed_linear(
     if gain is None:
         return y, h, correction, x.new_empty(0)
     before = y
-    y = (before * _of_tokens(gain, routes)).to(before.dtype)
+    y = (before * of_tokens(gain, routes)).to(before.dtype)
     if x_adapter is not None:
         # DoRA drops features for the part that it rescales, not for the base's own output.
         y = torch.addmm(y, x - x_adapter, weight.t())
@@ -186,7 +186,7 @@ def packed_linear_backward(
                 into=grad_magnitude[:, outputs],
                 scale_AE=inverse_norm[:, outputs],
             )
-            grad = grads[index] = (grad * _of_tokens(gain[:, outputs], routes)).to(grad.dtype)
+            grad = grads[index] = (grad * of_tokens(gain[:, outputs], routes)).to(grad.dtype)
         products.shrink(
             grad,
             [up[:, :, outputs] for up in ups],
@@ -321,7 +321,7 @@ def _members(up_ARE: Tensor, segments: Sequence[int]) -> list[tuple[slice, slice
     ]
 
 
-def _of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
+def of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
     """Each token's own slot's gain; one for filler."""
     slots_M = routing.token_slot_M.long()
     picked = gain_AE.index_select(0, slots_M.clamp(min=0))
@@ -395,16 +395,26 @@ class PackedGroup(nn.Module):
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
+class LinearGroup(Protocol):
+    """Linear layers that read one input: called by the first of them, for all."""
+
+    pending: tuple[Tensor, ...] | None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The members' outputs."""
+        ...
+
+
 @final
 class PackedLinear(nn.Linear):
-    """Stands in a base model where one member of a `PackedGroup` stood, with that one's weight.
+    """Stands in a base model where one member of a group stood, with that one's weight.
 
     Members are called in their order and with one and the same input, as every decoder's attention
     and gated MLP do; the engine checks its logits against the base's own before it trains.
     """
 
     def __init__(
-        self, linear: nn.Linear, group: PackedGroup, *, member: int, num_members: int
+        self, linear: nn.Linear, group: LinearGroup, *, member: int, num_members: int
     ) -> None:
         # Not nn.Linear's own, which would draw a weight: this one has its predecessor's.
         nn.Module.__init__(self)

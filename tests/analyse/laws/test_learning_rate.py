@@ -100,8 +100,8 @@ def test_intervals_of_the_shape_cover_it(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRUE_SHAPES)
 def test_intervals_of_the_shape_cover_it_95_times_in_100(name):
-    # 4,000 draws: standard error 0.34 points. Exact for power; the others are nonlinear.
-    assert 0.92 <= covered(name, 4000, seed=1) <= 0.97
+    # 1,500 draws: standard error 0.56 points; three of them, and a little for what is nonlinear.
+    assert 0.93 <= covered(name, 1500, seed=1) <= 0.97
 
 
 @pytest.mark.parametrize(

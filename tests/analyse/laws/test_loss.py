@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def points(noise: float = 0.0, seed: int = 0, samples=(10_000, 40_000)) -> list[
 def test_the_closed_form_is_the_published_one_and_the_minimum(samples, best):
     found = optimal_batch_size(samples, **TERMS)
     assert found == pytest.approx(best, rel=1e-3)
-    searched = minimize_scalar(
+    searched: Any = minimize_scalar(
         lambda log: loss(math.exp(log), samples / math.exp(log)),
         bounds=(0, math.log(samples)),
         method="bounded",

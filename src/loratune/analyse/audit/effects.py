@@ -4,15 +4,14 @@ All at 80% power and a two-sided 5% level: (z_97.5 + z_80) standard errors, t in
 where the standard error is from seeds.
 """
 
-# scipy comes without types.
+# numpy and scipy come without complete types.
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
 
-from scipy.integrate import quad
-from scipy.special import ndtri
-from scipy.stats import norm
+import numpy as np
+from scipy.special import ndtr, ndtri
 
 from loratune.analyse.intervals import t_quantile
 
@@ -45,15 +44,13 @@ def detectable_by_seeds(seed_variance: float, *, df: int) -> float:
 
 
 def expected_maximum(count: int) -> float:
-    """E[max] of `count` standard normal numbers: the integral of x k phi(x) Phi(x)^(k-1)."""
-    if count < 2:
-        return 0.0
+    """E[max] of `count` standard normal numbers: integral over x > 0 of 1 - Phi(x)^k - Phi(-x)^k.
 
-    def weighted(x: float) -> float:
-        return float(x * count * norm.pdf(x) * norm.cdf(x) ** (count - 1))
-
-    value, _ = quad(weighted, -10, 10, limit=200)
-    return float(value)
+    By the trapezoid rule in steps of 0.001 to 10, which is exact to seven digits.
+    """
+    x = np.linspace(0.0, 10.0, 10_001)
+    tails = 1.0 - ndtr(x) ** count - ndtr(-x) ** count
+    return float(np.trapezoid(tails, x))
 
 
 def selection_bias(count: int, *, accuracy: float, total: int) -> float:

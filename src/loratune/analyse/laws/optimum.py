@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import statsmodels.api as sm
 
 from loratune.analyse.laws.fitting import aicc
 from loratune.errors import AnalysisError
@@ -109,6 +108,9 @@ def fit_power_law(optima: Sequence[SeedOptima], *, margin: float = MARGIN) -> Po
             f"{len(y)} best batch sizes in all; at least {FEWEST_DF + 2} are needed, "
             "so two seeds at two values"
         )
+    # Its import takes longer than all the rest of an analysis, and every command would pay it.
+    import statsmodels.api as sm
+
     fitted = sm.OLS(y, sm.add_constant(x)).fit()
     rss = float(fitted.ssr)
     if rss < 1e-18:

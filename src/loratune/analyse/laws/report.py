@@ -36,9 +36,9 @@ AXES: tuple[Axis, ...] = ("rows", "rank", "model")
 _SPOKEN = {"rows": "training rows", "rank": "rank", "model": "parameters of the model"}
 # Beside the axis itself, what follows from it and must not keep two curves apart.
 _FOLLOWS: dict[Axis, frozenset[str]] = {
-    "rows": frozenset({"rows", "other"}),
+    "rows": frozenset({"rows", "data", "other"}),
     "rank": frozenset({"rank", "alpha", "other"}),
-    "model": frozenset({"model", "other"}),
+    "model": frozenset({"model", "data", "other"}),
 }
 # Above a factor of two between neighbouring batch sizes no shift of less than two can be seen.
 _COARSE = math.log2(2.0) + 1e-9
@@ -157,7 +157,7 @@ def find_laws(
         if len({curve.setting.value(axis) for curve in group}) > 1
     )
     varied = {one.axis for one in optima}
-    together = frozenset({"rows", "protocol", "other"})
+    together = frozenset({"rows", "data", "protocol", "other"})
     return Laws(
         metric=cells[0].metric.name,
         select_on=cells[0].select_on,
