@@ -23,10 +23,18 @@ from tiny_models import PAD_ID
 from tiny_trials import tiny_base
 
 
-def snapshots_of(trial: Trial, data: PreparedData, base: Base) -> dict[int, Snapshot]:
-    """The trial's state before every update but the first, by the reference engine without noise."""
+def snapshots_of(
+    trial: Trial, data: PreparedData, base: Base, *, tokens_per_microbatch: int = 10_000
+) -> dict[int, Snapshot]:
+    """The trial's state before every update but the first, by the reference engine without noise.
+
+    Another cut into micro-batches rounds otherwise, which second moments near zero make much of: a
+    probe is held against the states of its own cut.
+    """
     engine = ReferenceEngine(
-        base, {trial.data_fingerprint: data}, tokens_per_microbatch=lambda _: 10_000
+        base,
+        {trial.data_fingerprint: data},
+        tokens_per_microbatch=lambda _: tokens_per_microbatch,
     )
     events = engine.train(ListFeed([trial], wants=lambda: True))
     return {one.update: one for one in events if isinstance(one, Snapshot)}

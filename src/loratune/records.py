@@ -192,7 +192,7 @@ class NoiseSchedule:
 
     A probe of training rows takes every `every`-th batch as it is; batches below
     `planning.probes.FEWEST_ROWS` rows are too small for that, and `rows` rows are pooled at frozen
-    weights instead. `held_out_rows` are looked at as well, a fixed sample; None: none are.
+    weights instead. `held_out_rows` validation rows are looked at as well; None: none are.
     """
 
     every: int

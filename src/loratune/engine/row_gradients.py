@@ -38,7 +38,7 @@ BLOCKS: tuple[Block, ...] = ("A", "B", "other")
 NUM_KINDS = 2
 # Numbers of row gradients in memory at once: 64 MiB in float32.
 NUMBERS_AT_ONCE = 2**24
-# The seed of the fixed sample of validation rows; the same for every trial.
+# The seed of the order in which validation rows are looked at; the same for every trial.
 HELD_OUT_SEED = 0
 
 
@@ -167,7 +167,8 @@ def probes_apart(
 ) -> Sequence[ProbeRows]:
     """The probes before an update that need a pass of their own.
 
-    Pooled training rows are the next ones of the trial's own stream.
+    Pooled training rows are the next ones of the trial's own stream. Held-out rows are the next
+    ones of an order that all trials share, so that probes look at other rows until all were seen.
     """
     found = list[ProbeRows]()
     if plan.of_pooled(update):
@@ -178,9 +179,12 @@ def probes_apart(
             count=plan.pooled_rows,
         )
         found.append(ProbeRows("train", data.train, indices))
-    if plan.of_held_out(update) and data.validation is not None:
+    if plan.held_out_every and plan.of_held_out(update) and data.validation is not None:
         indices = row_order(
-            HELD_OUT_SEED, num_rows=len(data.validation), start=0, count=plan.held_out_rows
+            HELD_OUT_SEED,
+            num_rows=len(data.validation),
+            start=update // plan.held_out_every * plan.held_out_rows,
+            count=plan.held_out_rows,
         )
         found.append(ProbeRows("validation", data.validation, indices))
     return found
