@@ -266,7 +266,7 @@ class _Seat:
 
     @property
     def is_watched(self) -> bool:
-        """The rows of the batch under way are looked at one by one, and have been from the first."""
+        """The batch under way is looked at row by row, and has been from its first row."""
         is_probe = self.probing.of_batch(self.update, num_rows=len(self.batch))
         return is_probe and (self.rows_done == 0 or bool(self.watched))
 
