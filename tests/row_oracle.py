@@ -108,7 +108,7 @@ def expected_probe(
         if second:
             v = torch.cat([second[at + k].flatten() for k in range(count)])
             v = v / (1 - trial.beta2**update)
-            kept = v > 0
+            kept = v > 1e-10 * v.max()
             root = v[kept].sqrt()
             scaled = [one[kept] / root for one in flat] if kept.any() else None
         scaled_mean = None if scaled is None else torch.stack(scaled).mean(dim=0)
@@ -154,6 +154,10 @@ def reference_probes(
         tokens_per_microbatch=lambda _: tokens_per_microbatch,
         noise=noise,
     )
+    if snapshot is not None:
+        # An engine goes on in the snapshot's own tensors.
+        tensors = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+        snapshot = replace(snapshot, tensors=tensors)
     events = list(engine.train(ListFeed([trial], {trial.trial_id: snapshot})))
     (end,) = [one for one in events if isinstance(one, Finished)]
     return [one for one in events if isinstance(one, NoiseProbe)], end

@@ -21,7 +21,7 @@ from tiny_packs import PACKABLE
 from tiny_trials import random_data, tiny_base, tiny_trial
 
 TOLERANCE = 1e-5
-SCALED_TOLERANCE = 1e-4
+SCALED_TOLERANCE = 1e-5
 FAMILIES = ("llama", "qwen3", "gemma3")
 EVERY_TRAIN = NoiseSchedule(every=1, rows=12)
 EVERY_UPDATE = NoiseSchedule(every=1, rows=12, held_out_rows=6)

@@ -165,7 +165,7 @@ def noise_scale(
         AnalysisError: no probe.
     """
     if not probes:
-        raise AnalysisError("no probes; train with the study's key noise: {every: 10}")
+        raise AnalysisError("no probes; train with the key noise_scale: {every: 10} in the study")
     num = len(probes)
     traces = np.array([one.trace for one in probes])
     squares = np.array([one.squared_norm for one in probes])

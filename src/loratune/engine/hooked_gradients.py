@@ -66,12 +66,22 @@ class HookedGradients:
                 "DoRA's magnitudes, whose single rows' gradients can't be told; leave it or noise "
                 "out of the study"
             )
-        self._inverse: dict[int, Tensor] = {
-            id(parameter): inverse_second_moment(
-                state["exp_avg_sq"], beta2=trial.beta2, num_updates=int(state["step"])
-            )
-            for parameter, state in optimizer.state.items()
-        }
+        self._inverse = dict[int, Tensor]()
+        for group in self._groups:
+            states = [optimizer.state[one] for one in group.parameters if one in optimizer.state]
+            if not states:
+                continue
+            largest = torch.stack([state["exp_avg_sq"].max() for state in states]).max()
+            self._inverse |= {
+                id(parameter): inverse_second_moment(
+                    optimizer.state[parameter]["exp_avg_sq"],
+                    largest=largest,
+                    beta2=trial.beta2,
+                    num_updates=int(optimizer.state[parameter]["step"]),
+                )
+                for parameter in group.parameters
+                if parameter in optimizer.state
+            }
         self._parts = list[Tensor]()
 
     @contextmanager

@@ -75,6 +75,12 @@ class PackedGradients:
         widest = max(max(one.in_features, *one.out_features) for one in slots.layout.groups)
         self._tables = dict[int, list[tuple[Tensor, Tensor]]]()
         self.squares = dict[int, Tensor]()
+        bounds = list(pairwise([0, *slots.layout.ends]))
+        # Of blocks A, B and m, in this order.
+        self._largest = {
+            one.slot: [_largest(slots.second_AP[one.slot, low:high]) for low, high in bounds]
+            for one in probed
+        }
         for one in probed:
             first, last = np.searchsorted(row_slots, [one.slot, one.slot + 1])
             self._tables[one.slot] = [
@@ -114,8 +120,17 @@ class PackedGradients:
             down_KD, up_RE, magnitude_E = (
                 None
                 if view is None or one.num_updates == 0
-                else inverse_second_moment(view[slot], beta2=one.beta2, num_updates=one.num_updates)
-                for view in (part.down_AKD, part.up_ARE, part.magnitude_AE)
+                else inverse_second_moment(
+                    view[slot],
+                    largest=largest,
+                    beta2=one.beta2,
+                    num_updates=one.num_updates,
+                )
+                for view, largest in zip(
+                    (part.down_AKD, part.up_ARE, part.magnitude_AE),
+                    self._largest[slot],
+                    strict=True,
+                )
             )
             scale = group.scale_A[slot]
             for rows_N, places_NT in self._tables[slot]:
@@ -158,6 +173,11 @@ class PackedGradients:
                 self.squares[slot].index_add_(0, rows_N, into_N32)
 
 
+def _largest(second_P: Tensor) -> Tensor:
+    """The largest second moment of a block, 0 for a block that the pack does not have."""
+    return second_P.max() if len(second_P) else second_P.new_zeros(())
+
+
 def probed_rows(
     slots: Slots,
     one: ProbedSlot,
@@ -173,8 +193,9 @@ def probed_rows(
     for at, (low, high) in enumerate(pairwise([0, *slots.layout.ends])):
         inverse = None
         if one.num_updates:
+            second = second_P[low:high]
             inverse = inverse_second_moment(
-                second_P[low:high], beta2=one.beta2, num_updates=one.num_updates
+                second, largest=_largest(second), beta2=one.beta2, num_updates=one.num_updates
             )
             is_scaled[BLOCKS[at]] = bool((inverse > 0).any())
         mean_32[at] = mean_squares(gradient_P[low:high], inverse)

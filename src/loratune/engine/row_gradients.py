@@ -38,18 +38,25 @@ BLOCKS: tuple[Block, ...] = ("A", "B", "other")
 NUM_KINDS = 2
 # Numbers of row gradients in memory at once: 64 MiB in float32.
 NUMBERS_AT_ONCE = 2**24
+# Second moments, so squares, beside a block's largest: gradients of 1e-5 of the largest, in float32.
+ROUNDED_AWAY = 1e-10
 # The seed of the order in which validation rows are looked at; the same for every trial.
 HELD_OUT_SEED = 0
 
 
-def inverse_second_moment(second: Tensor, *, beta2: float, num_updates: int) -> Tensor:
+def inverse_second_moment(
+    second: Tensor, *, largest: Tensor, beta2: float, num_updates: int
+) -> Tensor:
     """1 / v with v = second / (1 - beta2^t), float32; 0 where there is no second moment.
 
-    Adam's preconditioner P is its root with eps 0, so that sum (P g)^2 = sum g^2 / v.
+    Adam's preconditioner P is its root with eps 0, so that sum (P g)^2 = sum g^2 / v. What is below
+    ROUNDED_AWAY of `largest`, the block's largest second moment, counts as none: gradients that are
+    0 but for rounding would otherwise weigh more than all others. That bound is relative, so that a
+    rescaled adapter leaves out the same coordinates.
     """
     correction = 1 - beta2**num_updates
     # A quotient of what is below float32's smallest normal number overflows.
-    has_one = second > torch.finfo(torch.float32).tiny
+    has_one = second > (ROUNDED_AWAY * largest).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(has_one, correction / torch.where(has_one, second, 1.0), 0.0)
 
 
