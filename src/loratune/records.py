@@ -206,7 +206,7 @@ class BlockSums:
 
     `sum_squares` is the sum of |g_i|^2, `mean_square` |mean of g_i|^2. The scaled ones are those of
     P g_i, P = 1 / sqrt(v) with Adam's second moment v (corrected for its bias) before the update,
-    without eps; coordinates where v is 0, or below 1e-10 of the block's largest (what float32 rounds
+    without eps; coordinates where v is 0, or below 1e-10 of the block's largest (float32 rounds it
     away), are left out. None where v is 0 everywhere.
     """
 

@@ -6,6 +6,8 @@ through the model one row for every `every` rows that train, whatever the batch 
 """
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loratune.records import NoiseSchedule, Trial
@@ -90,6 +92,41 @@ def count_probes(trial: Trial, plan: Probing) -> ProbeCounts:
         num_held_out=held_out,
         num_rows_in_batches=rows_in_batches,
         num_rows_apart=pooled * plan.pooled_rows + held_out * plan.held_out_rows,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeTotals:
+    """What the noise scale takes over several trials: rows that go through the model for it alone,
+    and their tokens and FLOPs, which the trials' own do not hold."""
+
+    num_train: int
+    num_held_out: int
+    num_rows_apart: int
+    tokens: float
+    flops: float
+
+
+def probe_totals(
+    trials: Sequence[Trial],
+    schedule: NoiseSchedule,
+    *,
+    num_validation_rows: int,
+    tokens_per_row: Sequence[float],
+    flops_per_row: Sequence[float],
+) -> ProbeTotals:
+    """The probes of all trials; a row costs what a training row of its trial does."""
+    counts = [
+        count_probes(trial, probing(trial, schedule, num_validation_rows=num_validation_rows))
+        for trial in trials
+    ]
+    rows = [one.num_rows_apart for one in counts]
+    return ProbeTotals(
+        num_train=sum(one.num_train for one in counts),
+        num_held_out=sum(one.num_held_out for one in counts),
+        num_rows_apart=sum(rows),
+        tokens=math.fsum(map(operator.mul, rows, tokens_per_row)),
+        flops=math.fsum(map(operator.mul, rows, flops_per_row)),
     )
 
 
