@@ -57,7 +57,7 @@ def studied(batch_size: int, *, rows: int, every: int | None, held_out: int | No
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What noise probes cost.")
     parser.add_argument("--engine", choices=["reference", "packed"], default="reference")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rows", type=int, default=480)

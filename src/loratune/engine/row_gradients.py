@@ -38,7 +38,7 @@ BLOCKS: tuple[Block, ...] = ("A", "B", "other")
 NUM_KINDS = 2
 # Numbers of row gradients in memory at once: 64 MiB in float32.
 NUMBERS_AT_ONCE = 2**24
-# Second moments, so squares, beside a block's largest: gradients of 1e-5 of the largest, in float32.
+# Second moments beside a block's largest: squares, so gradients of 1e-5 of the largest.
 ROUNDED_AWAY = 1e-10
 # The seed of the order in which validation rows are looked at; the same for every trial.
 HELD_OUT_SEED = 0
