@@ -8,6 +8,7 @@ are. Attention has to be computed by something that can be differentiated twice.
 
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from collections.abc import Sequence
 from dataclasses import dataclass
