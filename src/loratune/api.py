@@ -57,6 +57,7 @@ __all__ = [
     "lemma",
     "load_study",
     "new_study",
+    "noise_scale",
     "plan",
     "recommend",
     "report",
@@ -473,6 +474,24 @@ def laws(folder: str | Path) -> Laws:
         for source, shape in declared.items()
     }
     return find_laws(found, model_parameters=sizes)
+
+
+def noise_scale(folder: str | Path) -> "pd.DataFrame":
+    """The gradient noise scale of every trial that was probed, with intervals or why there is none.
+
+    One row a trial, split, coordinates (raw, adam) and block (all, A, B, other).
+
+    Raises:
+        StoreError: not a results folder.
+        AnalysisError: the study asked for no probes.
+    """
+    from loratune.analyse.noise_table import noise_scale_table
+
+    _, store, record = open_results(folder)
+    with store:
+        return noise_scale_table(
+            store.results(record.name, with_losses=False), store.noise_probes(record.name)
+        )
 
 
 def lemma(

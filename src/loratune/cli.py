@@ -519,6 +519,28 @@ def laws(folder: Folder, *, as_json: Json = False) -> None:
     _print(_json_of(found.to_json()) if as_json else laws_text(found))
 
 
+@app.command("noise-scale")
+def noise_scale(
+    folder: Folder,
+    *,
+    format: Annotated[
+        Format | None, typer.Option(help="csv, json or parquet; left out: text.")
+    ] = None,
+    output: OutputFile = None,
+    as_json: Json = False,
+) -> None:
+    """The gradient noise scale of every probed trial, with an interval, or why there is none."""
+    from loratune import api
+    from loratune.report.noise_text import noise_scale_text
+
+    table = api.noise_scale(folder)
+    chosen = "json" if as_json else None if format is None else format.value
+    if chosen is None and output is None:
+        _print(noise_scale_text(table))
+    else:
+        _write_table(table, format=chosen or "csv", output=output)
+
+
 @app.command()
 def lemma(
     *,

@@ -187,6 +187,57 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class NoiseSchedule:
+    """When gradients are looked at row by row: one row of `every` that train, whatever the batch.
+
+    A probe of training rows takes every `every`-th batch as it is; batches below
+    `planning.probes.FEWEST_ROWS` rows are too small for that, and `rows` rows are pooled at frozen
+    weights instead. `held_out_rows` validation rows are looked at as well; None: none are.
+    """
+
+    every: int
+    rows: int
+    held_out_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """What one block of an adapter's parameters adds to a probe of n examples' gradients g_i.
+
+    `sum_squares` is the sum of |g_i|^2, `mean_square` |mean of g_i|^2. The scaled ones are those of
+    P g_i, P = 1 / sqrt(v) with Adam's second moment v (corrected for its bias) before the update,
+    without eps; coordinates where v is 0, or below 1e-10 of the block's largest (float32 rounds it
+    away), are left out. None where v is 0 everywhere.
+    """
+
+    block: Literal["A", "B", "other"]
+    sum_squares: float
+    mean_square: float
+    scaled_sum_squares: float | None = None
+    scaled_mean_square: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseProbe:
+    """Gradients of single examples at the weights before update `update`, summed up.
+
+    `num_rows` rows were looked at, which hold `num_examples` different ones: equal rows are one
+    example (its gradient is their sum, times examples / rows). With T_j target tokens in row j,
+    g_i = (sum of i's token losses)' * num_rows / sum_j T_j, so that the mean of g_i is the gradient
+    of the token mean. `split` is "train" or "validation".
+    """
+
+    trial_id: str
+    update: int
+    split: Literal["train", "validation"]
+    num_rows: int
+    num_examples: int
+    num_targets: int
+    num_tokens: int
+    blocks: tuple[BlockSums, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """How a trial was run: kept beside its identity, never part of it."""
 

@@ -26,7 +26,16 @@ from loratune.engine.base import Engine, Event, Failed, Finished, Progress, Snap
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder, replace_folder
 from loratune.planning.build import Plan
-from loratune.records import DataSummary, Outcome, Prediction, Provenance, Score, ScoreKey, Trial
+from loratune.records import (
+    DataSummary,
+    NoiseProbe,
+    Outcome,
+    Prediction,
+    Provenance,
+    Score,
+    ScoreKey,
+    Trial,
+)
 from loratune.store.database import Store
 
 if TYPE_CHECKING:
@@ -306,6 +315,9 @@ class _StoreFeed:
         match event:
             case Progress():
                 training.watcher.update(trial, event)
+            case NoiseProbe():
+                if not training.store.add_noise_probes(claimed.attempt, [event]):
+                    self._drop(claimed)
             case Snapshot():
                 path = training.folder.snapshot(trial.trial_id)
                 training.workshop.save_snapshot(path, event)

@@ -282,6 +282,14 @@ class _PackedLinears(torch.autograd.Function):
         """Through x and x'; the group's gradients go to their buffers."""
         x, x_adapter, h, correction, before = ctx.saved_tensors
         group = ctx.group
+        if group.step.watcher is not None:
+            group.step.watcher.add(
+                group,
+                x if x_adapter is None else x_adapter,
+                h if correction.numel() == 0 else h.float() + correction,
+                before,
+                grads,
+            )
         grad_x, grad_seen = packed_linear_backward(
             [grad.contiguous() for grad in grads],
             x,
@@ -341,12 +349,14 @@ def _add_magnitudes(
 class PackedGroup(nn.Module):
     """Linear layers that read one input, under one set of slots. Called by its first member.
 
-    `weight` is the members' weights side by side, E x D. All tensors are views of the pack's.
+    `weight` is the members' weights side by side, E x D. All tensors are views of the pack's;
+    `index` is the group's place in its layout.
     """
 
     def __init__(
         self,
         *,
+        index: int,
         weight_ED: Tensor,
         bias_E: Tensor | None,
         segments: Sequence[int],
@@ -362,6 +372,7 @@ class PackedGroup(nn.Module):
         dropout: "Dropout | None",
     ) -> None:
         super().__init__()
+        self.index = index
         self.weight_ED = weight_ED
         self.bias_E = bias_E
         self.segments = list(segments)
@@ -426,14 +437,32 @@ class PackedLinear(nn.Linear):
         return y
 
 
+class BackwardWatcher(Protocol):
+    """Reads what a group's backward is made of, and changes nothing."""
+
+    def add(
+        self,
+        group: PackedGroup,
+        seen_MD: Tensor,
+        h_MK: Tensor,
+        before_ME: Tensor,
+        grads_ME: Sequence[Tensor],
+    ) -> None:
+        """What the adapters saw, A x with the correction's part, DoRA's output before its gain
+        (empty where there is none), and dL/dy of every member."""
+        ...
+
+
 class StepRouting:
     """What all packed layers of a model ask about the step under way; written by the engine.
 
     `routing` are the tensors of a `Routing`. `token_key_M` (int32) is a number of each token's own
     (trial's seed, row, position), `keep_A` the share of features that a slot's dropout keeps.
+    `watcher` is shown every group's backward of a step that is looked at row by row.
     """
 
     def __init__(self) -> None:
+        self.watcher: BackwardWatcher | None = None
         self.routing: list[Tensor] = []
         self.token_key_M: Tensor | None = None
         self.keep_A: Tensor | None = None

@@ -93,6 +93,7 @@ from loratune.records import (
     FINAL_STATUSES,
     AttemptRecord,
     DataSummary,
+    NoiseProbe,
     Outcome,
     Prediction,
     Provenance,
@@ -714,6 +715,51 @@ class Store:
         """Forget the artifact; nothing happens where there is none. The file is the caller's."""
         with self._writing() as connection:
             connection.execute(delete(tables.artifacts).where(_is_artifact(trial_id, kind)))
+
+    def add_noise_probes(self, attempt: int, probes: Sequence[NoiseProbe]) -> bool:
+        """Keep probes of the open attempt's trial; False where it is lost, and nothing is written.
+
+        A trial that was begun anew, or went on from a snapshot, looks at some updates again: what
+        it found then replaces what was there.
+        """
+        with self._writing() as connection:
+            if not self._update_open(connection, attempt, heartbeat_at=self._clock()):
+                return False
+            table = tables.noise_probes
+            for probe in probes:
+                connection.execute(
+                    delete(table).where(
+                        (table.c.trial_id == probe.trial_id)
+                        & (table.c.split == probe.split)
+                        & (table.c.at_update == probe.update)
+                    )
+                )
+                connection.execute(
+                    insert(table).values(
+                        trial_id=probe.trial_id,
+                        split=probe.split,
+                        at_update=probe.update,
+                        body=codec.probe_to_json(probe),
+                    )
+                )
+            return True
+
+    def noise_probes(self, study: str) -> tuple[NoiseProbe, ...]:
+        """All probes of the study's trials: trials in their order, then by split and update.
+
+        Raises:
+            StoreError: no such study.
+        """
+        table, members = tables.noise_probes, tables.study_trials
+        with self._reading() as connection:
+            row = self._study(connection, study)
+            bodies = connection.execute(
+                select(table.c.body)
+                .join(members, members.c.trial_id == table.c.trial_id)
+                .where(members.c.study_id == row.study_id)
+                .order_by(members.c.position, table.c.split, table.c.at_update)
+            ).scalars()
+            return tuple(codec.probe_from_json(body) for body in bodies)
 
     def add_data_summary(self, data_fingerprint: str, summary: DataSummary) -> None:
         """Keep what happened to the rows behind a fingerprint; the same again writes nothing."""

@@ -30,7 +30,7 @@ from sqlalchemy.types import TypeDecorator
 
 # Every numbered migration, oldest first. A database whose revision is not in this list was written
 # by a newer version. Kept here, not asked of alembic, whose import takes longer than opening.
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -247,6 +247,16 @@ artifacts = Table(
     Column("kind", String(64), primary_key=True),
     Column("path", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
+)
+
+# `body` is the canonical JSON of records.NoiseProbe. Who looks again writes over what was there.
+noise_probes = Table(
+    "noise_probes",
+    metadata,
+    Column("trial_id", String(128), ForeignKey("trials.trial_id"), primary_key=True),
+    Column("split", String(16), primary_key=True),
+    Column("at_update", BigInteger, primary_key=True, autoincrement=False),
+    Column("body", Text, nullable=False),
 )
 
 # Append-only; the newest row of a fingerprint counts.
