@@ -280,7 +280,7 @@ class Bench:
         return moved / self.copy_rate
 
     def profile(self, case: Case, path: Path) -> None:
-        """Where the time of many adapters goes, kernel by kernel; the first answers are left out."""
+        """Where the time of many adapters goes, kernel by kernel, from the first answer on."""
         on_cuda = self.device.type == "cuda"
         self.base_of(case)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -393,7 +393,9 @@ def table(results: Iterable[Result]) -> str:
                     one.num_tokens or "",
                     _number(one.seconds),
                     _number(one.first_answer_seconds),
-                    _number(None if one.peak_memory_bytes is None else one.peak_memory_bytes / 2**30),
+                    _number(
+                        None if one.peak_memory_bytes is None else one.peak_memory_bytes / 2**30
+                    ),
                     _note(one),
                 )
             )

@@ -141,9 +141,7 @@ def test_64_prompts_of_8_adapters_give_the_tokens_of_generate(family: str, metho
     decoder = Decoder(base, adapters, num_slots=48)
     found = tokens_of(answered(decoder, asked(adapters, prompts, max_new_tokens=24)))
     wanted = [
-        row
-        for one in adapters.values()
-        for row in generated(base, one, prompts, max_new_tokens=24)
+        row for one in adapters.values() for row in generated(base, one, prompts, max_new_tokens=24)
     ]
     assert found == wanted
 
@@ -196,7 +194,9 @@ def test_answers_end_where_those_of_generate_do():
         assert found == wanted
     assert {one.finished for one in wanted} == {True, False}
     # By stop strings as well as by end tokens.
-    plain = tokens_of(answered(Decoder(base, adapters), [replace(one, stop=()) for one in requests]))
+    plain = tokens_of(
+        answered(Decoder(base, adapters), [replace(one, stop=()) for one in requests])
+    )
     assert any(len(ids) > one.num_tokens for ids, one in zip(plain, wanted, strict=True))
 
 
@@ -345,7 +345,7 @@ def test_answers_reach_up_to_the_last_position_and_no_further():
     decoder = Decoder(base, {"plain": None})
     (found,) = decoder.answers([Request("plain", ids, 3)])
     assert found.token_ids == generated(base, None, [ids], max_new_tokens=3)[0]
-    with pytest.raises(EvaluationError, match="512 positions; .* at most 3"):
+    with pytest.raises(EvaluationError, match=r"512 positions; .* at most 3"):
         list(decoder.answers([Request("plain", [5], 2), Request("plain", ids, 4)]))
 
 
@@ -355,6 +355,7 @@ def test_answers_reach_up_to_the_last_position_and_no_further():
         (Request("other", [5], 3), "'other', which is not among the 1"),
         (Request("plain", [], 3), "a prompt without a token"),
         (Request("plain", [5], 0), "give at least 1"),
+        (Request("plain", [5, 128], 1), "tokens from 5 to 128, but the model knows 0 to 127"),
         (Request("plain", list(range(5, 100)) * 6, 1), "exceeds the model's 512 positions"),
     ],
 )
@@ -459,7 +460,8 @@ def test_log_likelihoods_go_on_in_smaller_batches_when_memory_runs_out(
 
 def cuda_base(family: str, dtype: torch.dtype) -> Base:
     base = tiny_base(family)
-    base.model.to(device="cuda", dtype=dtype)  # pyright: ignore[reportArgumentType]
+    model: Any = base.model
+    model.to(device="cuda", dtype=dtype)
     return replace(base, device=torch.device("cuda"))
 
 

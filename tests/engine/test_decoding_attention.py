@@ -154,9 +154,7 @@ def by_kernels(
 def test_kernels_attend_as_a_plain_softmax(
     num_heads: int, num_key_heads: int, width: int, num_splits: int | None, window: int | None
 ):
-    arguments = filled(
-        num_heads=num_heads, num_key_heads=num_key_heads, width=width, device=DEVICE
-    )
+    arguments = filled(num_heads=num_heads, num_key_heads=num_key_heads, width=width, device=DEVICE)
     found = by_kernels(*arguments, num_splits=num_splits, window=window)
     wanted = plain(*arguments, scale=0.3, window=window)
     assert error(found, wanted) < 1e-5

@@ -45,8 +45,9 @@ class Drawn:
         num_seats, num_tokens = len(counts), sum(counts) + filler
         self.x_MD = random(num_tokens, D)
         self.weight_ED, self.bias_E = random(193, D) / 10, random(193)
-        self.down_AKD, self.up_ARE = random(num_seats, 3 * rank, D) / 10, random(
-            num_seats, rank, 193
+        self.down_AKD, self.up_ARE = (
+            random(num_seats, 3 * rank, D) / 10,
+            random(num_seats, rank, 193),
         )
         self.gain_AE = 1 + random(num_seats, 193).float() / 4
         self.seats = np.concatenate(
@@ -87,7 +88,9 @@ class Drawn:
     def expected(self, *, has_gain: bool) -> Tensor:
         y_ME = self.x_MD.double() @ self.weight_ED.double().T + self.adapters()
         if has_gain:
-            gain = [torch.ones_like(self.gain_AE[0]) if s < 0 else self.gain_AE[s] for s in self.seats]
+            gain = [
+                torch.ones_like(self.gain_AE[0]) if s < 0 else self.gain_AE[s] for s in self.seats
+            ]
             y_ME = y_ME * torch.stack(gain)
         return y_ME + self.bias_E.double()
 

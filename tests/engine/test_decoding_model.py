@@ -26,10 +26,10 @@ class Recorded:
     over, and afterwards only the numbers in its buffers change.
     """
 
-    made = 0
+    made: int = 0
 
     def __init__(
-        self, body: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]], example: Any, **_: Any
+        self, body: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]], example: Any, **_more: Any
     ) -> None:
         Recorded.made += 1
         self._body = body

@@ -1,4 +1,4 @@
-"""Attention over a cache of keys and values in fixed slots: prompts end to end, then token by token.
+"""Attention over keys and values in fixed slots: prompts end to end, then token by token.
 
 Each row has a slot of the cache for as long as it is answered, with room for its prompt and its
 answer. A prompt's tokens attend to each other as in training (`engine.attention`) and leave their
@@ -103,9 +103,7 @@ def decoding_attention(
         if not is_prompt:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             q_MHD = query[0].transpose(0, 1)
-            attended = attend(
-                q_MHD, cache, slot_M, position_M, scale=scale, window=sliding_window
-            )
+            attended = attend(q_MHD, cache, slot_M, position_M, scale=scale, window=sliding_window)
             return attended.unsqueeze(0), None
     return packed_attention(
         module,

@@ -12,8 +12,7 @@ adds the parts up (in order, in float32) where it reads them, and does all membe
 
 The number of programs depends on the number of rows alone, lengths are read on the device.
 
-Legend: M rows, S slots, G key heads, H heads, D width of a key, E of a value; A seats, K directions,
-R rank, N features.
+Legend: M rows, S slots, G key heads, H heads, D width of a key, E of a value.
 """
 
 # triton has no types, and is there with CUDA builds of torch alone.
@@ -178,9 +177,7 @@ def _attend(
     acc = acc / divisor[:, None]
     at = (row.to(tl.int64) * num_key_heads * GROUP + head) * SPLITS + split
     mask = is_head[:, None] & (es < E)[None, :]
-    tl.store(
-        out_ptr + at[:, None] * E + es[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(out_ptr + at[:, None] * E + es[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
     if SPLITS > 1:
         lse = tl.where(total > 0, most * scale + tl.log2(divisor), float("-inf"))
         tl.store(lse_ptr + at, lse, mask=is_head)
@@ -241,9 +238,7 @@ def attend_to_slots(
     if launch is None:
         launch = _launch(q_MHD, padded)
     splits = num_splits or _num_splits(num_rows * num_key_heads)
-    out = torch.empty(
-        num_rows, num_heads, value_width, dtype=q_MHD.dtype, device=q_MHD.device
-    )
+    out = torch.empty(num_rows, num_heads, value_width, dtype=q_MHD.dtype, device=q_MHD.device)
     parts, lse = out, out
     if splits > 1:
         parts = torch.empty(

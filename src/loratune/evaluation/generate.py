@@ -144,9 +144,7 @@ def _answer_batch(
         ends = [end for end in (stopped_after, ended_after) if end is not None]
         num_tokens = min(ends, default=len(row))
         answers.append(
-            answer_of(
-                tokenizer, row[:num_tokens], stop=stop, end_ids=end_ids, finished=bool(ends)
-            )
+            answer_of(tokenizer, row[:num_tokens], stop=stop, end_ids=end_ids, finished=bool(ends))
         )
     return answers
 
