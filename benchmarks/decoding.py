@@ -280,7 +280,7 @@ class Bench:
         return moved / self.copy_rate
 
     def profile(self, case: Case, path: Path) -> None:
-        """Where the time of many adapters goes, kernel by kernel, from the first answer on."""
+        """Where the time of many adapters goes, kernel by kernel, the first answers left out."""
         on_cuda = self.device.type == "cuda"
         self.base_of(case)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]

@@ -11,7 +11,7 @@ from model_shapes import TARGETS
 
 
 def random_adapter(base: Base, *, rank: int, seed: int) -> AdapterFiles:
-    """A LoRA on the seven linear layers of every block; small numbers, so that it stays finite."""
+    """A LoRA on the seven linear layers of every block, of numbers so small that all is finite."""
     generator = torch.Generator().manual_seed(seed)
     tensors = dict[str, torch.Tensor]()
     for name, linear in block_linears(base.model).items():

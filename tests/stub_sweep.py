@@ -242,7 +242,7 @@ class StubWorkshop:
             return (tuple(trials),) if trials else ()
         return tuple(tuple(cell) for _, cell in groupby(trials, key=cell_key))
 
-    def engine(self, group: Sequence[Trial]) -> StubEngine:
+    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> StubEngine:
         return self.stub
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:

@@ -138,8 +138,10 @@ def test_kept_answers_are_gone_on_with_and_another_adapter_has_its_own(
 
 
 def test_what_is_no_adapter_model_or_file_of_answers_is_refused(tmp_path, trained, model):
+    with pytest.raises(EvaluationError, match="are its study's"):
+        api.evaluate(trained, tasks=["gsm8k"], prompt="{prompt}", device="cpu")
     with pytest.raises(EvaluationError, match="is a results folder"):
-        api.evaluate(trained, tasks=["gsm8k"], device="cpu")
+        api.evaluate_by_harness(trained, tasks=["gsm8k"], device="cpu")
     with pytest.raises(EvaluationError, match="no task is named"):
         api.evaluate(model, tasks=[], device="cpu")
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -178,6 +180,26 @@ def test_kept_answers_are_graded_anew_without_a_model_and_old_scores_stay(
         cli.main()
     assert ended.value.code in (0, None)
     assert "0 scores added" in capsys.readouterr().err
+
+
+def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, trained):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "six.jsonl", GSM8K[:6]),
+        "max_new_tokens": 8,
+        "device": "cpu",
+    }
+    found = api.evaluate(folder, **asked)
+    assert [one.score.total for one in found] == [6, 6]
+    with open_store(folder / "loratune.db", create=False) as store:
+        count = len(store.all_scores("scored"))
+        (record, *_) = [one for one in store.all_scores("scored") if one.score.total == 6]
+        assert len(store.predictions(record.score_id)) == 6
+    assert api.evaluate(folder, **asked) == found
+    with open_store(folder / "loratune.db", create=False) as store:
+        assert len(store.all_scores("scored")) == count
 
 
 @pytest.mark.parametrize(

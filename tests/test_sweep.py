@@ -450,7 +450,7 @@ def test_without_an_engine_for_a_group_its_trials_fail_and_the_others_go_on(tmp_
         def groups(self, trials):
             return tuple((trial,) for trial in trials)
 
-        def engine(self, group):
+        def engine(self, group, *, remark):
             if group[0].seed == 1:
                 raise OSError("the model is gone")
             return self.stub
@@ -619,3 +619,24 @@ def test_fresh_seeds_are_scored_and_their_adapters_go(tmp_path):
     kept = {path.name for path in (tmp_path / "adapters").iterdir()}
     assert len(kept) == 4  # the best seed's of every cell
     assert kept.isdisjoint(one.trial.trial_id for one in fresh)
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+def test_adapters_that_will_be_neither_scored_nor_kept_go_before_the_pack_has_ended(tmp_path):
+    loaded = stub_study(batch_size="[2, 4, 8, 16]", more="evaluate: {tasks: [gsm8k]}")
+
+    class Counts(Silent):
+        most = 0
+
+        def trial_ends(self, trial: Trial, outcome: Outcome) -> None:
+            there = len(list((tmp_path / "adapters").iterdir()))
+            self.most = max(self.most, there)
+
+    watcher = Counts()
+    workshop = StubWorkshop(loaded)
+    sweep = sweep_stub(tmp_path, loaded, workshop=workshop, watcher=watcher)
+    # 8 cells of 2 LRs x 2 seeds: the chosen LR's two, and the cells that are under way.
+    assert len(sweep.results) == 32
+    assert watcher.most <= 8 * 2 + 5 + 4
+    assert len(workshop.scored) == 16  # each cell's chosen LR, both seeds
+    assert len(list((tmp_path / "adapters").iterdir())) == 8

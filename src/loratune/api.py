@@ -12,14 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.analyse.audit.from_results import table_of_results
+from loratune.analyse.audit.inspect import Audit, audit_table
+from loratune.analyse.audit.reading import read_table
 from loratune.analyse.cells import cells_table, make_cells
-from loratune.analyse.compare import Comparison
+from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
+from loratune.analyse.laws.report import Laws, find_laws
+from loratune.analyse.lemma import DEFAULT_REPLICATES, LemmaCheck, check_lemma
+from loratune.analyse.noise import measured_noise
 from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError, EvaluationError, StudyError
 from loratune.folder import ResultsFolder, open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
+from loratune.planning.power import DifferenceNoise
+from loratune.planning.shapes import declared_model_facts
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
@@ -38,12 +46,15 @@ if TYPE_CHECKING:
     from loratune.workshop import EngineChoice, Survey
 
 __all__ = [
+    "audit",
     "cells",
     "compare",
     "demo",
     "demo_study",
     "evaluate",
     "evaluate_by_harness",
+    "laws",
+    "lemma",
     "load_study",
     "new_study",
     "plan",
@@ -64,7 +75,8 @@ def plan_with_remarks(
     Args:
         loaded: the study.
         tflops: a rate of your own in TFLOP/s; left out: a stated H100 rate.
-        like: a results folder whose finished trials give the rate of the device they ran on.
+        like: a results folder whose finished trials give the rate of the device they ran on, and
+            the noise from which the detectable differences are planned.
 
     Raises:
         LoratuneError: the study can't be planned.
@@ -79,8 +91,18 @@ def plan_with_remarks(
         rate = stated_rate(tflops)
     elif like is not None:
         rate = _measured_rate(like, found)
-    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate)
+    noise = {} if like is None else noise_of(like)
+    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
     return made, found.remarks
+
+
+def noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
+    """The noise between methods that was measured in a results folder, by metric."""
+    _, store, record = open_results(folder)
+    with store:
+        results = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(results))
+    return measured_noise(results, verdicts)
 
 
 def plan(
@@ -250,7 +272,10 @@ def compare(folder: str | Path) -> tuple[Comparison, ...]:
     """Every method against lora, each at its own best batch size and LR, in every setting."""
     _, store, record = open_results(folder)
     with store:
-        return compare_results(store.results(record.name, with_losses=False))
+        found = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
+        sources = question_sources(store.data_summaries(record.name))
+    return compare_results(found, verdicts=verdicts, sources=sources)
 
 
 def score(
@@ -310,8 +335,12 @@ def evaluate(
 ) -> "tuple[Evaluation, ...]":
     """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
 
+    Of a results folder every adapter that it keeps, with the study's own prompts; scores and
+    answers go into its store, and what is there is not asked again.
+
     Args:
-        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        source: the adapter's folder, a hub id, folder, file.gguf or demo model, or a results
+            folder.
         tasks: names of tasks, or paths of a task's .yaml file.
         data: the questions, where there is one task and they are not its own.
         grader: in the place of the tasks' own.
@@ -328,7 +357,7 @@ def evaluate(
     Raises:
         LoratuneError: no such adapter, model or task, or they do not fit together.
     """
-    from loratune.evaluating import DEFAULT_PROMPT
+    from loratune.evaluating import DEFAULT_PROMPT, evaluate_results, is_results_folder
     from loratune.evaluating import evaluate as evaluate_source
     from loratune.study.schema import Source, Task, source_of
     from loratune.workshop import choose_device
@@ -347,6 +376,19 @@ def evaluate(
         )
         for name in tasks
     ]
+    if is_results_folder(str(source)):
+        if model or prompt or answers or precision:
+            raise EvaluationError(
+                f"{source} is a results folder: model, prompt and precision are its study's, and "
+                "answers are kept in its store; leave them out"
+            )
+        return evaluate_results(
+            str(source),
+            tasks=asked,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            unsafe_exec=unsafe_exec,
+        )
     on_gpu = choose_device(device).type == "cuda"
     return evaluate_source(
         str(source),
@@ -414,15 +456,69 @@ def _absolute(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
+def laws(folder: str | Path) -> Laws:
+    """The laws that a results folder's cells support, and what cannot be concluded from them.
+
+    A model's number of parameters is that of the study's `declared` section, else that which its
+    name states.
+    """
+    place, store, record = open_results(folder)
+    with store:
+        found = store.results(record.name, with_losses=False)
+    declared = load_study(place.study).study.declared.models
+    sizes = {
+        source: float(declared_model_facts(source, shape).num_parameters)
+        for source, shape in declared.items()
+    }
+    return find_laws(found, model_parameters=sizes)
+
+
+def lemma(
+    *,
+    rank: int,
+    samples: int,
+    replicates: int = DEFAULT_REPLICATES,
+    seed: int = 0,
+    noise_scale: float | None = None,
+) -> LemmaCheck:
+    """Lemma 4.1 by simulation; with `noise_scale` the plug-in law at that true noise scale too."""
+    return check_lemma(
+        rank=rank, samples=samples, replicates=replicates, seed=seed, true_noise_scale=noise_scale
+    )
+
+
+def audit(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Audit:
+    """What makes a comparison of methods less than fair, or less than sure, with numbers.
+
+    Args:
+        path: a results folder, a CSV (as `loratune results` writes it, or with `columns`), or a
+            folder of PEFT method_comparison result files.
+        columns: {column of the CSV: our field}, as `analyse.audit.from_csv.parse_map` reads it.
+
+    Raises:
+        LoratuneError: nothing that can be read, or no run with a score.
+    """
+    place = Path(path)
+    if ResultsFolder(place).study.is_file() and not columns:
+        _, store, record = open_results(place)
+        with store:
+            table = table_of_results(store.results(record.name, with_losses=False))
+    else:
+        table = read_table(place, columns=columns or {})
+    return audit_table(table)
+
+
 def report(folder: str | Path) -> ReportPaths:
     """Write DIR/report.html and DIR/figures/ from what is in the store."""
     place, store, record = open_results(folder)
     with store:
+        found = store.results(record.name)
         return write_report(
             place.root,
             study=record,
-            results=store.results(record.name),
-            summaries=tuple(store.data_summaries(record.name).values()),
+            results=found,
+            verdicts=store.verdicts(record.name, trial_ids=trials_to_compare(found)),
+            summaries=store.data_summaries(record.name),
             provenances=store.provenances(record.name),
         )
 

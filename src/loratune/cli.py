@@ -198,7 +198,7 @@ def plan(
     ] = None,
     like: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Take the rate measured in this results folder."),
+        typer.Option(metavar="DIR", help="Take rate and noise as measured in this results folder."),
     ] = None,
     trials: Annotated[bool, typer.Option("--trials", help="List every trial as well.")] = False,
     as_json: Json = False,
@@ -346,7 +346,10 @@ def score(
 @app.command()
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="ADAPTER|MODEL", help="A PEFT folder, or a model.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER|MODEL|DIR", help="A PEFT folder, a model, or a results folder."
+        ),
     ],
     *,
     task: Annotated[
@@ -439,8 +442,9 @@ def evaluate(
         return
     for one in found:
         account = one.score
+        who = f"{Path(one.adapter).name} " if one.adapter is not None and len(found) > 1 else ""
         _print(
-            f"{account.task}: {100 * account.accuracy:.1f}% ({100 * one.low:.1f} to "
+            f"{who}{account.task}: {100 * account.accuracy:.1f}% ({100 * one.low:.1f} to "
             f"{100 * one.high:.1f}, 95% over questions), {account.correct} right, "
             f"{account.wrong} wrong, {account.truncated} truncated, {account.errors} errors of "
             f"{account.total}; grader {account.grader}"
@@ -503,6 +507,64 @@ def compare(
         _print(_json_of(comparisons_document(compared)))
     else:
         _print("\n\n".join(comparison_sentence(one) for one in compared))
+
+
+@app.command()
+def laws(folder: Folder, *, as_json: Json = False) -> None:
+    """Laws of the best LR, the loss and the best batch size, with intervals, or why none."""
+    from loratune import api
+    from loratune.report.laws_text import laws_text
+
+    found = api.laws(folder)
+    _print(_json_of(found.to_json()) if as_json else laws_text(found))
+
+
+@app.command()
+def lemma(
+    *,
+    rank: Annotated[int, typer.Option(help="r, the dimension of the inputs.")],
+    samples: Annotated[int, typer.Option(help="N, the rows that an estimate is made from.")],
+    replicates: Annotated[int, typer.Option(help="How many estimates are drawn.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+    noise_scale: Annotated[
+        float | None,
+        typer.Option(metavar="B", help="Check the plug-in law too, at this true noise scale."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check Lemma 4.1 of the paper by simulation, and what the plug-in noise scale estimates."""
+    from loratune import api
+    from loratune.report.laws_text import lemma_text
+
+    found = api.lemma(
+        rank=rank, samples=samples, replicates=replicates, seed=seed, noise_scale=noise_scale
+    )
+    _print(_json_of(found.to_json()) if as_json else lemma_text(found))
+
+
+@app.command()
+def audit(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A results folder, a CSV, or a folder of PEFT method_comparison results.",
+        ),
+    ],
+    *,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="COLUMN=FIELD", help="A CSV's column and our field for it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what makes a comparison of methods unfair or unsure, with numbers."""
+    from loratune import api
+    from loratune.analyse.audit.from_csv import parse_map
+    from loratune.report.audit_text import audit_text
+
+    found = api.audit(path, columns=parse_map(columns or []))
+    _print(_json_of(found.to_json()) if as_json else audit_text(found))
 
 
 @app.command()

@@ -9,21 +9,24 @@ import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from loratune.analyse.intervals import wilson_interval
+from loratune.data.prepare import turn_ends
+from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError, ModelError
-from loratune.evaluation.generate import Answer
 from loratune.evaluation.questions import TaskQuestions
-from loratune.evaluation.score import answer_questions, grade
+from loratune.evaluation.score import answer_questions, grade, score_task
 from loratune.evaluation.tasks import ask, check_tasks, load_questions
-from loratune.folder import ResultsFolder
+from loratune.folder import ResultsFolder, open_results
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base, Precision, load_base
-from loratune.records import Score
+from loratune.records import Score, ScoreKey
+from loratune.study.loading import load_study
 from loratune.study.schema import Data, Task
-from loratune.workshop import choose_device
+from loratune.workshop import choose_device, model_source
 
 # lm-evaluation-harness's and most papers' prompt for a model that was not trained on another one.
 DEFAULT_PROMPT = "Question: {prompt}\nAnswer:"
@@ -99,12 +102,61 @@ def evaluate(
     found = list[Evaluation]()
     with _attached(name, adapter, precision, device, trust_remote_code) as base:
         for given in tasks:
-            asked = _ask(given, base, prompt)
+            asked = _ask(given, base, _data_with(prompt), folder=Path.cwd())
             kept = _Kept(answers, who=_fingerprint(name, adapter), asked=asked)
             said = kept.complete(base, asked)
             score, _ = grade(said, asked, unsafe_exec=unsafe_exec)
             found.append(_evaluation(name, adapter, score))
     return tuple(found)
+
+
+def evaluate_results(
+    folder: str,
+    *,
+    tasks: Sequence[Task],
+    device: str | None,
+    trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
+) -> tuple[Evaluation, ...]:
+    """Score every adapter that a results folder keeps, with the study's own prompts.
+
+    Scores and raw answers go into the folder's store; what is there already is not asked again.
+
+    Raises:
+        LoratuneError: no adapter is kept, no such task, or the base cannot be had.
+    """
+    place, store, record = open_results(folder)
+    with store:
+        study = load_study(place.study).study
+        results = store.results(record.name, with_losses=False, every_score=True)
+        kept = [one for one in results if place.adapter(one.trial.trial_id).is_dir()]
+        if not kept:
+            raise EvaluationError(
+                f"{folder} keeps no adapter; set keep_adapters: best in the study and run it"
+            )
+        check_tasks(tasks, folder=place.root, unsafe_exec=unsafe_exec)
+        found = list[Evaluation]()
+        for model, of_model in groupby(kept, key=lambda one: one.trial.model):
+            source = model_source(model, folder=place.root)
+            with _attached(source, None, study.precision, device, trust_remote_code) as base:
+                asked = [_ask(given, base, study.data, folder=place.root) for given in tasks]
+                for result in of_model:
+                    adapter = place.adapter(result.trial.trial_id)
+                    known = {score.key: score for score in result.scores}
+                    for questions in asked:
+                        key = ScoreKey(
+                            questions.task,
+                            questions.version,
+                            questions.grader,
+                            questions.decoding,
+                        )
+                        if key not in known:
+                            known[key], predictions = score_task(
+                                base, adapter, questions, unsafe_exec=unsafe_exec
+                            )
+                            store.add_score(result.trial.trial_id, known[key], predictions)
+                        found.append(_evaluation(model, adapter, known[key]))
+        return tuple(found)
 
 
 def evaluate_by_harness(
@@ -146,6 +198,11 @@ def evaluate_by_harness(
         )
 
 
+def is_results_folder(source: str) -> bool:
+    """Whether `loratune run` wrote it."""
+    return ResultsFolder(Path(source).expanduser()).study.is_file()
+
+
 def _adapter_of(source: str) -> Path | None:
     """The folder, where it is an adapter's; None for a model.
 
@@ -153,10 +210,10 @@ def _adapter_of(source: str) -> Path | None:
         EvaluationError: it is a results folder.
     """
     folder = Path(source).expanduser()
-    if ResultsFolder(folder).study.is_file():
+    if is_results_folder(source):
         raise EvaluationError(
             f"{source} is a results folder; give one of its adapters, such as "
-            f"{folder / 'adapters' / 'trial-...'}, or name tasks in the study's evaluate section"
+            f"{folder / 'adapters' / 'trial-...'}"
         )
     return folder if (folder / "adapter_config.json").is_file() else None
 
@@ -205,20 +262,29 @@ def _base_of(adapter: Path) -> str:
     return name
 
 
-def _ask(given: Task, base: Base, prompt: str) -> TaskQuestions:
-    """A task around the prompt, as a study with that template would ask it."""
-    data = Data.model_validate(
+def _ask(given: Task, base: Base, data: Data, *, folder: Path) -> TaskQuestions:
+    """A task as a study with this data section would ask it."""
+    return ask(
+        given,
+        load_questions(given, folder=folder),
+        data=data,
+        tokenizer=base.tokenizer,
+        folder=folder,
+        end_ids=turn_ends(data, tokenizer=base.tokenizer),
+    )
+
+
+def _data_with(prompt: str) -> Data:
+    """A data section that is nothing but a template: nothing is trained, but it needs the rest."""
+    return Data.model_validate(
         {
-            "train": {"demo": "task"},  # Nothing is trained; the section needs it.
+            "train": {"demo": "task"},
             "prompt": "question",
             "response": "answer",
             "template": prompt,
             "max_tokens": 2,
-            "validation": {"rows": 1},
         }
     )
-    questions = load_questions(given, folder=Path.cwd())
-    return ask(given, questions, data=data, tokenizer=base.tokenizer, folder=Path.cwd())
 
 
 def _fingerprint(model: str, adapter: Path | None) -> str:

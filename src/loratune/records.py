@@ -87,6 +87,8 @@ class DataSummary:
     one of its test questions. `num_duplicate_rows` counts training rows whose normalised question
     already stood in an earlier training row; `num_in_validation` those whose normalised question is
     also that of a validation row, which a `group_by` or a validation file allows.
+    `validation_sources` numbers the source of each validation row, in their order, from 0; empty
+    where no two rows share one.
     """
 
     source: str
@@ -101,6 +103,7 @@ class DataSummary:
     num_in_test: tuple[tuple[str, int], ...] = ()
     num_in_validation: int = 0
     num_validation_dropped: int = 0
+    validation_sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,21 @@ class Prediction:
     num_tokens: int
     verdict: Literal["correct", "wrong", "truncated", "error"]
     finished: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """Which questions of one task a trial answered right: those of the score that counts.
+
+    `questions` are the questions' indexes, ascending, `correct` belongs to them; an answer that was
+    truncated or could not be graded is not correct.
+    """
+
+    trial_id: str
+    task: str
+    split: Literal["validation", "test"]
+    questions: tuple[int, ...]
+    correct: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.data.templates import prompt_for
+from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError
-from loratune.evaluation.generate import Answer
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.score import grade
 from loratune.evaluation.tasks import check_tasks, load_questions, task

@@ -111,7 +111,10 @@ class Settling:
                 continue
             if cell.asks_more and (idle or self.study.select_on == "validation_loss"):
                 further += self._refine(key, cell)
-            if cell.untried or cell.asks_more or not (idle or not self.study.scored_tasks()):
+            if cell.untried or cell.asks_more:
+                continue
+            if not idle and self.study.scored_tasks():
+                self._drop_unchosen(cell)
                 continue
             self._settle(cell)
             del self._cells[key]
@@ -189,6 +192,23 @@ class Settling:
             "all": {trial.trial_id for trial in trials},
         }[self.study.keep_adapters]
         self._drop_adapters(trial for trial in trials if trial.trial_id not in kept)
+
+    def _drop_unchosen(self, cell: _Open) -> None:
+        """Before a cell is scored: drop the adapters that will be neither scored nor kept.
+
+        A pack may hold all cells of a study, and their adapters would fill the disk meanwhile.
+        """
+        if (
+            cell.purpose == "confirm"
+            or self._scored_before_selection()
+            or self.study.keep_adapters == "all"
+        ):
+            return
+        (made,) = make_cells(self._results(cell.trials))
+        if all(result.status in FINAL_STATUSES for result in made.results):
+            chosen = () if made.best is None else made.best.trials
+            scored = {result.trial.trial_id for result in chosen}
+            self._drop_adapters(one for one in cell.trials if one.trial_id not in scored)
 
     def _drop_adapters(self, trials: Iterable[Trial]) -> None:
         for trial in trials:

@@ -66,8 +66,11 @@ class Workshop(Protocol):
         """The trials, each once, in groups that one engine can train together."""
         ...
 
-    def engine(self, group: Sequence[Trial]) -> Engine:
-        """An engine for a group or some of it, on the group's base model."""
+    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+        """An engine for a group or some of it, on the group's base model.
+
+        `remark` is told what the user should know of the choice.
+        """
         ...
 
     def provenance(self, engine: str) -> Provenance:
@@ -173,7 +176,7 @@ class Training:
     def _train_together(self, trials: tuple[Trial, ...], feed: "_StoreFeed") -> Generator[Trial]:
         feed.stop_if_asked()
         try:
-            engine = self.workshop.engine(trials)
+            engine = self.workshop.engine(trials, remark=self.watcher.remarks)
         except Exception as error:  # noqa: BLE001 - it must not cost the other groups
             feed.fail_all(error)
             yield from feed.new_outcomes()

@@ -13,7 +13,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -308,12 +308,16 @@ class LocalWorkshop:
             LoratuneError: what the study asks for can't be had or can't be done.
         """
         self._refuse_what_cannot_be_packed()
-        return make_plan(
+        plan = make_plan(
             self.loaded.study,
             models=self._survey.models,
             data=self._survey.data,
             rate=self.rate,
         )
+        if self.engine_choice == "packed":
+            for trial in {trial.model: trial for trial in plan.trials}.values():
+                check_family(self._base_of(trial).model, targets=trial.targets)
+        return plan
 
     def data_summaries(self) -> Mapping[str, DataSummary]:
         """See `training.Workshop`."""
@@ -355,17 +359,22 @@ class LocalWorkshop:
             groups.setdefault((self._is_packed(trial), *key), []).append(trial)
         return tuple(tuple(group) for group in groups.values())
 
-    def engine(self, group: Sequence[Trial]) -> Engine:
-        """See `training.Workshop`."""
+    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+        """See `training.Workshop`.
+
+        Raises:
+            ModelError: `packed` was asked for and the family computes something else when packed.
+        """
         rows = self._survey.prepared
         base = self._base_of(group[0])
         if self._is_packed(group[0]):
             rows = {trial.data_fingerprint: rows[trial.data_fingerprint] for trial in group}
             try:
                 check_family(base.model, targets=group[0].targets)
-            except ModelError:
+            except ModelError as error:
                 if self.engine_choice == "packed":
                     raise
+                remark(f"{group[0].model} trains on the reference engine, one by one: {error}")
             else:
                 return PackedEngine(
                     base, rows, shape=self._pack_shape(group), targets=group[0].targets

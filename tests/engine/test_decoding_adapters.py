@@ -1,4 +1,4 @@
-"""Adapters as plain tensors in seats, against PEFT's own merged weights; what is refused."""
+"""Adapters read into plain tensors and seated, against PEFT's merged weights; refusals."""
 
 from dataclasses import replace
 from typing import Any

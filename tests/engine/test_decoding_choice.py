@@ -1,6 +1,6 @@
 """The next token against transformers' own warpers and a chi-square test of its draws."""
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +27,10 @@ def draws(logits_V: Tensor, *, temperature: float, top_p: float, count: int) -> 
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4, 1e-6])
 def test_tokens_come_as_often_as_transformers_warpers_say(temperature: float, top_p: float):
     logits_V = 2 * torch.randn(12, generator=torch.Generator().manual_seed(1))
-    no_ids: Any = torch.zeros(1, 1, dtype=torch.int64)
-    scores: Any = TemperatureLogitsWarper(temperature)(no_ids, cast("Any", logits_V[None]))
-    scores = TopPLogitsWarper(top_p)(no_ids, scores)
+    ids: Any = torch.zeros(1, 1).long()
+    warmed: Any = logits_V[None]
+    scores: Any = TemperatureLogitsWarper(temperature)(ids, warmed)
+    scores = TopPLogitsWarper(top_p)(ids, scores)
     likelihood_V = scores[0].double().softmax(-1).numpy()
     found = draws(logits_V, temperature=temperature, top_p=top_p, count=20_000)
     counts = np.bincount(found.numpy(), minlength=12)

@@ -26,15 +26,15 @@ class Recorded:
     over, and afterwards only the numbers in its buffers change.
     """
 
-    made: int = 0
+    made = 0
 
     def __init__(
-        self, body: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]], example: Any, **_more: Any
+        self, body: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]], example: Any, **_: Any
     ) -> None:
         Recorded.made += 1
         self._body = body
         self._buffers = [one.clone() for one in example]
-        for _ in range(3):
+        for _ in range(3):  # type: ignore
             body(self._buffers)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation.code_answers import CodeReference
-from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.generate import generate_answers
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.sandbox import choosing
 from loratune.evaluation.score import grade, score_task

@@ -38,7 +38,7 @@ class TriedRate:
     """One LR of a cell. `seed_scores` follow the cell's seeds, None where there is no score.
 
     `mean` is over the scores there are, None where none is finite; it is shown, but only an
-    eligible LR's is compared.
+    eligible LR's is compared. `further` are its trials with seeds that did not choose.
     """
 
     learning_rate: float
@@ -46,11 +46,14 @@ class TriedRate:
     seed_scores: tuple[float | None, ...]
     mean: float | None
     verdict: Literal["eligible", "diverged", "incomplete", "screened"]
+    further: tuple[TrialResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """All trials that differ only in LR and seed. `trial` is one of them, for what they share.
+
+    `seeds` are those that choose the LR; see the module.
 
     `best` and `score` are None where no LR is eligible, `lr_at_edge` too. `lr_at_edge`: the best
     LR is the lowest or the highest that was tried; an LR that diverged or was stopped early was
@@ -68,7 +71,6 @@ class Cell:
     best: TriedRate | None
     lr_at_edge: bool | None
     score: Mean | None
-    confirmations: tuple[TrialResult, ...] = ()
 
     @property
     def diverged_rates(self) -> tuple[float, ...]:
@@ -82,8 +84,13 @@ class Cell:
 
     @property
     def results(self) -> tuple[TrialResult, ...]:
-        """Every trial of the cell that takes part in choosing, by LR, then seed."""
-        return tuple(result for rate in self.rates for result in rate.trials)
+        """Every trial of the cell, by LR, then seed; those that confirm come last."""
+        return tuple(result for rate in self.rates for result in (*rate.trials, *rate.further))
+
+    @property
+    def confirmations(self) -> tuple[TrialResult, ...]:
+        """The trials that choose nothing."""
+        return tuple(result for rate in self.rates for result in rate.further)
 
     def _rates_of(self, verdict: str) -> tuple[float, ...]:
         return tuple(rate.learning_rate for rate in self.rates if rate.verdict == verdict)
@@ -151,7 +158,13 @@ def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
     by_rate = dict[float, list[TrialResult]]()
     for result in results:
         by_rate.setdefault(result.trial.learning_rate, []).append(result)
-    rates = tuple(_tried(rate, by_rate[rate], seeds, metric) for rate in sorted(by_rate))
+    fresh = dict[float, list[TrialResult]]()
+    for result in of_cell:
+        if result.purpose == "confirm":
+            fresh.setdefault(result.trial.learning_rate, []).append(result)
+    rates = tuple(
+        _tried(rate, by_rate[rate], fresh.get(rate, ()), seeds, metric) for rate in sorted(by_rate)
+    )
     best = best_rate(rates, metric)
     first = of_cell[0]
     return Cell(
@@ -165,12 +178,15 @@ def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
         best=best,
         lr_at_edge=None if best is None else _at_edge(best, rates),
         score=None if best is None else mean_with_interval(_finite(best.seed_scores)),
-        confirmations=tuple(result for result in of_cell if result.purpose == "confirm"),
     )
 
 
 def _tried(
-    rate: float, results: Sequence[TrialResult], seeds: Sequence[int], metric: Metric
+    rate: float,
+    results: Sequence[TrialResult],
+    fresh: Sequence[TrialResult],
+    seeds: Sequence[int],
+    metric: Metric,
 ) -> TriedRate:
     by_seed = {result.trial.seed: result for result in results}
     scores = tuple(
@@ -190,6 +206,7 @@ def _tried(
         seed_scores=scores,
         mean=math.fsum(finite) / len(finite) if finite else None,
         verdict=verdict,
+        further=tuple(sorted(fresh, key=lambda result: result.trial.seed)),
     )
 
 

@@ -83,7 +83,7 @@ SLOTS_ON_CPU = 32
 MOST_SEATS = 64
 PREFILL_TOKENS = 8192
 # The share of free memory that slots may take; the rest is for what a step makes on the way.
-SHARE_FOR_SLOTS = 0.85
+SHARE_FOR_SLOTS = 0.8
 SHARE_FOR_SEATS = 0.15
 # Prompts wait until so small a part of all slots is free, or each would have a pass of its own.
 PART_TO_REFILL = 32
@@ -200,10 +200,9 @@ class Decoder:
         left = dict(enumerate(asked))
         while left:
             reason = None
-            size = self._size_for(list(left.values()))
             try:
                 # Whatever has been answered stays so: rows that were cut off begin anew.
-                for answered in self._answers(left, size):
+                for answered in self._answers(left):
                     del left[answered.index]
                     yield answered
             except torch.OutOfMemoryError as error:
@@ -211,11 +210,12 @@ class Decoder:
             if reason is not None:
                 # Outside the except block: the error holds on to what was allocated.
                 release_memory(self._base.device)
-                self._shrink(size, reason)
+                self._shrink(reason)
 
-    def _answers(self, left: Mapping[int, Request], size: DecoderSize) -> Generator[Answered]:
+    def _answers(self, left: Mapping[int, Request]) -> Generator[Answered]:
         base = self._base
         bank = AdapterBank(base.model, self._needs, num_seats=self._num_seats)
+        size = self._size_for(list(left.values()))
         num_left = Counter(one.adapter for one in left.values())
         with (
             installed_decoder(base.model, bank, size) as model,
@@ -263,16 +263,15 @@ class Decoder:
             return SLOTS_ON_CPU
         release_memory(device)
         free, _ = torch.cuda.mem_get_info(device)
-        free -= (self._num_seats + 1) * seat_bytes(self._base.model, self._needs)
         # One slot more is filler's.
         of_a_slot = room * cache_bytes_per_token(self._base.model)
         fitting = int(SHARE_FOR_SLOTS * free / of_a_slot) - 1
         return max(1, min(MOST_SLOTS_ON_CUDA, fitting))
 
-    def _shrink(self, size: DecoderSize, reason: str) -> None:
+    def _shrink(self, reason: str) -> None:
         """Half as many slots, and less of everything else that may have been too much."""
-        if size.num_slots > 1:
-            self._num_slots = size.num_slots // 2
+        if self._num_slots is not None and self._num_slots > 1:
+            self._num_slots //= 2
         elif self._num_seats > 1:
             self._num_seats //= 2
         else:
@@ -384,11 +383,6 @@ class Decoder:
                 "one; give a prompt that is not empty"
             )
         config = self._base.model.config.get_text_config()
-        if max(ids) >= config.vocab_size or min(ids) < 0:
-            raise EvaluationError(
-                f"request {index} has tokens from {min(ids)} to {max(ids)}, but the model knows "
-                f"0 to {config.vocab_size - 1}; encode the prompt with the model's own tokenizer"
-            )
         positions: int | None = getattr(config, "max_position_embeddings", None)
         if positions is not None and len(ids) + num_more > positions:
             raise EvaluationError(
@@ -626,11 +620,13 @@ class _Run:
     def _ends_of(self, request: Request) -> Ends:
         key = (request.stop, request.end_ids)
         if key not in self._ends:
+            head = self._base.model.get_output_embeddings()
+            assert head is not None, "a causal model has an output head"
             self._ends[key] = Ends(
                 self._base.tokenizer,
                 stop=request.stop,
                 end_ids=end_ids_of(self._base, request.end_ids),
-                vocab_size=self._model.vocab_size,
+                vocab_size=head.weight.shape[0],
             )
         return self._ends[key]
 

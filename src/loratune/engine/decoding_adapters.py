@@ -25,7 +25,6 @@ Legend: A seats, D in, E out, R rank.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -138,8 +137,8 @@ def _check_config(config: LoraConfig, *, where: str) -> None:
 
 def _scale_of(config: LoraConfig, name: str, *, rank: int, where: str) -> float:
     """alpha/r or alpha/sqrt(r), alpha and r by the layer's own patterns where it has some."""
-    ranks: dict[str, int] = dict(cast("Any", config.rank_pattern) or {})
-    alphas: dict[str, float] = dict(cast("Any", config.alpha_pattern) or {})
+    ranks: dict[str, int] = {**(config.rank_pattern or {})}
+    alphas: dict[str, float] = {**(config.alpha_pattern or {})}
     declared = ranks.get(get_pattern_key(list(ranks), name), config.r)
     if declared != rank:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Attention over keys and values in fixed slots: prompts end to end, then token by token.
+"""Attention over a cache of keys and values in fixed slots: whole prompts, then token by token.
 
 Each row has a slot of the cache for as long as it is answered, with room for its prompt and its
 answer. A prompt's tokens attend to each other as in training (`engine.attention`) and leave their

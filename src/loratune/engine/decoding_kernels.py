@@ -12,7 +12,8 @@ adds the parts up (in order, in float32) where it reads them, and does all membe
 
 The number of programs depends on the number of rows alone, lengths are read on the device.
 
-Legend: M rows, S slots, G key heads, H heads, D width of a key, E of a value.
+Legend: M rows, S slots, G key heads, H heads, D width of a key, E of a value; A seats,
+K directions, R rank, N features.
 """
 
 # triton has no types, and is there with CUDA builds of torch alone.

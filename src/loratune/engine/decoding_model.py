@@ -129,11 +129,6 @@ class DecodingModel:
             if part == 1 or size.tokens_per_prefill // part >= size.longest_prompt
         ]
 
-    @property
-    def vocab_size(self) -> int:
-        """No token that it gives is as large."""
-        return len(self._head_VD)
-
     # Prompts ------------------------------------------------------------------------------------
 
     def most_prompts(self) -> int:

@@ -344,7 +344,7 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
 
 
 def has_bias(linear: nn.Linear) -> bool:
-    """Whether a layer adds a bias."""
+    """Whether the layer adds a bias."""
     # torch declares a Parameter, and puts None there.
     return cast("Tensor | None", linear.bias) is not None
 

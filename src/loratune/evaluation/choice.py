@@ -121,4 +121,5 @@ OPENBOOKQA = _task(
     partial(_labelled, stem="question_stem"),
     "normalised",
 )
-PIQA = _task("piqa", Source(id="ybisk/piqa", split="validation"), _piqa, "normalised")
+# The authors' own copy is a program, which is not run; this is its data.
+PIQA = _task("piqa", Source(id="baber/piqa", split="validation"), _piqa, "normalised")

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError
 from loratune.evaluation.code_answers import grade_code
-from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.generate import generate_answers
 from loratune.evaluation.graders import (
     CHOICE_GRADERS,
     Verdict,

@@ -84,12 +84,7 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
 
 
 def lora_config_of(files: AdapterFiles, *, where: str) -> LoraConfig:
-    """PEFT's config of a finished adapter; `where` names it in messages.
-
-    Raises:
-        ModelError: another kind of adapter, of a base that was changed, or with weights of the base
-            itself; or the config is malformed.
-    """
+    """PEFT's configuration of an adapter; raises ModelError where it is no plain LoRA."""
     given = dict(files.config)
     if given.get("peft_type") != "LORA":
         raise ModelError(

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from loratune.planning.build import Plan
 from loratune.planning.packs import PlannedPack
+from loratune.planning.power import StudyPower
 from loratune.records import Trial
 
 
@@ -33,11 +34,8 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
         f"  disk           {plan.disk_bytes / 2**30:.2f} GiB",
     ]
     lines += map(_pack_line, plan.packs)
-    if plan.detectable_effect is not None:
-        lines.append(
-            f"  detectable     differences from {100 * plan.detectable_effect:.1f} points of "
-            "accuracy (80% power, paired, 20% of answers differ, seeds left out)"
-        )
+    for one in plan.power:
+        lines += ["", *_power_lines(one)]
     if plan.provisional:
         lines += ["", "Trial ids are provisional: model or data were declared, not read."]
     if list_trials:
@@ -60,6 +58,51 @@ def _further(plan: Plan) -> list[str]:
             f"a best LR at an end of the grid adds up to {extend} beyond it (not counted here)"
         )
     return lines
+
+
+def _power_lines(one: StudyPower) -> list[str]:
+    """What differences between two methods can be found, and what would resolve a small one."""
+    name = one.metric.replace("_", " ")
+    sample = f"{one.num_seeds} {'seed' if one.num_seeds == 1 else 'seeds'}"
+    if one.num_questions is not None:
+        sample += f", {one.num_questions:,} questions"
+    target = _effect(one.target, one)
+    noise = f"  noise          {one.noise}"
+    if one.detectable_effect is None or one.called_effect is None:
+        return [
+            f"  {name}: no difference between methods can be shown with {sample}; "
+            "write seeds: 5 in the study",
+            noise,
+        ]
+    lines = [
+        f"  {name}, difference between two methods with {sample}:",
+        f"  detectable     {_effect(one.detectable_effect, one)} (80% power; compare calls it one "
+        f"as often from {_effect(one.called_effect, one)} on)",
+    ]
+    if one.num_questions is None:
+        lines.append(f"  {target} takes {_count(one.seeds_needed, 'seeds')}")
+    else:
+        lines += [
+            f"  {target} takes {_count(one.seeds_needed, 'seeds')} with these questions, "
+            f"{_count(one.questions_needed, 'questions')} with these seeds,",
+            "  "
+            + ", ".join(
+                f"{_count(questions, 'questions')} with {seeds} seeds"
+                for seeds, questions in one.questions_needed_with
+            ),
+        ]
+    return [*lines, noise]
+
+
+def _effect(value: float, one: StudyPower) -> str:
+    if one.num_questions is None:
+        return f"{value:.2g} nats"
+    points = f"{100 * value:.2g}"
+    return f"{points} point" if points == "1" else f"{points} points"
+
+
+def _count(value: int | None, what: str) -> str:
+    return f"more {what} than can be had" if value is None else f"{value:,} {what}"
 
 
 def _trial_line(trial: Trial) -> str:

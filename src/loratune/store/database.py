@@ -103,6 +103,7 @@ from loratune.records import (
     StudyRecord,
     Trial,
     TrialResult,
+    Verdicts,
 )
 from loratune.store import codec, tables
 from loratune.store.connect import WRITES, check_file, locate, make_engine, translated
@@ -534,7 +535,7 @@ class Store:
         with self._reading() as connection:
             row = self._study(connection, study)
             select_on: SelectOn = row.select_on
-            asked = None if row.asks is None else {ScoreKey(*key) for key in json.loads(row.asks)}
+            asked = _asked(row)
             bodies = list[Row[Any]]()
             ended = list[Row[Any]]()
             holders = list[Row[Any]]()
@@ -556,12 +557,7 @@ class Store:
         }
         names = [column.name for column in columns]
         finished = {row.trial_id: (_outcome(row, names), engines[row.provenance]) for row in ended}
-        scored: dict[str, dict[tuple[str, ...], Score]] = {}
-        for record in records:  # oldest first: a newer one replaces an older
-            if not every_score and asked is not None and record.score.key not in asked:
-                continue  # Another study's question, or one that this study asked before.
-            key = _score_key(record.score) if every_score else (record.score.task,)
-            scored.setdefault(record.trial_id, {})[key] = record.score
+        scored = _standing(records, asked, every_score=every_score)
         results: list[TrialResult] = []
         for planned in sorted(bodies, key=lambda body: body.position):
             trial_id: str = planned.trial_id
@@ -576,7 +572,9 @@ class Store:
                     trial=codec.trial_from_json(planned.body),
                     status=status if outcome is None else outcome.status,
                     outcome=outcome,
-                    scores=tuple(score for _, score in sorted(scored.get(trial_id, {}).items())),
+                    scores=tuple(
+                        record.score for _, record in sorted(scored.get(trial_id, {}).items())
+                    ),
                     engine=engine,
                     purpose=planned.purpose,
                 )
@@ -644,6 +642,48 @@ class Store:
                 )
                 for row in connection.execute(query)
             )
+
+    def verdicts(
+        self, study: str, *, trial_ids: Collection[str] | None = None
+    ) -> tuple[Verdicts, ...]:
+        """Which questions each trial answered right, for the scores that `results` gives.
+
+        In order of the scores' ids; a score that was added without its answers is left out. One
+        row is read for each answer: name the trials where a study has many.
+
+        Raises:
+            StoreError: no such study.
+        """
+        own = tables.predictions
+        with self._reading() as connection:
+            row = self._study(connection, study)
+            records = list[ScoreRecord]()
+            for some in [None] if trial_ids is None else _chunks(trial_ids):
+                records += _scores(connection, row.study_id, some)
+            standing = _standing(records, _asked(row), every_score=False)
+            kept = {
+                record.score_id: record for of_trial in standing.values()
+                for record in of_trial.values()
+            }  # fmt: skip
+            answers: dict[int, list[tuple[int, bool]]] = {}
+            for some in _chunks(kept):
+                query = (
+                    select(own.c.score_id, own.c.question_index, own.c.verdict == "correct")
+                    .where(own.c.score_id.in_(some))
+                    .order_by(own.c.score_id, own.c.question_index)
+                )
+                for score_id, question, correct in connection.execute(query):
+                    answers.setdefault(score_id, []).append((question, bool(correct)))
+        return tuple(
+            Verdicts(
+                trial_id=kept[score_id].trial_id,
+                task=kept[score_id].score.task,
+                split=kept[score_id].score.split,
+                questions=tuple(question for question, _ in given),
+                correct=tuple(correct for _, correct in given),
+            )
+            for score_id, given in sorted(answers.items())
+        )
 
     # Artifacts and data summaries
 
@@ -917,6 +957,24 @@ def _scores(
         )
         for row in connection.execute(query)
     )
+
+
+def _asked(study: Row[Any]) -> set[ScoreKey] | None:
+    """The scores that a study wants; None where the newest of each task is meant."""
+    return None if study.asks is None else {ScoreKey(*key) for key in json.loads(study.asks)}
+
+
+def _standing(
+    records: Sequence[ScoreRecord], asked: set[ScoreKey] | None, *, every_score: bool
+) -> dict[str, dict[tuple[str, ...], ScoreRecord]]:
+    """For each trial the scores that count, by task or, with `every_score`, by all of their key."""
+    found: dict[str, dict[tuple[str, ...], ScoreRecord]] = {}
+    for record in records:  # oldest first: a newer one replaces an older
+        if not every_score and asked is not None and record.score.key not in asked:
+            continue  # Another study's question, or one that this study asked before.
+        key = _score_key(record.score) if every_score else (record.score.task,)
+        found.setdefault(record.trial_id, {})[key] = record
+    return found
 
 
 def _chunks(values: Collection[_T]) -> Iterator[list[_T]]:

@@ -527,6 +527,11 @@ class Seeds(Section):
         return tuple(range(first, first + self.around_best))
 
     @property
+    def num_compared(self) -> int:
+        """How many seeds two chosen points are compared over: fresh ones where there are two."""
+        return self.confirm if self.confirm > 1 else len(self.grid) + self.around_best
+
+    @property
     def fresh(self) -> tuple[int, ...]:
         """The seeds that confirm the best cell of a curve."""
         first = max(self.grid) + 1 + self.around_best
