@@ -15,7 +15,7 @@ from typing import Any
 
 from loratune.analyse.intervals import wilson_interval
 from loratune.data.prepare import turn_ends
-from loratune.engine.decoding_text import Answer
+from loratune.records import Answer
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.score import answer_questions, grade, score_task

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.data.templates import prompt_for
-from loratune.engine.decoding_text import Answer
+from loratune.records import Answer
 from loratune.errors import EvaluationError
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.score import grade

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.engine.decoding_text import Answer
+from loratune.records import Answer
 from loratune.errors import EvaluationError
 from loratune.evaluation.custom import read_task
 from loratune.evaluation.graders import extracted, judge_choice, judge_exact

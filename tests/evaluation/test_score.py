@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.engine.decoding_text import Answer
+from loratune.records import Answer
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.generate import generate_answers

@@ -30,7 +30,7 @@ from sqlalchemy.types import TypeDecorator
 
 # Every numbered migration, oldest first. A database whose revision is not in this list was written
 # by a newer version. Kept here, not asked of alembic, whose import takes longer than opening.
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0005")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -238,6 +238,31 @@ predictions = Table(
     Column("verdict", String(16), nullable=False),
     Column("text", RawText, nullable=False),
     Column("finished", Boolean, nullable=True),
+    Column("reason", RawText, nullable=True),
+)
+
+# `body` is the JSON of records.QuestionSet. Written once; scores with equal columns are of it.
+question_sets = Table(
+    "question_sets",
+    metadata,
+    Column("set_id", Integer, primary_key=True),
+    Column("task", Text, nullable=False),
+    Column("task_version", Text, nullable=False),
+    Column("decoding", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    UniqueConstraint("task", "task_version", "decoding"),
+)
+
+# Answers of a trial that is being scored; they become predictions when all of them are there.
+answers = Table(
+    "answers",
+    metadata,
+    Column("trial_id", String(128), ForeignKey("trials.trial_id"), primary_key=True),
+    Column("set_id", Integer, ForeignKey("question_sets.set_id"), primary_key=True),
+    Column("question_index", Integer, primary_key=True),
+    Column("num_tokens", Integer, nullable=False),
+    Column("finished", Boolean, nullable=False),
+    Column("text", RawText, nullable=False),
 )
 
 artifacts = Table(
