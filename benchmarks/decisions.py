@@ -38,8 +38,11 @@ def null_test_part(num_simulations: int) -> None:
         f"{NUM_MANY} configurations against {NUM_FEW} of the same method, {NUM_TEST:,} questions, "
         f"{num_simulations:,} simulations each"
     )
-    print("| chosen on | scored with | ahead, % | bias, points | found different, % | called, % |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| chosen on | scored with | ahead, % | equal, % | bias, points "
+        "| found different, % | called, % |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     rows: tuple[tuple[Procedure, int, str, str], ...] = (
         ("test", 1, "the test", "1 seed, the same"),
         ("held-out", 5, "held-out rows", "5 seeds, the same"),
@@ -52,7 +55,8 @@ def null_test_part(num_simulations: int) -> None:
             procedure, num_simulations=num_simulations, seed=seed, num_seeds=num_seeds
         )
         print(
-            f"| {chosen} | {scored} | {100 * found.ahead:.1f} | {100 * found.bias:+.3f} +- "
+            f"| {chosen} | {scored} | {100 * found.ahead:.1f} | {100 * found.level:.1f} | "
+            f"{100 * found.bias:+.3f} +- "
             f"{196 * found.bias_error:.3f} | {_percent(found.rejected)} | "
             f"{_percent(found.called)} |",
             flush=True,
