@@ -26,7 +26,16 @@ from loratune.engine.base import Engine, Event, Failed, Finished, Progress, Snap
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder, replace_folder
 from loratune.planning.build import Plan
-from loratune.records import DataSummary, Outcome, Prediction, Provenance, Score, ScoreKey, Trial
+from loratune.records import (
+    DataSummary,
+    Outcome,
+    Prediction,
+    Provenance,
+    QuestionSet,
+    Score,
+    ScoreKey,
+    Trial,
+)
 from loratune.store.database import Store
 
 if TYPE_CHECKING:
@@ -79,6 +88,10 @@ class Workshop(Protocol):
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
         """What `score` would ask now, and how it would judge."""
+        ...
+
+    def questions(self, trial: Trial, *, task: str) -> QuestionSet:
+        """What `score` would ask now, as the store keeps it."""
         ...
 
     def score(

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.records import Answer
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.generate import generate_answers
@@ -14,6 +13,7 @@ from loratune.evaluation.sandbox import choosing
 from loratune.evaluation.score import grade, score_task
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.models.load import Base
+from loratune.records import Answer
 from tiny_models import tiny_model, tiny_tokenizer
 
 CONFIG = {

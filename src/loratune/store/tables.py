@@ -253,18 +253,6 @@ question_sets = Table(
     UniqueConstraint("task", "task_version", "decoding"),
 )
 
-# Answers of a trial that is being scored; they become predictions when all of them are there.
-answers = Table(
-    "answers",
-    metadata,
-    Column("trial_id", String(128), ForeignKey("trials.trial_id"), primary_key=True),
-    Column("set_id", Integer, ForeignKey("question_sets.set_id"), primary_key=True),
-    Column("question_index", Integer, primary_key=True),
-    Column("num_tokens", Integer, nullable=False),
-    Column("finished", Boolean, nullable=False),
-    Column("text", RawText, nullable=False),
-)
-
 artifacts = Table(
     "artifacts",
     metadata,

@@ -1,4 +1,4 @@
-"""What was asked, answers before there is a score of them, and why an answer is not right."""
+"""What was asked, and why an answer is not right."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -26,20 +26,4 @@ def upgrade() -> None:
             "decoding",
             name=op.f("uq_question_sets_task_task_version_decoding"),
         ),
-    )
-    op.create_table(
-        "answers",
-        sa.Column("trial_id", sa.String(length=128), nullable=False),
-        sa.Column("set_id", sa.Integer(), nullable=False),
-        sa.Column("question_index", sa.Integer(), nullable=False),
-        sa.Column("num_tokens", sa.Integer(), nullable=False),
-        sa.Column("finished", sa.Boolean(), nullable=False),
-        sa.Column("text", sa.LargeBinary(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["trial_id"], ["trials.trial_id"], name=op.f("fk_answers_trial_id")
-        ),
-        sa.ForeignKeyConstraint(
-            ["set_id"], ["question_sets.set_id"], name=op.f("fk_answers_set_id")
-        ),
-        sa.PrimaryKeyConstraint("trial_id", "set_id", "question_index", name=op.f("pk_answers")),
     )
