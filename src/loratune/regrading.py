@@ -5,6 +5,7 @@ those are read from the tasks' own data again, and checked to be the ones that w
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,41 @@ class Regraded:
     trial_id: str
     before: Score
     after: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A score with why its answers were not right: how many for each (verdict, reason).
+
+    Reasons come the most frequent first; the first line of each, without what a program printed
+    behind a colon. Answers of which no reason is known are in the score's counts alone.
+    """
+
+    trial_id: str
+    score: Score
+    reasons: tuple[tuple[str, str, int], ...]
+
+
+def accounts(store: Store, study: str) -> tuple[Account, ...]:
+    """The account of every score of a study, oldest first.
+
+    Raises:
+        StoreError: no such study.
+    """
+    found = list[Account]()
+    for record in store.all_scores(study):
+        counted = Counter(
+            (one.verdict, _kind_of(one.reason))
+            for one in store.predictions(record.score_id)
+            if one.reason
+        )
+        reasons = tuple((*key, count) for key, count in counted.most_common())
+        found.append(Account(record.trial_id, record.score, reasons))
+    return tuple(found)
+
+
+def _kind_of(reason: str) -> str:
+    return reason.splitlines()[0].partition(":")[0].strip()
 
 
 def regrade(
@@ -107,7 +143,7 @@ def _of_task(
             continue
         known = store.question_set(record.score)
         if known is not None:
-            asked = _of_set(known, grader=given.grader)
+            asked = _of_set(known, version=definition.version, grader=given.grader)
         else:
             if questions is None:
                 questions = load_questions(given, folder=folder)
@@ -123,11 +159,11 @@ def _of_task(
     return made[::-1]
 
 
-def _of_set(known: QuestionSet, *, grader: GraderName) -> TaskQuestions:
+def _of_set(known: QuestionSet, *, version: str, grader: GraderName) -> TaskQuestions:
     """The questions behind a score as the store has them."""
     return TaskQuestions(
         task=known.task,
-        version=known.task_version,
+        version=version,
         split=known.split,
         grader=grader,
         prompts=("",) * len(known.references),

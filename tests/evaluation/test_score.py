@@ -145,6 +145,9 @@ def test_answers_that_are_programs_are_judged_by_running_them():
     score, predictions = grade(answers, questions, unsafe_exec=True)
     assert (score.correct, score.wrong, score.truncated, score.errors) == (1, 1, 1, 1)
     assert [one.text for one in predictions] == [answer.text for answer in answers]
+    assert [one.reason is None for one in predictions] == [True, False, False, False]
+    assert predictions[1].reason is not None
+    assert "AssertionError" in predictions[1].reason
 
 
 def test_programs_are_not_run_where_they_cannot_be_isolated(monkeypatch):
