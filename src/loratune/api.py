@@ -39,13 +39,14 @@ if TYPE_CHECKING:
 
     from loratune.evaluating import Evaluation
     from loratune.models.load import Precision
-    from loratune.regrading import Regraded
+    from loratune.regrading import Account, Regraded
     from loratune.report.page import ReportPaths
     from loratune.study.schema import GraderName
     from loratune.sweep import Sweep
     from loratune.workshop import EngineChoice, Survey
 
 __all__ = [
+    "accounts",
     "audit",
     "cells",
     "compare",
@@ -279,6 +280,19 @@ def compare(folder: str | Path) -> tuple[Comparison, ...]:
         verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
         sources = question_sources(store.data_summaries(record.name))
     return compare_results(found, verdicts=verdicts, sources=sources)
+
+
+def accounts(folder: str | Path) -> "tuple[Account, ...]":
+    """Every score of a results folder, with why answers were not right where that is known.
+
+    Raises:
+        StoreError: not a results folder.
+    """
+    from loratune.regrading import accounts
+
+    _, store, record = open_results(folder)
+    with store:
+        return accounts(store, record.name)
 
 
 def score(

@@ -293,11 +293,26 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
-    """One raw answer, kept so that scoring can be redone without a GPU.
+class Answer:
+    """What a model wrote: the text without special tokens, ending before the first stop string.
 
-    Of a question with choices `text` is the JSON list of their log-likelihoods. `finished` is False
-    where the token limit cut the answer off; None in answers of older versions, which did not say.
+    Of a question with choices `text` is the JSON list of their log-likelihoods. `num_tokens` counts
+    what was generated, the EOS or the stop string included. `finished` is False where the token
+    limit came before both.
+    """
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One raw answer and its verdict, kept so that scoring can be redone without a GPU.
+
+    `text` and `finished` are those of the Answer; `finished` is None in answers of older versions,
+    which did not say. `reason` is why it is not correct, in words, and may quote a program; None
+    where it is correct or nothing is known.
     """
 
     question_index: int
@@ -305,6 +320,25 @@ class Prediction:
     num_tokens: int
     verdict: Literal["correct", "wrong", "truncated", "error"]
     finished: bool | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """The questions of one task as they were asked, as far as judging answers needs them.
+
+    Task, version and decoding identify it: the decoding holds a hash of all prompts and references.
+    `references` and, where there are any, `choices` are those of the questions in their order;
+    `extract` is the expression whose first group is judged of an answer, None: the whole.
+    """
+
+    task: str
+    task_version: str
+    decoding: str
+    split: Literal["validation", "test"]
+    references: tuple[str | None, ...]
+    extract: str | None = None
+    choices: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

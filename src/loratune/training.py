@@ -32,6 +32,7 @@ from loratune.records import (
     Outcome,
     Prediction,
     Provenance,
+    QuestionSet,
     Score,
     ScoreKey,
     Trial,
@@ -88,6 +89,10 @@ class Workshop(Protocol):
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
         """What `score` would ask now, and how it would judge."""
+        ...
+
+    def questions(self, trial: Trial, *, task: str) -> QuestionSet:
+        """What `score` would ask now, as the store keeps it."""
         ...
 
     def score(

@@ -53,6 +53,7 @@ from loratune.records import (
     ModelFacts,
     Prediction,
     Provenance,
+    QuestionSet,
     Score,
     ScoreKey,
     Trial,
@@ -393,6 +394,10 @@ class LocalWorkshop:
         """See `training.Workshop`."""
         asked = self._asked[trial.model, trial.data_fingerprint, task]
         return ScoreKey(asked.task, asked.version, asked.grader, asked.decoding)
+
+    def questions(self, trial: Trial, *, task: str) -> QuestionSet:
+        """See `training.Workshop`."""
+        return self._asked[trial.model, trial.data_fingerprint, task].question_set()
 
     def score(
         self, trial: Trial, adapter: Path, *, task: str

@@ -9,7 +9,15 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from loratune.records import BlockSums, DataSummary, MethodChoice, NoiseProbe, Provenance, Trial
+from loratune.records import (
+    BlockSums,
+    DataSummary,
+    MethodChoice,
+    NoiseProbe,
+    Provenance,
+    QuestionSet,
+    Trial,
+)
 
 _TRIAL_FIELDS = tuple(field.name for field in fields(Trial))
 # One encoder for all: json.dumps with arguments builds a new one each call.
@@ -69,3 +77,16 @@ def probe_from_json(text: str) -> NoiseProbe:
     body: dict[str, Any] = json.loads(text)
     body["blocks"] = tuple(BlockSums(**one) for one in body["blocks"])
     return NoiseProbe(**body)
+
+
+def questions_to_json(questions: QuestionSet) -> str:
+    """The question set as canonical JSON."""
+    return _encode(asdict(questions))
+
+
+def questions_from_json(text: str) -> QuestionSet:
+    """The question set that `questions_to_json` wrote."""
+    body: dict[str, Any] = json.loads(text)
+    body["references"] = tuple(body["references"])
+    body["choices"] = tuple(tuple(of_one) for of_one in body["choices"])
+    return QuestionSet(**body)

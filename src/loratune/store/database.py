@@ -30,7 +30,7 @@ trial can be claimed anew; the old row stays, the newest outcome is the trial's.
 
 *Scores* are append-only, each with its raw predictions in the same transaction. Scoring again is a
 new row; the newest row of a (task, version, grader, decoding, split) counts. Anyone may add one;
-the store does not ask who.
+the store does not ask who. *Question sets* say what was asked; each is written once.
 
 *Data summaries* are append-only, the newest of a fingerprint counts. *Artifacts* are the only rows
 that are replaced and removed, since they say where a file is and not what a trial did.
@@ -98,6 +98,7 @@ from loratune.records import (
     Prediction,
     Provenance,
     Purpose,
+    QuestionSet,
     Score,
     ScoreKey,
     ScoreRecord,
@@ -584,8 +585,24 @@ class Store:
 
     # Scores
 
-    def add_score(self, trial_id: str, score: Score, predictions: Sequence[Prediction]) -> int:
+    def question_set(self, score: Score) -> QuestionSet | None:
+        """What was asked for a score; None where it was added without its questions."""
+        query = select(tables.question_sets.c.body).where(_is_set(score))
+        with self._reading() as connection:
+            body = connection.execute(query).scalar_one_or_none()
+        return None if body is None else codec.questions_from_json(body)
+
+    def add_score(
+        self,
+        trial_id: str,
+        score: Score,
+        predictions: Sequence[Prediction],
+        *,
+        questions: QuestionSet | None = None,
+    ) -> int:
         """Append a score and the answers it counts (or none, where there are none): its id.
+
+        With `questions`, what was asked, grading can be redone from the store alone.
 
         Raises:
             StoreError: no such trial, or the answers do not add up to the score.
@@ -593,6 +610,8 @@ class Store:
         _check_account(score, predictions)
         with self._writing() as connection:
             self._check_trial(connection, trial_id)
+            if questions is not None:
+                _add_questions(connection, questions)
             values = {name: getattr(score, name) for name in _SCORE_FIELDS}
             score_id = _inserted_id(
                 connection,
@@ -609,6 +628,7 @@ class Store:
                             "verdict": prediction.verdict,
                             "text": prediction.text,
                             "finished": prediction.finished,
+                            "reason": prediction.reason,
                         }
                         for prediction in predictions
                     ],
@@ -640,6 +660,7 @@ class Store:
                     num_tokens=row.num_tokens,
                     verdict=row.verdict,
                     finished=row.finished,
+                    reason=row.reason,
                 )
                 for row in connection.execute(query)
             )
@@ -1003,6 +1024,28 @@ def _scores(
         )
         for row in connection.execute(query)
     )
+
+
+def _is_set(asked: QuestionSet | Score) -> ColumnElement[bool]:
+    own = tables.question_sets.c
+    return and_(
+        own.task == asked.task,
+        own.task_version == asked.task_version,
+        own.decoding == asked.decoding,
+    )
+
+
+def _add_questions(connection: Connection, questions: QuestionSet) -> None:
+    query = select(tables.question_sets.c.set_id).where(_is_set(questions))
+    if connection.execute(query).scalar_one_or_none() is None:
+        connection.execute(
+            insert(tables.question_sets).values(
+                task=questions.task,
+                task_version=questions.task_version,
+                decoding=questions.decoding,
+                body=codec.questions_to_json(questions),
+            )
+        )
 
 
 def _asked(study: Row[Any]) -> set[ScoreKey] | None:

@@ -30,7 +30,7 @@ from sqlalchemy.types import TypeDecorator
 
 # Every numbered migration, oldest first. A database whose revision is not in this list was written
 # by a newer version. Kept here, not asked of alembic, whose import takes longer than opening.
-REVISIONS = ("0001", "0002", "0003", "0004")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -238,6 +238,19 @@ predictions = Table(
     Column("verdict", String(16), nullable=False),
     Column("text", RawText, nullable=False),
     Column("finished", Boolean, nullable=True),
+    Column("reason", RawText, nullable=True),
+)
+
+# `body` is the JSON of records.QuestionSet. Written once; scores with equal columns are of it.
+question_sets = Table(
+    "question_sets",
+    metadata,
+    Column("set_id", Integer, primary_key=True),
+    Column("task", Text, nullable=False),
+    Column("task_version", Text, nullable=False),
+    Column("decoding", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    UniqueConstraint("task", "task_version", "decoding"),
 )
 
 artifacts = Table(
