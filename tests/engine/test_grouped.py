@@ -139,7 +139,7 @@ def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
     if corrected:
         downs, ups = [a - a0, a0], [scaled * b, scaled * (b - b0)]
     routes = routing(fresh=(1, 2, 4)).tensors()
-    y, h, correction, before = packed_linear(
+    y, h, correction, rescaled = packed_linear(
         x, x_adapter, weight, bias, downs, ups, gain, routes, segments
     )
 
