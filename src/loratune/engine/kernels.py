@@ -207,22 +207,23 @@ def _rescale_gradient(
     ns = tl.program_id(0) * BN + tl.arange(0, BN)
     is_n = ns < N
     own = tl.maximum(slot, 0).to(tl.int64)
-    gain = tl.load(gain_ptr + own * stride_gain + ns, mask=is_n & (slot >= 0), other=1.0)
-    # All zero, or none: what y was is of no interest to a slot without magnitudes.
-    trains = tl.load(inverse_ptr + own * stride_inverse) != 0
-    trains = trains & (slot >= 0)
+    is_own = is_n & (slot >= 0)
+    gain = tl.load(gain_ptr + own * stride_gain + ns, mask=is_own, other=1.0)
+    # What y was is of no interest to a slot that trains no magnitudes.
+    is_seen = tl.load(inverse_ptr + own * stride_inverse + ns, mask=is_own, other=0.0) != 0
     acc = tl.zeros((BT, BN), dtype=tl.float32)
     for t in range(begin, end, BT):
         rows = (t + tl.arange(0, BT)).to(tl.int64)[:, None]
         mask = (rows < end) & is_n[None, :]
+        seen = (rows < end) & is_seen[None, :]
         grad = tl.load(grad_ptr + rows * stride_grad + ns[None, :], mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        y = tl.load(y_ptr + rows * stride_y + ns[None, :], mask=mask & trains, other=0.0)
+        y = tl.load(y_ptr + rows * stride_y + ns[None, :], mask=seen, other=0.0)
         acc += grad * y.to(tl.float32)
         scaled = (grad * gain[None, :]).to(into_ptr.dtype.element_ty)
         tl.store(into_ptr + rows * stride_into + ns[None, :], scaled, mask=mask)
-    if trains:
-        tl.store(part_ptr + chunk.to(tl.int64) * stride_part + ns, tl.sum(acc, axis=0), mask=is_n)
+    at_part = part_ptr + chunk.to(tl.int64) * stride_part + ns
+    tl.store(at_part, tl.sum(acc, axis=0), mask=is_seen)
 
 
 @triton.jit
