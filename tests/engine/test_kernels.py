@@ -26,8 +26,13 @@ pytestmark = [
 COUNTS = (0, 5, 70, 0, 1, CHUNK + 65, 0)
 FILLER = 77
 NUM_TOKENS = sum(COUNTS) + FILLER
-# Largest error over the largest number: sums in float32 of exact operands; one rounding to 16 bits.
-CLOSE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Largest error over the largest number: sums in float32 of exact operands; one rounding to 16 bits,
+# which the interpreter cuts off.
+CLOSE = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 8e-3 if INTERPRETED else 4e-3,
+    torch.float16: 5e-4,
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
