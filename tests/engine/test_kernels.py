@@ -5,6 +5,7 @@ They need a CUDA device, or Triton's interpreter: TRITON_INTERPRET=1 pytest -m g
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def expanded(hs: Sequence[Tensor], ws: Sequence[Tensor], segments: Sequence[int]
     rank = ws[0].shape[1]
     y_MN = torch.zeros(NUM_TOKENS, segments[-1], dtype=torch.float64, device=DEVICE)
     for slot, tokens in spans():
-        for member, (low, high) in enumerate(zip(segments, segments[1:], strict=False)):
+        for member, (low, high) in enumerate(pairwise(segments)):
             ranks = slice(member * rank, (member + 1) * rank)
             for h, w in zip(hs, ws, strict=True):
                 if COUNTS[slot]:

@@ -137,9 +137,7 @@ def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
     return y, hs[0], correction, _kept(y, bias, x_adapter, gain)
 
 
-def _kept(
-    y: Tensor, bias: Tensor | None, x_adapter: Tensor | None, gain: Tensor | None
-) -> Tensor:
+def _kept(y: Tensor, bias: Tensor | None, x_adapter: Tensor | None, gain: Tensor | None) -> Tensor:
     """Room for what is rescaled, where y alone does not tell it; empty elsewhere."""
     told = gain is None or (bias is None and x_adapter is None)
     return y.new_empty(0) if told else torch.empty_like(y)
