@@ -96,8 +96,8 @@ class GroupedProducts(Protocol):
         """The backward of `expand_rescaled`: dY gain, and the gradient of gain times norm.
 
         The latter is the sum over a slot's tokens of dY times what was rescaled, over the norm, in
-        float32; overwritten or added to as by `outer`. What was rescaled is y, or y over the gain if
-        `is_scaled`: then a gain of exactly zero hides it, and its gradient is zero. A slot whose
+        float32; overwritten or added to as by `outer`. What was rescaled is y, or y over the gain
+        if `is_scaled`: then a gain of exactly zero hides it, and its gradient is zero. A slot whose
         inverse norms are zero trains no magnitudes; its gradient is zero.
 
         `grads` are the members' parts of dY, in order.
