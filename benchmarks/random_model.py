@@ -4,11 +4,13 @@ Speed depends on shapes and not on what weights say. What is left out of the rea
 scaling of the rotary frequencies, say) does not change the arithmetic.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -68,18 +70,29 @@ def random_base(shape: Shape, *, device: torch.device, seed: int = 0) -> Base:
     model.config.use_cache = False
     return Base(
         model=model,
-        tokenizer=_tokenizer(),
+        tokenizer=_tokenizer(shape.vocab_size),
         source=f"random:{shape.name}",
         fingerprint=f"random:{shape.name}",
         device=device,
     )
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Only its special tokens are asked for: rows are random token ids."""
+def save_random_model(shape: Shape, folder: Path) -> None:
+    """A model of `shape` as a folder that `loratune run` loads; its words are w4, w5, ..."""
+    base = random_base(shape, device=torch.device("cpu"))
+    base.model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Token w<i> is a word of its own; rows of token ids ask for the special tokens alone."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    words |= {f"w{index}": index for index in range(4, vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",

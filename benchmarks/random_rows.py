@@ -77,11 +77,12 @@ def long_trial(
     alpha: float = 16.0,
     method: str = "lora",
     model: str = "random",
+    steps: int = STEPS,
 ) -> Trial:
     """Trial number `slot` of a pack: its own learning rate, one of a few seeds, no end in sight."""
     num_train_rows = data.facts.num_train_rows
     length = horizon(
-        Protocol(kind="fixed_steps", steps=STEPS),
+        Protocol(kind="fixed_steps", steps=steps),
         num_train_rows=num_train_rows,
         batch_size=batch_size,
     )
@@ -106,7 +107,7 @@ def long_trial(
         seed=slot % NUM_SEEDS,
         protocol="fixed_steps",
         epochs=None,
-        steps=STEPS,
+        steps=steps,
         num_updates=length.num_updates,
         last_batch_size=length.last_batch_size,
         num_samples=length.num_samples,

@@ -8,7 +8,7 @@ from pathlib import Path
 from loratune.planning.build import make_plan
 from loratune.planning.cost import H100
 from loratune.planning.shapes import declared_data_facts, declared_model_facts
-from loratune.records import MethodChoice, Outcome, Score, Trial, TrialResult
+from loratune.records import MethodChoice, Outcome, Score, Trial, TrialResult, Verdicts
 from loratune.study.loading import parse_study
 from loratune.study.methods import choose
 from loratune.study.presets import preset_text
@@ -18,6 +18,14 @@ def score(
     task: str, correct: int, total: int, *, split: str = "test", grader: str = "strict"
 ) -> Score:
     return Score(task, "1", grader, "greedy", split, correct, total - correct, 0, 0)  # type: ignore[arg-type]
+
+
+def verdicts(
+    of: TrialResult, correct: Sequence[bool], task: str = "gsm8k", split: str = "test"
+) -> Verdicts:
+    """A trial's answers to questions 0, 1, ..."""
+    given = tuple(map(bool, correct))
+    return Verdicts(of.trial.trial_id, task, split, tuple(range(len(given))), given)  # type: ignore[arg-type]
 
 
 def result(
@@ -40,6 +48,8 @@ def result(
     seconds: float = 10.0,
     rows_per_microbatch: int | None = 16,
     reason: str | None = None,
+    data_fingerprint: str | None = None,
+    purpose: str = "search",
 ) -> TrialResult:
     """One trial; fixed_samples over one epoch unless `steps` is given."""
     choice = method if isinstance(method, MethodChoice) else choose(method, {})
@@ -50,12 +60,14 @@ def result(
     )
     trial = Trial(
         trial_id="trial-"
-        + hashlib.sha256(f"{identity}{learning_rate}{seed}".encode()).hexdigest()[:12],
+        + hashlib.sha256(f"{identity}{learning_rate}{seed}{data_fingerprint}".encode()).hexdigest()[
+            :12
+        ],
         provisional=False,
         model=model,
         model_fingerprint=f"model-{model}",
         precision="float32",
-        data_fingerprint=f"data-{model}-{num_train_rows}",
+        data_fingerprint=data_fingerprint or f"data-{model}-{num_train_rows}",
         rows=num_train_rows,
         num_train_rows=num_train_rows,
         method=choice,
@@ -107,6 +119,7 @@ def result(
         outcome=outcome,
         scores=tuple(scores),
         engine=None if outcome is None else "reference",
+        purpose=purpose,  # type: ignore[arg-type]
     )
 
 

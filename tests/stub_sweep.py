@@ -8,7 +8,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -57,6 +57,15 @@ def stub_study(name: str = "stub", *, batch_size: str = "[8, 16]", more: str = "
     return parse_study(text, name="stub.yaml", folder=Path.cwd())
 
 
+def growing_study(more: str = "") -> LoadedStudy:
+    """Two methods at two batch sizes whose best LR may be anywhere: the stub draws its losses."""
+    text = STUDY.format(name="growing", batch_size="[8, 16]", more=more)
+    text = text.replace(
+        "learning_rate: [1e-3, 1e-2]", "learning_rate: {values: [1e-3, 1e-2], extend: 2}"
+    ).replace("seeds: 2", "seeds: {grid: 1, around_best: 2, confirm: 2}")
+    return parse_study(text, name="growing.yaml", folder=Path.cwd())
+
+
 @dataclass(frozen=True)
 class StubAdapter:
     text: str
@@ -74,6 +83,10 @@ def never(*_: object) -> bool:
     return False
 
 
+def drawn_loss(trial: Trial) -> float:
+    return number(trial, "validation")
+
+
 @dataclass
 class StubEngine:
     """Trains one trial after another."""
@@ -83,6 +96,7 @@ class StubEngine:
     seconds_per_update: float = 0.0
     trained: list[str] = field(default_factory=list)
     fails: Callable[[Trial], bool] = never
+    loss: Callable[[Trial], float] = drawn_loss
 
     def train(self, feed: Feed) -> Generator[Event]:
         while waiting := feed.waiting():
@@ -103,7 +117,7 @@ class StubEngine:
                 return
             if feed.wants_snapshot():
                 yield Snapshot(trial.trial_id, update + 1, {}, {})
-        yield stub_finished(trial)
+        yield stub_finished(trial, self.loss(trial))
 
 
 @dataclass
@@ -148,7 +162,7 @@ class StubPack(StubEngine):
                     del seated[trial.trial_id]
                 elif update + 1 == trial.num_updates:
                     del seated[trial.trial_id]
-                    yield stub_finished(trial)
+                    yield stub_finished(trial, self.loss(trial))
             if feed.wants_snapshot():
                 for trial, update in tuple(seated.values()):
                     yield Snapshot(trial.trial_id, update, {}, {})
@@ -157,9 +171,9 @@ class StubPack(StubEngine):
 STUBS = {"one": StubEngine, "pack": StubPack}
 
 
-def stub_finished(trial: Trial) -> Finished:
+def stub_finished(trial: Trial, loss: float) -> Finished:
     adapter: Any = StubAdapter(trial.trial_id)
-    return Finished(stub_outcome(trial), adapter)
+    return Finished(replace(stub_outcome(trial), validation_loss=loss), adapter)
 
 
 def stub_outcome(trial: Trial) -> Outcome:
@@ -199,14 +213,15 @@ class StubWorkshop:
             head_dim=8,
             vocab_size=128,
         )
-        model = declared_model_facts("stub", shape)
+        names = self.loaded.study.model
         data = DataFacts("data-stub", 64, 8, 640, 6400, 320, 16)
-        from dataclasses import replace
-
         return make_plan(
             self.loaded.study,
-            models={"stub": replace(model, provisional=False)},
-            data={("stub", None): data},
+            models={
+                name: replace(declared_model_facts(name, shape), provisional=False)
+                for name in names
+            },
+            data={(name, None): data for name in names},
             rate=H100,
         )
 
@@ -227,7 +242,7 @@ class StubWorkshop:
             return (tuple(trials),) if trials else ()
         return tuple(tuple(cell) for _, cell in groupby(trials, key=cell_key))
 
-    def engine(self, group: Sequence[Trial]) -> StubEngine:
+    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> StubEngine:
         return self.stub
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
@@ -264,6 +279,9 @@ class Silent:
 
     def begins(self, plan: Plan, *, finished: frozenset[str]) -> None:
         self.told.append(f"{len(finished)} of {len(plan.trials)}")
+
+    def plans_more(self, trials: Sequence[Trial]) -> None:
+        self.told.append(f"{len(trials)} more")
 
     def trial_begins(self, trial: Trial) -> None: ...
 

@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from loratune import cli
+from loratune.analyse.lemma import DEFAULT_REPLICATES
 from loratune.store.database import open_store
 from loratune.study.presets import preset_names, preset_scales
 from tiny_models import save_tiny
@@ -228,7 +230,7 @@ def test_every_preset_can_be_printed_and_planned(loratune, name, scale):
 
 def test_tune_writes_a_study_prints_it_runs_it_and_answers(loratune, furnished, monkeypatch):
     monkeypatch.chdir(furnished)
-    monkeypatch.setattr("loratune.api.GRID_LEARNING_RATES", "[1e-3]")
+    monkeypatch.setattr("loratune.new_study.GRID_LEARNING_RATES", "[1e-3]")
     answer = loratune(
         "tune", "--model", "model", "--data", "rows.jsonl", "--out", "tuned", "--rank", "2"
     )
@@ -375,10 +377,10 @@ BAD_STUDIES = {
     "hold-out larger than the data": ("{rows: 8}", "{rows: 48}", "48"),
     "no such data file": ("rows.jsonl", "nothing.jsonl", "nothing.jsonl"),
     "no such model": ("model: model", "model: ./nowhere", "nowhere"),
-    "task that cannot be scored": (
+    "grader of numbers for a task of programs": (
         "seeds: 2",
-        "evaluate: {tasks: [humaneval]}\nseeds: 2",
-        "humane",
+        "evaluate: {tasks: [{name: humaneval, grader: strict}]}\nseeds: 2",
+        "task humaneval is not judged by grader strict; choose tests",
     ),
     "unknown task": ("seeds: 2", "evaluate: {tasks: [gsm8]}\nseeds: 2", "gsm8k"),
     "adaptive search": ("[1e-3, 1e-2]", "{search: adaptive, low: 1e-4, high: 1e-2}", "give a list"),
@@ -514,7 +516,9 @@ def test_answers_are_given_where_torch_cannot_be_imported(finished, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    for arguments in (["recommend"], ["results"], ["cells"], ["compare"], ["report"]):
+    for arguments in (
+        *(["recommend"], ["results"], ["cells"], ["compare"], ["report"], ["laws"], ["audit"]),
+    ):
         command = [sys.executable, "-m", "loratune.cli", *arguments, str(finished)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -574,3 +578,141 @@ def test_killed_at_twenty_random_moments_a_real_engine_ends_with_the_same_number
         assert names == others
         assert loss == pytest.approx(validation_loss, rel=tolerance, abs=0)
         assert again == pytest.approx(losses, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("budget", ["2", "soon", "-1h", "0s"])
+def test_a_budget_without_a_unit_or_a_positive_time_is_refused(loratune, furnished, budget):
+    answer = loratune(
+        "tune", "--model", "demo:4m", "--data", "demo:task", "--out", furnished / "refused",
+        "--budget", budget,
+    )  # fmt: skip
+    assert answer.code == 2
+    assert "such as 2h" in answer.err or "for example 2h" in answer.err
+    assert "Traceback" not in answer.err
+    assert not (furnished / "refused").exists()
+
+
+# Laws, lemma, audit -------------------------------------------------------------------------------
+
+
+def test_laws_of_a_small_study_say_what_cannot_be_concluded(loratune, finished):
+    answer = json.loads(loratune("laws", finished, "--json").out)
+    assert answer["metric"] == "validation_loss"
+    assert [one["method"] for one in answer["learning_rate"]] == ["lora", "pissa"]
+    for one in answer["learning_rate"]:
+        assert one["fit"] is None
+        assert "it takes 5" in one["undecided"][0]
+    assert answer["not_varied"] == ["rows", "rank", "model"]
+    text = loratune("laws", finished).out
+    assert "cannot be concluded" in text
+    assert "to run: " in text
+
+
+def test_the_lemma_has_the_keys_that_others_rely_on(loratune):
+    answer = loratune("lemma", "--rank", "64", "--samples", "1000", "--replicates", "200", "--json")
+    found = json.loads(answer.out)
+    keys = ["rank", "samples", "mean", "median", "formula_mean", "formula_median", "replicates"]
+    assert [key for key in keys if key not in found] == []
+    assert found["formula_mean"] == pytest.approx(1032.3, abs=0.05)
+    assert found["formula_median"] == pytest.approx(1010.5, abs=0.05)
+    # 200 replicates: the standard error is 1.3% of the mean, 1.6% of the median; four of them.
+    assert found["mean"] == pytest.approx(1032.3, rel=0.055)
+    assert found["median"] == pytest.approx(1010.5, rel=0.065)
+    assert found["plugin"] is None
+
+
+def test_the_lemma_is_seeded_and_speaks_plainly(loratune):
+    arguments = ("lemma", "--rank", "2", "--samples", "40", "--replicates", "50")
+    one = loratune(*arguments, "--seed", "3", "--noise-scale", "500")
+    assert one.out == loratune(*arguments, "--seed", "3", "--noise-scale", "500").out
+    assert one.out != loratune(*arguments, "--seed", "4", "--noise-scale", "500").out
+    assert "has no mean" in one.out
+    assert "1 / (1 / B_true + 1 / N) = 37.04" in one.out
+    found = json.loads(loratune(*arguments, "--json").out)
+    assert (found["mean"], found["formula_mean"]) == (None, None)
+
+
+def test_the_default_number_of_replicates_is_the_functions():
+    command = get_command(cli.app).commands["lemma"]  # type: ignore[attr-defined]
+    (option,) = [one for one in command.params if one.name == "replicates"]
+    assert option.default == DEFAULT_REPLICATES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rank", "0", "--samples", "10"], "rank=0"),
+        (["--rank", "4", "--samples", "1"], "samples=1"),
+        (["--rank", "4", "--samples", "10", "--replicates", "1"], "replicates=1"),
+        (["--rank", "4", "--samples", "10", "--noise-scale", "nan"], "true_noise_scale=nan"),
+        (["--rank", "four", "--samples", "10"], "valid integer"),
+    ],
+)
+def test_the_lemma_refuses_what_it_cannot_draw(loratune, arguments, said):
+    answer = loratune("lemma", *arguments)
+    assert answer.code == 2
+    assert said in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_an_audit_reads_a_results_folder_and_its_csv_alike(loratune, finished, tmp_path):
+    folder = json.loads(loratune("audit", finished, "--json").out)
+    (tmp_path / "table.csv").write_text(loratune("results", finished).out)
+    table = json.loads(loratune("audit", tmp_path / "table.csv", "--json").out)
+    assert folder["num_rows"] == table["num_rows"] == NUM_TRIALS
+    assert [one["what"] for one in folder["findings"]] == [one["what"] for one in table["findings"]]
+    # two rates: the best one is always at an edge
+    assert folder["findings"][0]["kind"] == "learning_rate_edge"
+
+
+def test_an_audit_of_pefts_published_results_finds_what_is_in_them(loratune):
+    folder = Path(__file__).parent / "analyse" / "audit" / "peft_results"
+    answer = loratune("audit", folder)
+    assert answer.code == 0
+    assert "63 runs of 44 methods" in answer.out
+    assert "44 of 44 methods were tried at one batch size only (batch size 4)" in answer.out
+    assert "to do: " in answer.out
+    assert loratune("audit", folder).out == answer.out
+
+
+def test_an_audit_takes_a_map(loratune, tmp_path):
+    (tmp_path / "t.csv").write_text("Adapter,B\nlora,4\npissa,4\n")
+    answer = loratune("audit", tmp_path / "t.csv", "--map", "Adapter=method", "--map", "B=seed")
+    assert answer.code == 2
+    assert "none of 2 runs has a score" in answer.err
+    answer = loratune(
+        "audit", tmp_path / "t.csv", "--map", "Adapter=method", "--map", "B=validation_loss"
+    )
+    assert answer.code == 0
+    assert "Not checked: one_seed" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "said"),
+    [
+        ("t.csv", b"method,seed\nlora,0\n", ["--map", "acc=test_accuracy"], "no column 'acc'"),
+        ("t.csv", b"method,seed\nlora,0\n", ["--map", "seed=sede"], "unknown field 'sede'"),
+        ("t.csv", b"method,seed\nlora,0\n", ["--map", "seed"], "COLUMN=FIELD"),
+        ("t.csv", b"method,rank\nlora,big\n", [], "line 2: rank is 'big'; expected a number"),
+        ("t.csv", b"", [], "is empty"),
+        ("t.pkl", b"\x80\x04N.", [], "pickle"),
+        ("t.csv", b"\x80\x04N.", [], "pickle"),
+        ("t.json", b"[1", [], "no JSON"),
+        ("t.txt", b"hello\n", [], "no rows"),
+        ("none.csv", None, [], "does not exist"),
+    ],
+)
+def test_an_audit_refuses_what_it_cannot_read(loratune, tmp_path, name, content, arguments, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    answer = loratune("audit", tmp_path / name, *arguments)
+    assert answer.code == 2
+    assert said in answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+
+
+def test_laws_refuse_what_is_no_results_folder(loratune, tmp_path):
+    answer = loratune("laws", tmp_path)
+    assert answer.code == 2
+    assert "is no results folder" in answer.err

@@ -22,6 +22,8 @@ from stub_sweep import (
     StubEngine,
     StubPack,
     StubWorkshop,
+    growing_study,
+    make_stub,
     stub_crew,
     stub_study,
     sweep_stub,
@@ -88,6 +90,17 @@ def test_two_processes_train_each_trial_once_between_them(tmp_path, undisturbed,
     assert os.getpid() not in pids
     # Each cell kept its best adapter.
     assert len(list((tmp_path / "adapters").iterdir())) == 4
+
+
+def test_what_outcomes_call_for_is_trained_by_the_processes_too(tmp_path):
+    loaded = growing_study()
+    alone = sweep_stub(tmp_path / "alone", loaded, workshop=make_stub(loaded, StubPack()))
+    parents = StubWorkshop(loaded)
+    crew = stub_crew(loaded, StubPack(), StubPack())
+    sweep = sweep_stub(tmp_path / "crew", loaded, workshop=parents, crew=crew)
+    assert parents.stub.trained == []
+    assert len(sweep.results) > 8
+    assert sorted(table(sweep)) == sorted(table(alone))
 
 
 def test_scores_are_made_once_when_the_processes_have_ended(tmp_path):

@@ -42,7 +42,7 @@ def test_the_demo_study_is_small_and_has_an_answer_to_give():
     assert study.data.rows[0] <= 512
     assert [method.name for method in study.methods] == ["lora", "pissa", "milora"]
     # One seed gives no interval, and so no recommendation.
-    assert len(study.seeds) == 2
+    assert len(study.seeds.grid) == 2
     planned = api.plan(api.demo_study())
     assert len(planned.trials) == 54
     assert planned.provisional is False

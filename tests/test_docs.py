@@ -12,9 +12,24 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 from typer.main import get_command
 
+from loratune.analyse.audit.detectors import DETECTORS
+from loratune.analyse.audit.findings import Finding, Kind, NotChecked
+from loratune.analyse.audit.from_csv import FIELDS
+from loratune.analyse.audit.inspect import Audit
 from loratune.analyse.cells import cells_table
 from loratune.analyse.compare import Comparison
 from loratune.analyse.curves import Crossover
+from loratune.analyse.laws.learning_rate import LearningRateFit, LearningRateLaw
+from loratune.analyse.laws.loss import FormCriterion, LossLaw, Optimum
+from loratune.analyse.laws.optimum import PowerLaw
+from loratune.analyse.laws.report import (
+    BestBatchSize,
+    Laws,
+    LearningRateFinding,
+    LossFinding,
+    OptimumFinding,
+)
+from loratune.analyse.lemma import LemmaCheck, PluginCheck
 from loratune.analyse.tables import IDENTITY_COLUMNS, RUN_COLUMNS, TASK_COLUMNS
 from loratune.cli import app
 from loratune.planning.build import Plan, make_plan
@@ -104,7 +119,21 @@ def test_every_column_and_key_of_the_output_is_documented():
     for record in (Recommendation, Comparison, Crossover):
         columns += [field.name for field in dataclasses.fields(record)]
     columns += list(planned("fig3", "small").to_json())
+    records = (
+        *(Laws, LearningRateFinding, LearningRateFit, LearningRateLaw, LossFinding, LossLaw),
+        *(FormCriterion, Optimum, OptimumFinding, BestBatchSize, PowerLaw),
+        *(LemmaCheck, PluginCheck, Audit, Finding, NotChecked),
+    )
+    columns += [field.name for record in records for field in dataclasses.fields(record)]
+    columns += FIELDS
     assert [name for name in columns if f"`{name}`" not in text] == []
+
+
+def test_every_kind_of_finding_is_explained():
+    text = page("audit.md")
+    kinds = typing.get_args(Kind)
+    assert len(kinds) == len(DETECTORS)
+    assert [kind for kind in kinds if f"| `{kind}` |" not in text] == []
 
 
 def test_every_preset_stands_in_its_page_with_the_size_and_cost_that_plan_gives():

@@ -12,13 +12,23 @@ from pathlib import Path
 import pytest
 
 from loratune import training
+from loratune.analyse.cells import make_cells
 from loratune.engine.base import Progress, Snapshot
 from loratune.errors import StoreError
 from loratune.records import Outcome, ScoreKey, Trial, TrialResult
 from loratune.store.database import Store, open_store
 from loratune.sweep import Sweep
 from loratune.training import Interrupted
-from stub_sweep import STUBS, Silent, StubEngine, StubPack, StubWorkshop, stub_study, sweep_stub
+from stub_sweep import (
+    STUBS,
+    Silent,
+    StubEngine,
+    StubPack,
+    StubWorkshop,
+    growing_study,
+    stub_study,
+    sweep_stub,
+)
 
 # 2 methods x 2 batch sizes x 2 LRs x 2 seeds
 NUM_TRIALS = 16
@@ -440,7 +450,7 @@ def test_without_an_engine_for_a_group_its_trials_fail_and_the_others_go_on(tmp_
         def groups(self, trials):
             return tuple((trial,) for trial in trials)
 
-        def engine(self, group):
+        def engine(self, group, *, remark):
             if group[0].seed == 1:
                 raise OSError("the model is gone")
             return self.stub
@@ -550,3 +560,83 @@ def test_cells_without_scores_drop_adapters_while_the_engine_is_at_work(tmp_path
     # 6 cells of 4 trials: those that stand, and those of the cells under way.
     assert watcher.most < 24
     assert len(list((tmp_path / "adapters").iterdir())) == 6
+
+
+def test_what_outcomes_call_for_is_trained_once_and_every_best_rate_is_inside_or_at_a_limit(
+    tmp_path,
+):
+    loaded = growing_study()
+    workshop, watcher = StubWorkshop(loaded), Silent()
+    sweep = sweep_stub(tmp_path / "out", loaded, workshop=workshop, watcher=watcher)
+    trained = workshop.stub.trained
+    assert len(set(trained)) == len(trained) == len(sweep.results)
+    assert sweep.statuses() == {"done": len(trained)}
+    told = [one for one in watcher.told if one.endswith(" more")]
+    assert sum(int(one.split()[0]) for one in told) == len(trained) - 8
+    cells = make_cells(sweep.results)
+    assert len(cells) == 4
+    for cell in cells:
+        assert cell.best is not None
+        assert cell.seeds == (0, 1, 2)
+        rates = [rate.learning_rate for rate in cell.rates]
+        below, above = sum(rate < 1e-3 for rate in rates), sum(rate > 1e-2 for rate in rates)
+        assert below <= 2
+        assert above <= 2
+        assert not cell.lr_at_edge or below == 2 or above == 2
+    # The best cell of each method, and no other, has fresh seeds.
+    confirmed = [[one.trial.seed for one in cell.confirmations] for cell in cells]
+    for one, other in (cells[:2], cells[2:]):
+        assert one.score is not None
+        assert other.score is not None
+        assert confirmed[cells.index(one)] == (
+            [3, 4] if one.score.value < other.score.value else []
+        )
+    again = StubWorkshop(loaded)
+    assert table(sweep_stub(tmp_path / "out", loaded, workshop=again)) == table(sweep)
+    assert again.stub.trained == []
+
+
+def test_stopped_anywhere_a_growing_study_ends_like_an_undisturbed_one(tmp_path):
+    loaded = growing_study()
+    undisturbed = sweep_stub(tmp_path / "undisturbed", loaded)
+    total = sum(result.trial.num_updates for result in undisturbed.results)
+    for number, num_updates in enumerate(range(7, total, total // 6)):
+        out = tmp_path / str(number)
+        watcher = StopsAfter(num_updates)
+        with pytest.raises(Interrupted):
+            sweep_stub(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
+        resumed = sweep_stub(out, loaded)
+        assert sorted(table(resumed)) == sorted(table(undisturbed))
+
+
+def test_fresh_seeds_are_scored_and_their_adapters_go(tmp_path):
+    loaded = growing_study("evaluate: {tasks: [gsm8k]}")
+    sweep = sweep_stub(tmp_path, loaded)
+    cells = make_cells(sweep.results)
+    fresh = [one for cell in cells for one in cell.confirmations]
+    assert len(fresh) == 4
+    assert all(len(one.scores) == 1 for one in fresh)
+    kept = {path.name for path in (tmp_path / "adapters").iterdir()}
+    assert len(kept) == 4  # the best seed's of every cell
+    assert kept.isdisjoint(one.trial.trial_id for one in fresh)
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+def test_adapters_that_will_be_neither_scored_nor_kept_go_before_the_pack_has_ended(tmp_path):
+    loaded = stub_study(batch_size="[2, 4, 8, 16]", more="evaluate: {tasks: [gsm8k]}")
+
+    class Counts(Silent):
+        most = 0
+
+        def trial_ends(self, trial: Trial, outcome: Outcome) -> None:
+            there = len(list((tmp_path / "adapters").iterdir()))
+            self.most = max(self.most, there)
+
+    watcher = Counts()
+    workshop = StubWorkshop(loaded)
+    sweep = sweep_stub(tmp_path, loaded, workshop=workshop, watcher=watcher)
+    # 8 cells of 2 LRs x 2 seeds: the chosen LR's two, and the cells that are under way.
+    assert len(sweep.results) == 32
+    assert watcher.most <= 8 * 2 + 5 + 4
+    assert len(workshop.scored) == 16  # each cell's chosen LR, both seeds
+    assert len(list((tmp_path / "adapters").iterdir())) == 8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loratune import workshop
-from loratune.errors import StudyError
+from loratune.errors import ModelError, StudyError
 from loratune.planning.build import make_plan
 from loratune.planning.cost import H100
 from loratune.planning.shapes import declared_model_facts
@@ -16,6 +16,7 @@ from loratune.study.identity import cell_key
 from loratune.study.loading import parse_study
 from loratune.study.schema import DeclaredModel
 from loratune.workshop import EngineChoice, LocalWorkshop
+from tiny_models import save_tiny
 
 STUDY = """\
 study: groups
@@ -108,3 +109,48 @@ def test_for_the_reference_engine_a_group_is_a_cell():
 def test_provenance_names_the_engine_that_trains():
     assert shop("auto").provenance("reference").engine == "reference"
     assert shop("auto").provenance("packed").engine == "packed"
+
+
+FAMILY = """\
+study: family
+model: {model}
+precision: float32
+data:
+  train: {rows}
+  prompt: q
+  response: a
+  template: plain
+  max_tokens: 32
+  validation: {{rows: 2}}
+protocol: {{kind: fixed_samples, epochs: 1}}
+methods: [lora]
+rank: 2
+alpha: rank
+targets: all-linear
+batch_size: 4
+learning_rate: 1e-3
+seeds: 1
+schedule: {{kind: cosine}}
+"""
+
+
+def test_a_family_that_computes_something_else_when_packed_is_said_or_refused(
+    tmp_path, monkeypatch
+):
+    def differs(*_: object, **__: object) -> None:
+        raise ModelError("its logits differ")
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"q": "say {n}", "a": "{n}"}}\n' for n in range(12)))
+    model = save_tiny(tmp_path / "model", "llama")
+    text = FAMILY.format(model=model, rows=rows)
+    loaded = parse_study(text, name="family.yaml", folder=tmp_path)
+    monkeypatch.setattr("loratune.workshop.check_family", differs)
+    said = list[str]()
+    auto = LocalWorkshop(loaded, torch.device("cpu"))
+    engine = auto.engine(auto.plan().trials, remark=said.append)
+    assert engine.name == "reference"
+    assert said == [f"{model} trains on the reference engine, one by one: its logits differ"]
+    # Asked for by name it is refused before anything is written or trained.
+    with pytest.raises(ModelError, match="its logits differ"):
+        LocalWorkshop(loaded, torch.device("cpu"), engine_choice="packed").plan()

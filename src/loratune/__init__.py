@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loratune.api import (
+        audit,
         cells,
         compare,
+        laws,
+        lemma,
         load_study,
         plan,
         recommend,
@@ -19,8 +22,11 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "audit",
     "cells",
     "compare",
+    "laws",
+    "lemma",
     "load_study",
     "plan",
     "recommend",

@@ -3,41 +3,58 @@
 Functions that train import torch when they are called; the others never do.
 """
 
-import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.analyse.audit.from_results import table_of_results
+from loratune.analyse.audit.inspect import Audit, audit_table
+from loratune.analyse.audit.reading import read_table
 from loratune.analyse.cells import cells_table, make_cells
-from loratune.analyse.compare import Comparison
+from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
+from loratune.analyse.laws.report import Laws, find_laws
+from loratune.analyse.lemma import DEFAULT_REPLICATES, LemmaCheck, check_lemma
+from loratune.analyse.noise import measured_noise
 from loratune.analyse.tables import results_table
-from loratune.errors import StudyError
-from loratune.folder import open_results
+from loratune.errors import AnalysisError, EvaluationError, StudyError
+from loratune.folder import ResultsFolder, open_results
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
+from loratune.planning.power import DifferenceNoise
+from loratune.planning.shapes import declared_model_facts
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
+from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
+from loratune.records import TrialResult
 from loratune.report.page import ReportPaths, write_report
-from loratune.study.loading import LoadedStudy, load_study, parse_study
-from loratune.study.methods import describe
+from loratune.study.loading import LoadedStudy, load_study
 
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
+    from loratune.evaluating import Evaluation
+    from loratune.models.load import Precision
+    from loratune.regrading import Regraded
+    from loratune.study.schema import GraderName
     from loratune.sweep import Sweep
     from loratune.workshop import EngineChoice, Survey
 
 __all__ = [
+    "audit",
     "cells",
     "compare",
+    "demo",
     "demo_study",
+    "evaluate",
+    "evaluate_by_harness",
+    "laws",
+    "lemma",
     "load_study",
     "new_study",
     "plan",
@@ -45,15 +62,9 @@ __all__ = [
     "report",
     "results",
     "run",
+    "score",
     "tune",
 ]
-
-# What `tune` and `compare` sweep: wide enough for an interior optimum on most data, two seeds so
-# that an interval exists. Batch sizes stop where an epoch would have fewer than 8 updates.
-GRID_BATCH_SIZES = (2, 8, 32, 128)
-GRID_LEARNING_RATES = "[5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]"
-FEWEST_UPDATES_IN_GRID = 8
-HELD_OUT_SHARE, MOST_HELD_OUT = 10, 512
 
 
 def plan_with_remarks(
@@ -64,7 +75,8 @@ def plan_with_remarks(
     Args:
         loaded: the study.
         tflops: a rate of your own in TFLOP/s; left out: a stated H100 rate.
-        like: a results folder whose finished trials give the rate of the device they ran on.
+        like: a results folder whose finished trials give the rate of the device they ran on, and
+            the noise from which the detectable differences are planned.
 
     Raises:
         LoratuneError: the study can't be planned.
@@ -79,8 +91,18 @@ def plan_with_remarks(
         rate = stated_rate(tflops)
     elif like is not None:
         rate = _measured_rate(like, found)
-    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate)
+    noise = {} if like is None else _noise_of(like)
+    made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
     return made, found.remarks
+
+
+def _noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
+    """The noise between methods that was measured in a results folder, by metric."""
+    _, store, record = open_results(folder)
+    with store:
+        results = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(results))
+    return measured_noise(results, verdicts)
 
 
 def plan(
@@ -128,6 +150,7 @@ def run(
     engine: "EngineChoice" = "auto",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
     quiet: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> "Sweep":
@@ -145,6 +168,7 @@ def run(
             every method that can be packed.
         gradient_checkpointing: compute activations twice instead of keeping them.
         trust_remote_code: let a model's own Python code run.
+        unsafe_exec: run generated code even where it cannot be isolated; see docs/sandbox.md.
         quiet: no progress on stderr.
         should_stop: asked after every update; True ends the sweep with a snapshot.
 
@@ -171,6 +195,7 @@ def run(
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
             num_threads=num_threads,
+            unsafe_exec=unsafe_exec,
         )
         for one in chosen
     ]
@@ -201,6 +226,11 @@ def results(folder: str | Path, *, all_scores: bool = False) -> "pd.DataFrame":
         return results_table(found, all_scores=store.all_scores(record.name) if all_scores else ())
 
 
+def statuses(folder: str | Path) -> dict[str, int]:
+    """How many trials of a results folder have each status that occurs."""
+    return dict(Counter[str](one.status for one in _results_of(Path(folder))))
+
+
 def cells(folder: str | Path) -> "pd.DataFrame":
     """One row a cell: its best LR and its score there."""
     _, store, record = open_results(folder)
@@ -213,41 +243,323 @@ def recommend(
 ) -> tuple[Recommendation, ...]:
     """One recommendation for every setting of one method (model, rank, N, ...), in order.
 
+    Where `tune` searched a proxy, the one recommendation that it and the target give together.
+
     Args:
         folder: a results folder.
         method: left out, lora where the study has it, else its first method.
         margin: how much worse than the best loss counts as good, as a fraction.
     """
+    place = ResultsFolder(Path(folder))
+    if place.proxy_pair.is_file():
+        pair = ProxyPair.from_json(place.proxy_pair.read_text(encoding="utf-8"))
+        on_proxy = _results_of(place.root / pair.folder)
+        on_target = _results_of(place.root) if place.study.is_file() else ()
+        one = recommend_by_proxy(on_proxy, on_target, pair=pair, margin=margin)
+        if method not in (None, one.method):
+            raise AnalysisError(f"no trials with method {method!r}; there are {one.method}")
+        return (one,)
+    return recommendations(_results_of(place.root), method=method, margin=margin)
+
+
+def _results_of(folder: Path) -> tuple[TrialResult, ...]:
     _, store, record = open_results(folder)
     with store:
-        found = store.results(record.name, with_losses=False)
-    return recommendations(found, method=method, margin=margin)
+        return store.results(record.name, with_losses=False)
 
 
 def compare(folder: str | Path) -> tuple[Comparison, ...]:
     """Every method against lora, each at its own best batch size and LR, in every setting."""
     _, store, record = open_results(folder)
     with store:
-        return compare_results(store.results(record.name, with_losses=False))
+        found = store.results(record.name, with_losses=False)
+        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
+        sources = question_sources(store.data_summaries(record.name))
+    return compare_results(found, verdicts=verdicts, sources=sources)
+
+
+def score(
+    folder: str | Path,
+    *,
+    grader: "GraderName",
+    tasks: Sequence[str] | None = None,
+    data: Mapping[str, str] | None = None,
+    unsafe_exec: bool = False,
+) -> "tuple[Regraded, ...]":
+    """Grade a results folder's kept answers anew, without a model; scores are added, none changes.
+
+    Args:
+        folder: a results folder whose study has test tasks.
+        grader: pissa, strict, exact, plain, normalised or tests.
+        tasks: only these of the study's; None: all that the grader can judge.
+        data: questions by task, where the study's paths lead nowhere from here.
+        unsafe_exec: run generated code where it cannot be isolated.
+
+    Raises:
+        LoratuneError: no such folder or task, or questions that are not those that were asked.
+    """
+    from loratune.regrading import regrade
+    from loratune.study.schema import Source, source_of
+
+    place, store, _ = open_results(folder)
+    with store:
+        return regrade(
+            store,
+            load_study(place.study).study,
+            folder=place.root,
+            grader=grader,
+            tasks=None if tasks is None else frozenset(tasks),
+            data={
+                name: Source.model_validate(source_of(_absolute(path)))
+                for name, path in (data or {}).items()
+            },
+            unsafe_exec=unsafe_exec,
+        )
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    tasks: Sequence[str],
+    data: str | None = None,
+    grader: "GraderName | None" = None,
+    questions: int | None = None,
+    model: str | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    precision: "Precision | None" = None,
+    device: str | None = None,
+    answers: str | Path | None = None,
+    trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
+) -> "tuple[Evaluation, ...]":
+    """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
+
+    Of a results folder every adapter that it keeps, with the study's own prompts; scores and
+    answers go into its store, and what is there is not asked again.
+
+    Args:
+        source: the adapter's folder, a hub id, folder, file.gguf or demo model, or a results
+            folder.
+        tasks: names of tasks, or paths of a task's .yaml file.
+        data: the questions, where there is one task and they are not its own.
+        grader: in the place of the tasks' own.
+        questions: the first so many of each task; None: all.
+        model: the adapter's base; None: the one that its adapter_config.json names.
+        prompt: a text with {prompt}, or alpaca, plain or chat; None: "Question: {prompt}\nAnswer:".
+        max_new_tokens: in the place of the tasks' own.
+        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        answers: a file that keeps raw answers, a line a question; gone on with where it is there.
+        trust_remote_code: let a model's own Python code run.
+        unsafe_exec: run generated code where it cannot be isolated.
+
+    Raises:
+        LoratuneError: no such adapter, model or task, or they do not fit together.
+    """
+    from loratune.evaluating import DEFAULT_PROMPT, evaluate_results, is_results_folder
+    from loratune.evaluating import evaluate as evaluate_source
+    from loratune.study.schema import Source, Task, source_of
+    from loratune.workshop import choose_device
+
+    if not tasks:
+        raise EvaluationError("no task is named; give at least one, such as gsm8k")
+    if data is not None and len(tasks) > 1:
+        raise EvaluationError(f"data={data!r} for {len(tasks)} tasks; give one task with it")
+    asked = [
+        Task(
+            name=name,
+            data=None if data is None else Source.model_validate(source_of(data)),
+            grader=grader,
+            questions=questions,
+            max_new_tokens=max_new_tokens,
+        )
+        for name in tasks
+    ]
+    if is_results_folder(str(source)):
+        if model or prompt or answers or precision:
+            raise EvaluationError(
+                f"{source} is a results folder: model, prompt and precision are its study's, and "
+                "answers are kept in its store; leave them out"
+            )
+        return evaluate_results(
+            str(source),
+            tasks=asked,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            unsafe_exec=unsafe_exec,
+        )
+    on_gpu = choose_device(device).type == "cuda"
+    return evaluate_source(
+        str(source),
+        tasks=asked,
+        model=model,
+        prompt=prompt or DEFAULT_PROMPT,
+        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        device=device,
+        answers=None if answers is None else Path(answers),
+        trust_remote_code=trust_remote_code,
+        unsafe_exec=unsafe_exec,
+    )
+
+
+def evaluate_by_harness(
+    source: str | Path,
+    *,
+    tasks: Sequence[str],
+    model: str | None = None,
+    precision: "Precision | None" = None,
+    device: str | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, object]]:
+    """lm-evaluation-harness's own tasks, asked of an adapter or a model; its results by task.
+
+    Args:
+        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        tasks: names of the harness's tasks.
+        model: the adapter's base; None: the one that its adapter_config.json names.
+        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        include_path: a folder with task files of your own.
+        num_fewshot: worked examples before each question; None: the task's own.
+        limit: the first so many questions of each task; None: all.
+        chat: put prompts into the tokenizer's chat template.
+        trust_remote_code: let a model's own Python code run.
+
+    Raises:
+        LoratuneError: the harness is not installed, or no such adapter, model or task.
+    """
+    from loratune import evaluating
+    from loratune.workshop import choose_device
+
+    on_gpu = choose_device(device).type == "cuda"
+    return evaluating.evaluate_by_harness(
+        str(source),
+        tasks=tasks,
+        model=model,
+        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        device=device,
+        include_path=None if include_path is None else str(include_path),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def laws(folder: str | Path) -> Laws:
+    """The laws that a results folder's cells support, and what cannot be concluded from them.
+
+    A model's number of parameters is that of the study's `declared` section, else that which its
+    name states.
+    """
+    place, store, record = open_results(folder)
+    with store:
+        found = store.results(record.name, with_losses=False)
+    declared = load_study(place.study).study.declared.models
+    sizes = {
+        source: float(declared_model_facts(source, shape).num_parameters)
+        for source, shape in declared.items()
+    }
+    return find_laws(found, model_parameters=sizes)
+
+
+def lemma(
+    *,
+    rank: int,
+    samples: int,
+    replicates: int = DEFAULT_REPLICATES,
+    seed: int = 0,
+    noise_scale: float | None = None,
+) -> LemmaCheck:
+    """Lemma 4.1 by simulation; with `noise_scale` the plug-in law at that true noise scale too."""
+    return check_lemma(
+        rank=rank, samples=samples, replicates=replicates, seed=seed, true_noise_scale=noise_scale
+    )
+
+
+def audit(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Audit:
+    """What makes a comparison of methods less than fair, or less than sure, with numbers.
+
+    Args:
+        path: a results folder, a CSV (as `loratune results` writes it, or with `columns`), or a
+            folder of PEFT method_comparison result files.
+        columns: {column of the CSV: our field}, as `analyse.audit.from_csv.parse_map` reads it.
+
+    Raises:
+        LoratuneError: nothing that can be read, or no run with a score.
+    """
+    place = Path(path)
+    if ResultsFolder(place).study.is_file() and not columns:
+        _, store, record = open_results(place)
+        with store:
+            table = table_of_results(store.results(record.name, with_losses=False))
+    else:
+        table = read_table(place, columns=columns or {})
+    return audit_table(table)
 
 
 def report(folder: str | Path) -> ReportPaths:
     """Write DIR/report.html and DIR/figures/ from what is in the store."""
     place, store, record = open_results(folder)
     with store:
+        found = store.results(record.name)
         return write_report(
             place.root,
             study=record,
-            results=store.results(record.name),
-            summaries=tuple(store.data_summaries(record.name).values()),
+            results=found,
+            verdicts=store.verdicts(record.name, trial_ids=trials_to_compare(found)),
+            summaries=store.data_summaries(record.name),
             provenances=store.provenances(record.name),
         )
 
 
 def demo_study() -> LoadedStudy:
     """The study of `loratune demo`: shipped model and data, minutes on two cores."""
-    text = resources.files("loratune").joinpath("demo.yaml").read_text(encoding="utf-8")
-    return parse_study(text, name="demo.yaml", folder=Path.cwd())
+    from loratune.demonstration import demo_study
+
+    return demo_study()
+
+
+def demo(
+    out: str | Path,
+    *,
+    engine: "EngineChoice" = "auto",
+    quiet: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> "Sweep":
+    """The whole job on shipped models and data, without a GPU or a network.
+
+    A sweep of batch size and LR of three methods on demo:1m in OUT; then, in OUT/target, demo:4m at
+    the batch size that the sweep found for LoRA: the smaller model is the larger one's proxy.
+
+    Raises:
+        LoratuneError: `out` holds something else.
+        training.Interrupted: `should_stop` said so; the same call goes on.
+    """
+    from loratune.demonstration import demonstrate
+
+    def run_here(loaded: LoadedStudy, folder: Path) -> "Sweep":
+        return run(
+            loaded,
+            out=folder,
+            # Small products gain more from two processes than from two threads.
+            devices=["cpu"] * min(2, os.cpu_count() or 1),
+            engine=engine,
+            quiet=quiet,
+            should_stop=should_stop,
+        )
+
+    return demonstrate(Path(out), run=run_here)
 
 
 def tune(
@@ -257,17 +569,56 @@ def tune(
     out: str | Path,
     method: str = "lora",
     rank: int = 16,
+    proxy: str | None = "auto",
+    proxy_rank: int | None = None,
+    budget_seconds: float | None = None,
     device: str | None = None,
     engine: "EngineChoice" = "auto",
     quiet: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Recommendation, ...]:
-    """The batch size and LR for a model and data: a sweep of both, then the recommendation.
+    """The batch size and LR for a model and data, searched on a smaller model where there is one.
+
+    Args:
+        model: the target: hub id, folder, file.gguf or demo model.
+        data: hub id, file or demo:task; the fields are found by their names.
+        out: the results folder; the proxy's is `proxy` in it. The same call goes on where it was.
+        method: the LoRA variant.
+        rank: r of the target's adapters.
+        proxy: the smaller model; "auto": one that is known for the model's family; None: none, the
+            target itself is swept.
+        proxy_rank: r of the proxy's adapters; left out: 8, or the target's where that is lower.
+        budget_seconds: wall time; what can be said when it is over is the answer.
+        device: cpu, cuda or cuda:N; left out: a GPU if there is one.
+        engine: as for `run`.
+        quiet: no progress on stderr.
+        should_stop: asked after every update; True ends with snapshots.
+        say: told the studies that are run and what was found.
 
     Raises:
-        LoratuneError: model or data can't be used, or the fields of the data can't be told.
+        LoratuneError: model, proxy or data can't be used, or the fields of the data can't be told.
+        training.Interrupted: `should_stop` said so; the same call goes on.
     """
-    loaded = new_study(model=model, data=data, methods=[method], rank=rank, device=device)
-    run(loaded, out=out, device=device, engine=engine, quiet=quiet)
+    from loratune import tuning
+
+    asked = tuning.Tuning(
+        model=model,
+        data=data,
+        out=Path(out),
+        method=method,
+        rank=rank,
+        proxy=proxy,
+        proxy_rank=proxy_rank,
+        device=device,
+        budget_seconds=budget_seconds,
+        started=time.monotonic(),
+    )
+
+    def run_study(loaded: LoadedStudy, folder: Path, stop: Callable[[], bool]) -> "Sweep":
+        return run(loaded, out=folder, device=device, engine=engine, quiet=quiet, should_stop=stop)
+
+    tuning.tune(asked, run=run_study, should_stop=should_stop, say=say)
     return recommend(out)
 
 
@@ -282,67 +633,9 @@ def new_study(
     Raises:
         LoratuneError: no such data or method, or fields that can't be told; it lists the columns.
     """
-    from loratune.data.fields import detect_fields
-    from loratune.data.sources import read_rows
-    from loratune.study.schema import Source, source_of
+    from loratune.new_study import grid_study, read_request
     from loratune.workshop import choose_device
 
-    for name in methods:
-        describe(name)
-    here = Path.cwd()
-    rows = read_rows(Source.model_validate(source_of(data)), folder=here)
-    fields = detect_fields(rows)
-    held_out = max(1, min(MOST_HELD_OUT, len(rows) // HELD_OUT_SHARE))
-    most = max(1, (len(rows) - held_out) // FEWEST_UPDATES_IN_GRID)
-    sizes = [size for size in GRID_BATCH_SIZES if size <= most] or [1]
     on_gpu = choose_device(device).type == "cuda"
-    chosen = {key: value for key, value in dataclasses.asdict(fields).items() if value is not None}
-    template = "chat" if fields.messages is not None else "alpaca"
-    # Another model or data set is another study, which its results folder then refuses.
-    identity = json.dumps([_absolute(model), _absolute(data), list(methods), rank])
-    text = _NEW_STUDY.format(
-        name=f"tuned-{hashlib.sha256(identity.encode()).hexdigest()[:8]}",
-        model=json.dumps(_absolute(model)),
-        precision="bfloat16" if on_gpu else "float32",
-        train=json.dumps(_absolute(data)),
-        fields="\n".join(f"  {key}: {json.dumps(value)}" for key, value in chosen.items()),
-        template=template,
-        held_out=held_out,
-        methods=json.dumps(list(methods)),
-        rank=rank,
-        batch_sizes=json.dumps(sizes),
-        learning_rates=GRID_LEARNING_RATES,
-    )
-    return parse_study(text, name="the study made for you", folder=here)
-
-
-def _absolute(name: str) -> str:
-    """A path that exists as an absolute one; anything else, such as a hub id, as it is."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
-_NEW_STUDY = """\
-# Written for you; every key can be changed, and `loratune run` takes the file as it is.
-study: {name}
-model: {model}
-precision: {precision}          # of the frozen base; the adapter is float32
-data:
-  train: {train}
-{fields}
-  template: {template}
-  max_tokens: 1024
-  too_long: drop
-  validation: {{rows: {held_out}}}   # held out by equal prompts; they choose the LR and batch size
-protocol: {{kind: fixed_samples, epochs: 1}}
-methods: {methods}
-rank: {rank}
-alpha: rank
-targets: all-linear
-batch_size: {batch_sizes}
-learning_rate: {learning_rates}
-seeds: 2                     # two are the fewest that give an interval
-schedule: {{kind: cosine, warmup_ratio: 0.0}}
-select_on: validation_loss
-keep_adapters: best
-"""
+    request = read_request(data=data, methods=methods, on_gpu=on_gpu)
+    return grid_study(request, model=model, rank=rank)

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
     from loratune.analyse.tables import TableFormat
+    from loratune.recommendation.grid import Recommendation
     from loratune.sweep import Sweep
 
 app = typer.Typer(
@@ -49,6 +50,24 @@ class Format(StrEnum):
     csv = "csv"
     json = "json"
     parquet = "parquet"
+
+
+class GraderChoice(StrEnum):
+    """How answers are judged."""
+
+    pissa = "pissa"
+    strict = "strict"
+    number = "number"
+    exact = "exact"
+    plain = "plain"
+    normalised = "normalised"
+    tests = "tests"
+
+
+class HarnessChoice(StrEnum):
+    """Whose tasks are asked."""
+
+    lm_eval = "lm-eval"
 
 
 class Engine(StrEnum):
@@ -96,6 +115,12 @@ RemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let a model's own Python code run. Off by default."),
 ]
+UnsafeExec = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-exec", help="Run generated code even where it cannot be isolated. Dangerous."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="How the table is written.")]
 OutputFile = Annotated[
@@ -134,20 +159,13 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sweep batch size and LR of three methods on a shipped model: no GPU, no network, minutes."""
+    """The whole job on shipped models and data: no GPU, no network, minutes."""
     from loratune import api
 
     with _stoppable() as should_stop:
-        sweep = api.run(
-            api.demo_study(),
-            out=out,
-            # Small products gain more from two processes than from two threads.
-            devices=["cpu"] * min(2, os.cpu_count() or 1),
-            engine=engine.value,
-            quiet=quiet,
-            should_stop=should_stop,
-        )
-    _print_answer(sweep, as_json=as_json)
+        sweep = api.demo(out, engine=engine.value, quiet=quiet, should_stop=should_stop)
+    carried = api.recommend(out / "target") if (out / "target" / "study.yaml").is_file() else ()
+    _print_answer(sweep, as_json=as_json, further=carried)
 
 
 @app.command()
@@ -180,7 +198,7 @@ def plan(
     ] = None,
     like: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Take the rate measured in this results folder."),
+        typer.Option(metavar="DIR", help="Take rate and noise as measured in this results folder."),
     ] = None,
     trials: Annotated[bool, typer.Option("--trials", help="List every trial as well.")] = False,
     as_json: Json = False,
@@ -212,6 +230,7 @@ def run(
     engine: EngineOption = Engine.auto,
     gradient_checkpointing: Checkpointing = False,
     trust_remote_code: RemoteCode = False,
+    unsafe_exec: UnsafeExec = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -228,6 +247,7 @@ def run(
             engine=engine.value,
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
+            unsafe_exec=unsafe_exec,
             quiet=quiet,
             should_stop=should_stop,
         )
@@ -284,6 +304,151 @@ def recommend(
         _print(_json_of(documents[0] if len(documents) == 1 else documents))
     else:
         _print("\n\n".join(recommendation_text(answer) for answer in answers))
+
+
+@app.command()
+def score(
+    folder: Folder,
+    *,
+    grader: Annotated[GraderChoice, typer.Option(help="How to judge the kept answers.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="Only this task; may be given several times.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=FILE", help="A task's questions, where they have moved."),
+    ] = None,
+    unsafe_exec: UnsafeExec = False,
+    as_json: Json = False,
+) -> None:
+    """Grade a results folder's kept answers anew: no model, no GPU. Old scores stay."""
+    from loratune import api
+
+    moved = dict[str, str]()
+    for one in data or ():
+        name, sign, path = one.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"--data {one!r}; give TASK=FILE, as in gsm8k=test.jsonl")
+        moved[name] = path
+    made = api.score(folder, grader=grader.value, tasks=task, data=moved, unsafe_exec=unsafe_exec)
+    if as_json:
+        _print(_json_of([dataclasses.asdict(one) for one in made]))
+        return
+    for one in made:
+        before, after = one.before, one.after
+        _print(
+            f"{one.trial_id} {after.task}: {after.correct} of {after.total} right by "
+            f"{after.grader}, {before.correct} by {before.grader}"
+        )
+    _say(f"{len(made)} scores added")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER|MODEL|DIR", help="A PEFT folder, a model, or a results folder."
+        ),
+    ],
+    *,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task's name, or its .yaml file; may be given several times."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The questions of the one task.")] = None,
+    grader: Annotated[GraderChoice | None, typer.Option(help="How to judge.")] = None,
+    questions: Annotated[int | None, typer.Option(help="The first so many.", min=1)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The adapter's base, in the place of the one it names.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="A text with {prompt}, or alpaca, plain or chat."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where answers are cut.", min=1)
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep raw answers here, and go on from them."),
+    ] = None,
+    harness: Annotated[
+        HarnessChoice | None,
+        typer.Option(help="Ask another harness's tasks, named by --tasks."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="With --harness: its tasks, as gsm8k,arc_easy.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --harness: a folder with task files of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="With --harness: worked examples before a question.", min=0)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="With --harness: the tokenizer's chat template.")
+    ] = False,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    unsafe_exec: UnsafeExec = False,
+    as_json: Json = False,
+) -> None:
+    """Score any PEFT adapter, or a model, on tasks; no study is needed."""
+    from loratune import api
+
+    if harness is not None:
+        if not tasks or task:
+            raise typer.BadParameter("--harness takes its tasks by --tasks, as gsm8k,arc_easy")
+        results = api.evaluate_by_harness(
+            source,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+            model=model,
+            device=device,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=questions,
+            chat=chat,
+            trust_remote_code=trust_remote_code,
+        )
+        if as_json:
+            _print(json.dumps(results, indent=2, default=str))
+            return
+        for name, metrics in results.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    _print(f"{name} {metric}: {value:.4f}")
+        return
+    if tasks or include_path or num_fewshot is not None or chat:
+        raise typer.BadParameter(
+            "--tasks, --include-path, --num-fewshot and --chat belong to --harness lm-eval"
+        )
+    found = api.evaluate(
+        source,
+        tasks=task or [],
+        data=data,
+        grader=None if grader is None else grader.value,
+        questions=questions,
+        model=model,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        answers=answers,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        unsafe_exec=unsafe_exec,
+    )
+    if as_json:
+        _print(_json_of([one.to_json() for one in found]))
+        return
+    for one in found:
+        account = one.score
+        who = f"{Path(one.adapter).name} " if one.adapter is not None and len(found) > 1 else ""
+        _print(
+            f"{who}{account.task}: {100 * account.accuracy:.1f}% ({100 * one.low:.1f} to "
+            f"{100 * one.high:.1f}, 95% over questions), {account.correct} right, "
+            f"{account.wrong} wrong, {account.truncated} truncated, {account.errors} errors of "
+            f"{account.total}; grader {account.grader}"
+        )
 
 
 @app.command()
@@ -345,6 +510,64 @@ def compare(
 
 
 @app.command()
+def laws(folder: Folder, *, as_json: Json = False) -> None:
+    """Laws of the best LR, the loss and the best batch size, with intervals, or why none."""
+    from loratune import api
+    from loratune.report.laws_text import laws_text
+
+    found = api.laws(folder)
+    _print(_json_of(found.to_json()) if as_json else laws_text(found))
+
+
+@app.command()
+def lemma(
+    *,
+    rank: Annotated[int, typer.Option(help="r, the dimension of the inputs.")],
+    samples: Annotated[int, typer.Option(help="N, the rows that an estimate is made from.")],
+    replicates: Annotated[int, typer.Option(help="How many estimates are drawn.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+    noise_scale: Annotated[
+        float | None,
+        typer.Option(metavar="B", help="Check the plug-in law too, at this true noise scale."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check Lemma 4.1 of the paper by simulation, and what the plug-in noise scale estimates."""
+    from loratune import api
+    from loratune.report.laws_text import lemma_text
+
+    found = api.lemma(
+        rank=rank, samples=samples, replicates=replicates, seed=seed, noise_scale=noise_scale
+    )
+    _print(_json_of(found.to_json()) if as_json else lemma_text(found))
+
+
+@app.command()
+def audit(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A results folder, a CSV, or a folder of PEFT method_comparison results.",
+        ),
+    ],
+    *,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="COLUMN=FIELD", help="A CSV's column and our field for it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what makes a comparison of methods unfair or unsure, with numbers."""
+    from loratune import api
+    from loratune.analyse.audit.from_csv import parse_map
+    from loratune.report.audit_text import audit_text
+
+    found = api.audit(path, columns=parse_map(columns or []))
+    _print(_json_of(found.to_json()) if as_json else audit_text(found))
+
+
+@app.command()
 def tune(
     *,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, file.gguf or demo:1m.")] = None,
@@ -352,23 +575,86 @@ def tune(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The results folder.")] = None,
     method: Annotated[str, typer.Option(help="The LoRA variant to tune.")] = "lora",
     rank: Annotated[int, typer.Option(help="r of the adapter.")] = 16,
+    proxy: Annotated[
+        str,
+        typer.Option(
+            help="A smaller model of the same family, to search on in the model's place; "
+            "auto: one that is known; none: the model itself."
+        ),
+    ] = "auto",
+    proxy_rank: Annotated[
+        int | None, typer.Option(help="r on the proxy; left out: 8, or --rank where that is lower.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Wall time, such as 2h, 90m or 1h30m; left out: no end."),
+    ] = None,
     device: Device = None,
     engine: EngineOption = Engine.auto,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the batch size and LR for your model and data: writes a study, runs it, answers."""
-    sweep = _new_study(
-        model=model,
-        data=data,
-        out=out,
-        methods=[method],
-        rank=rank,
-        device=device,
-        engine=engine,
-        quiet=quiet,
+    """Find the batch size and LR for your model and data, on a smaller model where there is one."""
+    from loratune import api
+    from loratune.report.text import recommendation_text
+
+    if model is None or data is None or out is None:
+        raise _missing({"--model": model, "--data": data, "--out": out})
+    with _stoppable() as should_stop:
+        answers = api.tune(
+            model=model,
+            data=data,
+            out=out,
+            method=method,
+            rank=rank,
+            proxy=None if proxy == "none" else proxy,
+            proxy_rank=proxy_rank,
+            budget_seconds=None if budget is None else _seconds(budget),
+            device=device,
+            engine=engine.value,
+            quiet=quiet,
+            should_stop=should_stop,
+            say=_say,
+        )
+    folders = [one for one in (out / "proxy", out) if (one / "study.yaml").is_file()]
+    statuses = {str(one): api.statuses(one) for one in folders}
+    if as_json:
+        body = {
+            "folder": str(out),
+            "reports": [str(one / "report.html") for one in folders],
+            "statuses": statuses,
+            "recommendations": [answer.to_json() for answer in answers],
+        }
+        _print(_json_of(body))
+    else:
+        parts = [recommendation_text(answer) for answer in answers]
+        parts += [f"report: {one / 'report.html'}" for one in folders]
+        _print("\n\n".join(parts))
+    failed = sum(
+        counts.get("failed", 0) + counts.get("out_of_memory", 0) for counts in statuses.values()
     )
-    _print_answer(sweep, as_json=as_json)
+    if failed:
+        _say(f"loratune: {failed} trials failed; `loratune results DIR` says why")
+        raise typer.Exit(1)
+
+
+def _seconds(duration: str) -> float:
+    """2h, 90m, 1h30m in seconds; a number without a unit is refused."""
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        if not duration.strip()[-1:].isalpha():
+            raise ValueError("no unit")
+        return float(pd.Timedelta(duration).total_seconds())
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--budget {duration!r} is no time ({error}); give for example 2h, 90m or 1h30m"
+        ) from error
+
+
+def _missing(options: dict[str, object]) -> typer.BadParameter:
+    absent = ", ".join(name for name, given in options.items() if given is None)
+    return typer.BadParameter(f"missing {absent}")
 
 
 def _new_study(
@@ -386,10 +672,7 @@ def _new_study(
     from loratune import api
 
     if model is None or data is None or out is None or methods is None:
-        missing = {"--model": model, "--data": data, "--out": out, "--methods": methods}
-        raise typer.BadParameter(
-            f"missing {', '.join(name for name, given in missing.items() if given is None)}"
-        )
+        raise _missing({"--model": model, "--data": data, "--out": out, "--methods": methods})
     loaded = api.new_study(model=model, data=data, methods=methods, rank=rank, device=device)
     _say(loaded.text)
     with _stoppable() as should_stop:
@@ -411,8 +694,13 @@ def _study(path: str) -> Any:
     return load_study(path)
 
 
-def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
-    """The curve, the recommendation, where the report is; exit code 1 if a trial failed."""
+def _print_answer(
+    sweep: "Sweep", *, as_json: bool, further: "Sequence[Recommendation]" = ()
+) -> None:
+    """The curve, the recommendation, where the report is; exit code 1 if a trial failed.
+
+    `further` are recommendations for larger models that the sweep was the proxy of.
+    """
     from loratune import api
     from loratune.analyse.cells import make_cells
     from loratune.analyse.curves import make_curves
@@ -424,12 +712,16 @@ def _print_answer(sweep: "Sweep", *, as_json: bool) -> None:
             "folder": str(sweep.folder.root),
             "report": str(sweep.folder.root / "report.html"),
             "statuses": sweep.statuses(),
-            "recommendations": [answer.to_json() for answer in answers],
+            "recommendations": [answer.to_json() for answer in (*answers, *further)],
         }
         _print(_json_of(body))
     else:
         parts = [curves_text(make_curves(make_cells(sweep.results)))]
         parts += [recommendation_text(answer) for answer in answers]
+        parts += [
+            f"The same, carried over to the larger {answer.model}:\n{recommendation_text(answer)}"
+            for answer in further
+        ]
         parts.append(f"report: {sweep.folder.root / 'report.html'}")
         _print("\n\n".join(parts))
     total = len(sweep.results)

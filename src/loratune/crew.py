@@ -301,7 +301,8 @@ def _work(make_workshop: Callable[[], Workshop], assignment: Assignment, pipe: C
             )
             alone = ((trial,) for trial in assignment.suspects)
             for group in (*workshop.groups(assignment.trials), *alone):
-                for _ in training.train(group):
+                # What outcomes call for is the parent's to say, and for another crew to train.
+                for _ in training.train(group, calls_for=lambda _: ()):
                     pass  # It was reported.
     except Interrupted:
         pass
@@ -342,6 +343,9 @@ class _Parent:
 
     def begins(self, plan: Plan, *, finished: frozenset[str]) -> None:
         raise AssertionError("the parent begins the sweep")
+
+    def plans_more(self, trials: Sequence[Trial]) -> None:
+        raise AssertionError("the parent plans")
 
     def trial_begins(self, trial: Trial) -> None:
         self._send(_TrialBegins(trial.trial_id))

@@ -2,7 +2,8 @@
 
 DIR/study.yaml the study as it was last run, DIR/loratune.db the store (or DIR/store.txt, the
 address of one that several folders share), DIR/adapters/<trial>/ in PEFT's format,
-DIR/snapshots/<trial>.safetensors of unfinished trials, DIR/report.html, DIR/figures/.
+DIR/snapshots/<trial>.safetensors of unfinished trials, DIR/report.html, DIR/figures/. Where a proxy
+was searched first: DIR/proxy/, a results folder of its own, and DIR/proxy.json.
 """
 
 import shutil
@@ -34,6 +35,16 @@ class ResultsFolder:
     def database(self) -> Path:
         """The folder's own store."""
         return self.root / "loratune.db"
+
+    @property
+    def proxy(self) -> Path:
+        """Where `tune` searches a proxy in this model's place: a results folder of its own."""
+        return self.root / "proxy"
+
+    @property
+    def proxy_pair(self) -> Path:
+        """What is known of proxy and target beside their results (`recommendation.proxy`)."""
+        return self.root / "proxy.json"
 
     @property
     def store_address(self) -> Path:
@@ -189,7 +200,13 @@ def _refuse_another_study(folder: ResultsFolder, loaded: LoadedStudy) -> None:
                 f"{folder.root} holds study {there!r}, not {name!r}; choose another --out"
             )
         return
-    ours = {".lock", folder.database.name, folder.store_address.name}
+    ours = {
+        ".lock",
+        folder.database.name,
+        folder.store_address.name,
+        folder.proxy.name,
+        folder.proxy_pair.name,
+    }
     if folder.root.is_dir():
         others = sorted(entry.name for entry in folder.root.iterdir() if entry.name not in ours)
         if others:

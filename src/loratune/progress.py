@@ -4,7 +4,7 @@ Results never go through here. Where stderr is no terminal, a plain line a trial
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -77,6 +77,19 @@ class ProgressLine:
         self._bar.update(self._task, total=self._num_trials, completed=self._done)
         stand = f", {self._done} of them done before" if self._done else ""
         self._console.print(f"{self._num_trials} trials{stand}", highlight=False)
+
+    def plans_more(self, trials: Sequence[Trial]) -> None:
+        """See `training.Watcher`."""
+        self._num_trials += len(trials)
+        self._total_rows += sum(trial.num_samples for trial in trials)
+        self._bar.update(self._task, total=self._num_trials)
+        first = trials[0]
+        self._console.print(
+            f"{len(trials)} more trials of {first.method.name} r={first.rank} "
+            f"batch={first.batch_size}",
+            highlight=False,
+            markup=False,
+        )
 
     def trial_begins(self, trial: Trial) -> None:
         """See `training.Watcher`."""

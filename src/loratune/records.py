@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 
 Status = Literal["planned", "running", "done", "diverged", "stopped", "out_of_memory", "failed"]
+Purpose = Literal["search", "confirm"]
 FinishedStatus = Literal["done", "diverged", "stopped", "out_of_memory", "failed"]
 
 # Statuses whose outcome stands: asking for the trial again does not train it again. `failed` and
@@ -34,6 +35,7 @@ class ModelFacts:
     `num_block_parameters` counts the linear weights inside the decoder blocks (N in the cost
     formula), `attention_width` is heads x head_dim, `sliding_window` the window of the layers that
     have one, `num_sliding_layers` how many do. `linears` are the decoder's linears, head excluded.
+    `model_type` is transformers' name of the architecture; None where it was declared.
     """
 
     source: str
@@ -49,6 +51,7 @@ class ModelFacts:
     sliding_window: int | None = None
     num_sliding_layers: int = 0
     provisional: bool = False
+    model_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class DataSummary:
     one of its test questions. `num_duplicate_rows` counts training rows whose normalised question
     already stood in an earlier training row; `num_in_validation` those whose normalised question is
     also that of a validation row, which a `group_by` or a validation file allows.
+    `validation_sources` numbers the source of each validation row, in their order, from 0; empty
+    where no two rows share one.
     """
 
     source: str
@@ -98,6 +103,7 @@ class DataSummary:
     num_in_test: tuple[tuple[str, int], ...] = ()
     num_in_validation: int = 0
     num_validation_dropped: int = 0
+    validation_sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +243,32 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One raw answer, kept so that scoring can be redone without a GPU."""
+    """One raw answer, kept so that scoring can be redone without a GPU.
+
+    Of a question with choices `text` is the JSON list of their log-likelihoods. `finished` is False
+    where the token limit cut the answer off; None in answers of older versions, which did not say.
+    """
 
     question_index: int
     text: str
     num_tokens: int
     verdict: Literal["correct", "wrong", "truncated", "error"]
+    finished: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """Which questions of one task a trial answered right: those of the score that counts.
+
+    `questions` are the questions' indexes, ascending, `correct` belongs to them; an answer that was
+    truncated or could not be graded is not correct.
+    """
+
+    trial_id: str
+    task: str
+    split: Literal["validation", "test"]
+    questions: tuple[int, ...]
+    correct: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +276,7 @@ class TrialResult:
     """All that the store knows of one trial of one study; what analysis starts from.
 
     `outcome` is None for planned and running trials. `scores` are those of the study's choice.
+    `purpose` "confirm": a fresh seed of what had been chosen; it must not take part in choosing.
     """
 
     study: str
@@ -259,6 +286,7 @@ class TrialResult:
     outcome: Outcome | None
     scores: tuple[Score, ...]
     engine: str | None
+    purpose: Purpose = "search"
 
 
 @dataclass(frozen=True, slots=True)

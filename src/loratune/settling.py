@@ -1,4 +1,9 @@
-"""The end of a cell, once all its trials have been tried: scores, its best LR, what is kept.
+"""What becomes of a cell once all its trials have been tried: more trials, scores, what is kept.
+
+A study may ask for more once outcomes are known (`recommendation.rounds`): a cell's grid grows, its
+best LR gets further seeds, and when no cell has anything left, the best one of each curve gets
+fresh seeds that confirm it. A cell that asks for nothing more is settled: it is scored, its LR is
+chosen, and the adapters that are not kept are dropped.
 
 Scoring needs the base model, which an engine holds while it trains. A cell with something to score
 therefore waits until no engine is at work; one with nothing to score is settled at once, so that
@@ -8,17 +13,30 @@ cell keeps its adapters until then.
 
 import shutil
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from loratune.analyse.cells import Cell, make_cells
+from loratune.analyse.curves import make_curves
 from loratune.folder import ResultsFolder
 from loratune.planning.build import Plan
-from loratune.records import FINAL_STATUSES, Trial, TrialResult
+from loratune.recommendation.rounds import Point, confirmation, refinement
+from loratune.records import FINAL_STATUSES, Purpose, Trial, TrialResult
 from loratune.store.database import Store
 from loratune.study.identity import cell_key
 from loratune.study.schema import VALIDATION, Study
 from loratune.training import Watcher, Workshop, interrupted
+
+
+@dataclass
+class _Open:
+    """A cell that is not settled. `asks_more`: its outcomes may still call for more trials."""
+
+    trials: tuple[Trial, ...]
+    untried: set[str]
+    asks_more: bool
+    purpose: Purpose = "search"
 
 
 class Settling:
@@ -46,41 +64,121 @@ class Settling:
         self.workshop = workshop
         self.watcher = watcher
         self.should_stop = should_stop
-        # The cells that are not settled, and which of their trials are untried.
-        self._cells = dict[tuple[object, ...], tuple[Trial, ...]]()
-        self._untried = dict[tuple[object, ...], set[str]]()
+        self._plan = plan
+        self._cells = dict[tuple[object, ...], _Open]()
+        self._key_of = dict[str, tuple[object, ...]]()
+        asks_more = bool(study.learning_rate.extend or study.seeds.around_best)
         for key, cell in groupby(plan.trials, key=cell_key):  # The plan keeps a cell together.
-            self._cells[key] = tuple(cell)
-            self._untried[key] = {one.trial_id for one in self._cells[key]} - set(finished)
+            trials = tuple(cell)
+            untried = {one.trial_id for one in trials} - set(finished)
+            self._cells[key] = _Open(trials, untried, asks_more)
+            self._key_of |= {one.trial_id: key for one in trials}
+        self._has_confirmed = not study.seeds.confirm
 
-    def has_ended(self, trial: Trial) -> None:
-        """A trial has its outcome; an engine may be at work."""
-        key = cell_key(trial)
-        self._untried[key].discard(trial.trial_id)
-        if not self.study.scored_tasks():
-            self._settle_tried([key])
+    def has_ended(self, trial: Trial) -> tuple[Trial, ...]:
+        """A trial has its outcome, an engine may be at work; what is to be trained besides."""
+        return self._have_been_tried([trial], idle=False)
 
-    def have_been_tried(self, trials: Iterable[Trial]) -> None:
-        """These trials have an outcome or can't have one now; no engine is at work."""
+    def have_been_tried(self, trials: Iterable[Trial]) -> tuple[Trial, ...]:
+        """These trials have an outcome or can't have one now; no engine is at work.
+
+        Returns what is to be trained besides.
+        """
+        return self._have_been_tried(trials, idle=True)
+
+    def settle_all_tried(self) -> tuple[Trial, ...]:
+        """Settle what has nothing left to try; no engine is at work.
+
+        Returns what is to be trained besides.
+        """
+        return self._advance(tuple(self._cells), idle=True)
+
+    def _have_been_tried(self, trials: Iterable[Trial], *, idle: bool) -> tuple[Trial, ...]:
         keys = dict[tuple[object, ...], None]()
         for trial in trials:
-            key = cell_key(trial)
-            self._untried[key].discard(trial.trial_id)
+            key = self._key_of[trial.trial_id]
+            if key in self._cells:
+                self._cells[key].untried.discard(trial.trial_id)
             keys[key] = None
-        self._settle_tried(keys)
+        return self._advance(tuple(keys), idle=idle)
 
-    def settle_all_tried(self) -> None:
-        """Settle what has nothing left to try; no engine is at work."""
-        self._settle_tried(tuple(self._cells))
-
-    def _settle_tried(self, keys: Iterable[tuple[object, ...]]) -> None:
+    def _advance(self, keys: Collection[tuple[object, ...]], *, idle: bool) -> tuple[Trial, ...]:
+        """Refine and settle cells as far as can be done now; what is to be trained besides."""
+        further = list[Trial]()
         for key in keys:
-            if key in self._cells and not self._untried[key]:
-                self._settle(self._cells[key])
-                del self._cells[key]
+            cell = self._cells.get(key)
+            if cell is None or cell.untried:
+                continue
+            if cell.asks_more and (idle or self.study.select_on == "validation_loss"):
+                further += self._refine(key, cell)
+            if cell.untried or cell.asks_more:
+                continue
+            if not idle and self.study.scored_tasks():
+                self._drop_unchosen(cell)
+                continue
+            self._settle(cell)
+            del self._cells[key]
+        if not self._cells and not self._has_confirmed:
+            further += self._confirm()
+        if further:
+            self.watcher.plans_more(further)
+        return tuple(further)
 
-    def _settle(self, trials: tuple[Trial, ...]) -> None:
+    def _refine(self, key: tuple[object, ...], cell: _Open) -> list[Trial]:
+        """Add what the cell's outcomes call for, until it calls for nothing that is not there."""
+        while True:
+            self._score(cell.trials, self._scored_before_selection())
+            results = self._results(cell.trials)
+            if any(result.status in ("planned", "running") for result in results):
+                break  # Another process has some of it: what is best is not known here.
+            (made,) = make_cells(results)
+            points = refinement(made, rates=self.study.learning_rate, seeds=self.study.seeds)
+            if not points:
+                break
+            new = self._add(key, cell, points)
+            if new:
+                return new
+        cell.asks_more = False
+        return []
+
+    def _confirm(self) -> list[Trial]:
+        """Add the fresh seeds of each curve's best cell."""
+        self._has_confirmed = True
+        further = list[Trial]()
+        results = self.store.results(self.study.study, with_losses=False)
+        for curve in make_curves(make_cells(results)):
+            chosen = confirmation(curve.cells, seeds=self.study.seeds)
+            if chosen is None:
+                continue
+            best, points = chosen
+            cell = _Open((best.trial,), set(), asks_more=False, purpose="confirm")
+            key = ("confirm", *cell_key(best.trial))
+            self._cells[key] = cell
+            further += self._add(key, cell, points)
+        return further
+
+    def _add(self, key: tuple[object, ...], cell: _Open, points: Iterable[Point]) -> list[Trial]:
+        """Add the trials at these points to the study and the cell; those that want training."""
+        new = self._plan.siblings(cell.trials[0], points)
+        self.store.add_trials(self.study.study, new, purpose=cell.purpose)
+        # A store that studies share may have them already.
+        stand = {one.trial.trial_id for one in self._results(new) if one.status in FINAL_STATUSES}
+        self._key_of |= {one.trial_id: key for one in new}
+        wanted = [one for one in new if one.trial_id not in stand]
+        cell.untried |= {one.trial_id for one in wanted}
+        cell.trials = new if cell.purpose == "confirm" else (*cell.trials, *new)
+        return wanted
+
+    def _settle(self, cell: _Open) -> None:
         """Score a cell's trials, choose its LR, and drop the adapters that are not kept."""
+        if cell.purpose == "confirm":
+            self._score(cell.trials, self.study.scored_tasks())
+            if self.study.keep_adapters != "all":
+                self._drop_adapters(cell.trials)
+            return
+        self._score_and_choose(cell.trials)
+
+    def _score_and_choose(self, trials: tuple[Trial, ...]) -> None:
         self._score(trials, self._scored_before_selection())
         (cell,) = make_cells(self._results(trials))
         if cell.best is not None:
@@ -93,8 +191,28 @@ class Settling:
             "best": _best_trial(cell),
             "all": {trial.trial_id for trial in trials},
         }[self.study.keep_adapters]
+        self._drop_adapters(trial for trial in trials if trial.trial_id not in kept)
+
+    def _drop_unchosen(self, cell: _Open) -> None:
+        """Before a cell is scored: drop the adapters that will be neither scored nor kept.
+
+        A pack may hold all cells of a study, and their adapters would fill the disk meanwhile.
+        """
+        if (
+            cell.purpose == "confirm"
+            or self._scored_before_selection()
+            or self.study.keep_adapters == "all"
+        ):
+            return
+        (made,) = make_cells(self._results(cell.trials))
+        if all(result.status in FINAL_STATUSES for result in made.results):
+            chosen = () if made.best is None else made.best.trials
+            scored = {result.trial.trial_id for result in chosen}
+            self._drop_adapters(one for one in cell.trials if one.trial_id not in scored)
+
+    def _drop_adapters(self, trials: Iterable[Trial]) -> None:
         for trial in trials:
-            if trial.trial_id not in kept and self.folder.adapter(trial.trial_id).is_dir():
+            if self.folder.adapter(trial.trial_id).is_dir():
                 # The row first: a row without a folder would be a lie, a folder without one is not.
                 self.store.remove_artifact(trial.trial_id, kind="adapter")
                 shutil.rmtree(self.folder.adapter(trial.trial_id))

@@ -14,12 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.crew import Assignment, CrewMember, train_in_crew
 from loratune.folder import ResultsFolder, working_folder
-from loratune.records import FINAL_STATUSES, TrialResult
+from loratune.records import FINAL_STATUSES, Trial, TrialResult
 from loratune.settling import Settling
 from loratune.study.loading import LoadedStudy
 from loratune.training import SNAPSHOT_SECONDS, Training, Watcher, Workshop
@@ -107,28 +107,31 @@ def run_sweep(
             watcher=watcher,
             should_stop=should_stop,
         )
+        further = settling.settle_all_tried()
         left = tuple(trial for trial in plan.trials if trial.trial_id not in finished)
         wants_adapters = bool(study.scored_tasks()) or study.keep_adapters != "none"
         if crew:
             assignment = Assignment(
                 study=study.study,
                 folder=folder,
-                trials=left,
+                trials=(*left, *further),
                 wants_adapters=wants_adapters,
                 snapshot_seconds=snapshot_seconds,
                 since=opened.newest_attempt(),
             )
-            training_of_all = train_in_crew(
-                crew, assignment, store=opened, watcher=watcher, should_stop=should_stop
-            )
-            with closing(training_of_all) as ended:
-                for trial in ended:
-                    settling.has_ended(trial)
-            settling.have_been_tried(left)
-            # Only now: scoring loads the base on a device that was training.
-            settling.settle_all_tried()
+            while assignment.trials:
+                training_of_all = train_in_crew(
+                    crew, assignment, store=opened, watcher=watcher, should_stop=should_stop
+                )
+                further = ()
+                with closing(training_of_all) as ended:
+                    for trial in ended:
+                        further += settling.has_ended(trial)
+                # Only now: scoring loads the base on a device that was training.
+                further += settling.have_been_tried(assignment.trials)
+                further += settling.settle_all_tried()
+                assignment = replace(assignment, trials=further, since=opened.newest_attempt())
         else:
-            settling.settle_all_tried()
             training = Training(
                 folder=folder,
                 store=opened,
@@ -139,13 +142,36 @@ def run_sweep(
                 snapshot_seconds=snapshot_seconds,
                 clock=clock,
             )
-            for group in workshop.groups(left):
-                with closing(training.train(group)) as ended:
-                    for trial in ended:
-                        settling.has_ended(trial)
-                settling.have_been_tried(group)
+            _train_here((*left, *further), training, settling)
         return Sweep(
             folder=folder,
             results=opened.results(study.study),
             num_not_scored=settling.num_not_scored,
         )
+
+
+def _train_here(trials: Sequence[Trial], training: Training, settling: Settling) -> None:
+    """Train the trials and what their outcomes call for, one group after another."""
+    waiting = list(training.workshop.groups(trials))
+    while waiting:
+        others = _train_group(waiting.pop(0), training, settling)
+        waiting += training.workshop.groups(others)
+
+
+def _train_group(
+    group: tuple[Trial, ...], training: Training, settling: Settling
+) -> tuple[Trial, ...]:
+    """Train a group and what can join it; what its outcomes call for besides."""
+    joined, others = list(group), list[Trial]()
+
+    def calls_for(trial: Trial) -> Sequence[Trial]:
+        further = settling.has_ended(trial)
+        here = [one for one in further if len(training.workshop.groups((group[0], one))) == 1]
+        joined.extend(here)
+        others.extend(one for one in further if one not in here)
+        return here
+
+    with closing(training.train(group, calls_for=calls_for)) as ended:
+        for _ in ended:
+            pass
+    return (*others, *settling.have_been_tried(joined))

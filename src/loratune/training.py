@@ -66,8 +66,11 @@ class Workshop(Protocol):
         """The trials, each once, in groups that one engine can train together."""
         ...
 
-    def engine(self, group: Sequence[Trial]) -> Engine:
-        """An engine for a group or some of it, on the group's base model."""
+    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+        """An engine for a group or some of it, on the group's base model.
+
+        `remark` is told what the user should know of the choice.
+        """
         ...
 
     def provenance(self, engine: str) -> Provenance:
@@ -98,6 +101,10 @@ class Watcher(Protocol):
 
     def begins(self, plan: Plan, *, finished: frozenset[str]) -> None:
         """The sweep begins; the trials of these ids stand already."""
+        ...
+
+    def plans_more(self, trials: Sequence[Trial]) -> None:
+        """Outcomes call for more trials than were planned at the beginning."""
         ...
 
     def trial_begins(self, trial: Trial) -> None:
@@ -140,10 +147,17 @@ class Training:
     clock: Callable[[], float] = time.monotonic
     since: int | None = None
 
-    def train(self, group: tuple[Trial, ...]) -> Generator[Trial]:
+    def train(
+        self, group: tuple[Trial, ...], *, calls_for: Callable[[Trial], Sequence[Trial]]
+    ) -> Generator[Trial]:
         """Train every trial of the group that can be claimed; yields each when it has its outcome.
 
         Closed before its end, or ended by whatever is raised, it leaves nothing claimed.
+
+        Args:
+            group: trials that one engine can train together.
+            calls_for: asked of every trial that has its outcome: further trials that the same
+                engine can train, which join those that wait.
 
         Raises:
             Interrupted: `should_stop` said so.
@@ -152,7 +166,7 @@ class Training:
         with Heartbeat(self.store) as heart:
             while left:
                 together = left.pop(0)
-                feed = _StoreFeed(self, together, heart)
+                feed = _StoreFeed(self, together, heart, calls_for)
                 try:
                     yield from self._train_together(together, feed)
                 finally:
@@ -162,7 +176,7 @@ class Training:
     def _train_together(self, trials: tuple[Trial, ...], feed: "_StoreFeed") -> Generator[Trial]:
         feed.stop_if_asked()
         try:
-            engine = self.workshop.engine(trials)
+            engine = self.workshop.engine(trials, remark=self.watcher.remarks)
         except Exception as error:  # noqa: BLE001 - it must not cost the other groups
             feed.fail_all(error)
             yield from feed.new_outcomes()
@@ -195,12 +209,20 @@ class _Claimed:
 class _StoreFeed:
     """An `engine.base.Feed` of trials that are claimed in the store when the engine takes them."""
 
-    def __init__(self, training: Training, trials: Sequence[Trial], heart: "Heartbeat") -> None:
+    def __init__(
+        self,
+        training: Training,
+        trials: Sequence[Trial],
+        heart: "Heartbeat",
+        calls_for: Callable[[Trial], Sequence[Trial]],
+    ) -> None:
         self.provenance: Provenance | None = None
         self.under_way = dict[str, _Claimed]()
         self.waits = {trial.trial_id: trial for trial in trials}
         # Where the engine broke: what is left to train, each part from a feed of its own.
         self.left: tuple[tuple[Trial, ...], ...] = ()
+        self._calls_for = calls_for
+        self._is_over = False
         self._ended = list[Trial]()
         self._training = training
         self._heart = heart
@@ -301,6 +323,7 @@ class _StoreFeed:
 
     def fail_all(self, error: Exception) -> None:
         """What waits can't be trained: each of the trials has failed."""
+        self._is_over = True
         self.provenance = self.provenance or self._training.workshop.provenance("none")
         for trial in tuple(self.waits.values()):
             del self.waits[trial.trial_id]
@@ -311,6 +334,7 @@ class _StoreFeed:
 
     def find_culprit(self, error: Exception) -> None:
         """The engine broke: record the trial that did it, or say in `left` how to find it."""
+        self._is_over = True
         suspects = tuple(claimed.trial for claimed in self.under_way.values())
         if not suspects:  # It broke over the trial that it was about to take, or over none.
             if len(self.waits) == 1:
@@ -331,9 +355,15 @@ class _StoreFeed:
         self.left = tuple(part for part in (*((one,) for one in suspects), rest) if part)
 
     def new_outcomes(self) -> Generator[Trial]:
-        """The trials that have an outcome since this was last asked."""
+        """The trials that have an outcome since this was last asked; what they call for waits."""
         while self._ended:
-            yield self._ended.pop(0)
+            trial = self._ended.pop(0)
+            further = tuple(self._calls_for(trial))
+            if further and self._is_over:
+                self.left = (*self.left, further)
+            else:
+                self.waits |= {one.trial_id: one for one in further}
+            yield trial
 
     def release(self) -> None:
         """Give back what is claimed, without an outcome."""

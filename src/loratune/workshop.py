@@ -12,7 +12,8 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,7 +39,8 @@ from loratune.methods import load_method
 from loratune.methods.base import Packable
 from loratune.models.demo import DEMO_MODELS, resolve_demo_model
 from loratune.models.describe import describe_model
-from loratune.models.load import Base, load_base, load_tokenizer
+from loratune.models.load import Base, Precision, load_base, load_tokenizer
+from loratune.models.targets import block_linears
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
 from loratune.planning.cost import H100, QUANTISED_BYTES, Rate, tokens_that_fit
 from loratune.planning.pack_shape import plan_pack
@@ -237,6 +239,41 @@ def choose_devices(names: str | Sequence[str]) -> tuple[torch.device, ...]:
     return tuple(choose_device(name) for name in names)
 
 
+def measured_flops_per_second(
+    name: str,
+    *,
+    device: torch.device,
+    precision: Precision,
+    folder: Path,
+    num_tokens: int = 2048,
+) -> float:
+    """The rate at which a model's blocks run forward and backward on this device, as LoRA needs it.
+
+    4 N FLOPs a token: no gradient of a weight. The best of three passes over random tokens, after
+    one that is not counted.
+
+    Raises:
+        ModelError: the model can't be had.
+    """
+    base = load_base(model_source(name, folder=folder), precision=precision, device=device)
+    config = base.model.config.get_text_config()
+    length = min(256, config.max_position_embeddings)
+    shape = (max(1, num_tokens // length), length)
+    ids_BT = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    inputs = base.model.get_input_embeddings()(ids_BT).detach().requires_grad_()
+    num_weights = sum(linear.weight.numel() for linear in block_linears(base.model).values())
+    seconds = list[float]()
+    for _ in range(4):
+        began = time.perf_counter()
+        base.model.base_model(inputs_embeds=inputs).last_hidden_state.float().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 4 * num_weights * ids_BT.numel() / min(seconds[1:])
+
+
 @dataclass
 class LocalWorkshop:
     """Models, rows and engines for one study on one device.
@@ -244,6 +281,7 @@ class LocalWorkshop:
     `engine_choice`: `packed` trains many trials at once and refuses a study with a method that it
     does not have; `reference` trains them one after another; `auto` packs what can be packed.
     `num_threads` is this process's share of a CPU that several train on; None: torch's own choice.
+    `unsafe_exec`: see `sandbox.choose_isolation`.
     """
 
     loaded: LoadedStudy
@@ -253,6 +291,7 @@ class LocalWorkshop:
     trust_remote_code: bool = False
     rate: Rate = H100
     num_threads: int | None = None
+    unsafe_exec: bool = False
     _base: Base | None = field(default=None, init=False)
     _asked: dict[tuple[str, str, str], TaskQuestions] = field(
         default_factory=dict[tuple[str, str, str], TaskQuestions], init=False
@@ -269,12 +308,16 @@ class LocalWorkshop:
             LoratuneError: what the study asks for can't be had or can't be done.
         """
         self._refuse_what_cannot_be_packed()
-        return make_plan(
+        plan = make_plan(
             self.loaded.study,
             models=self._survey.models,
             data=self._survey.data,
             rate=self.rate,
         )
+        if self.engine_choice == "packed":
+            for trial in {trial.model: trial for trial in plan.trials}.values():
+                check_family(self._base_of(trial).model, targets=trial.targets)
+        return plan
 
     def data_summaries(self) -> Mapping[str, DataSummary]:
         """See `training.Workshop`."""
@@ -316,17 +359,22 @@ class LocalWorkshop:
             groups.setdefault((self._is_packed(trial), *key), []).append(trial)
         return tuple(tuple(group) for group in groups.values())
 
-    def engine(self, group: Sequence[Trial]) -> Engine:
-        """See `training.Workshop`."""
+    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+        """See `training.Workshop`.
+
+        Raises:
+            ModelError: `packed` was asked for and the family computes something else when packed.
+        """
         rows = self._survey.prepared
         base = self._base_of(group[0])
         if self._is_packed(group[0]):
             rows = {trial.data_fingerprint: rows[trial.data_fingerprint] for trial in group}
             try:
                 check_family(base.model, targets=group[0].targets)
-            except ModelError:
+            except ModelError as error:
                 if self.engine_choice == "packed":
                     raise
+                remark(f"{group[0].model} trains on the reference engine, one by one: {error}")
             else:
                 return PackedEngine(
                     base, rows, shape=self._pack_shape(group), targets=group[0].targets
@@ -343,7 +391,7 @@ class LocalWorkshop:
     ) -> tuple[Score, tuple[Prediction, ...]]:
         """See `training.Workshop`."""
         asked = self._asked[trial.model, trial.data_fingerprint, task]
-        return score_task(self._base_of(trial), adapter, asked)
+        return score_task(self._base_of(trial), adapter, asked, unsafe_exec=self.unsafe_exec)
 
     def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
         """See `training.Workshop`."""
@@ -390,7 +438,11 @@ class LocalWorkshop:
 
     @cached_property
     def _survey(self) -> Survey:
-        check_tasks(self.loaded.study.evaluate.tasks)
+        check_tasks(
+            self.loaded.study.evaluate.tasks,
+            folder=self.loaded.folder,
+            unsafe_exec=self.unsafe_exec,
+        )
         questions = {
             task.name: load_questions(task, folder=self.loaded.folder)
             for task in self.loaded.study.evaluate.tasks
@@ -435,6 +487,7 @@ class LocalWorkshop:
                         questions[task],
                         data=study.data,
                         tokenizer=tokenizer,
+                        folder=self.loaded.folder,
                         end_ids=rows.end_ids,
                     )
                 )

@@ -119,6 +119,10 @@ def test_held_out_groups_of_a_field_never_stand_on_both_sides(tmp_path):
 
     assert len(number) == 6
     assert choice.summary.num_validation_groups == 3
+    # Two questions of every source, in the order of the rows.
+    assert choice.summary.validation_sources == (0, 0, 1, 1, 2, 2)
+    single = prepared(tmp_path, QUESTIONS, validation={"rows": 6}).choose(None)
+    assert single.summary.validation_sources == ()
     assert {i // 2 for i in number} == {i // 2 for i in number if i ^ 1 in number}
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loratune.engine import head
 from loratune.engine.head import Targets, head_losses
+from loratune.planning import packing
 
 NUM_TOKENS, WIDTH, VOCABULARY = 700, 16, 50
 
@@ -32,7 +32,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy_however_it_is_cut(
 ):
     if chunk is not None:
         # 256 tokens at a time, the smallest cut that there is.
-        monkeypatch.setattr(head, "LOGITS_AT_ONCE", chunk)
+        monkeypatch.setattr(packing, "LOGITS_AT_ONCE", chunk)
     hidden_MD, weight_VD, bias_V, targets = example(bias=bias)
     before = hidden_MD.clone()
     losses_L, grad_MD = head_losses(hidden_MD, weight_VD, bias_V, targets, with_gradient=True)

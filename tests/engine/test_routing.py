@@ -5,10 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.engine.routing import CHUNK, TILE, Routing, num_chunks, num_tiles, route
+from loratune.engine.routing import TILE, Routing, num_chunks, num_tiles, route
+from loratune.planning.packing import TOKENS_SUMMED_AT_ONCE
 
 COUNTS = st.lists(
-    st.one_of(st.just(0), st.integers(0, 200), st.sampled_from([TILE, CHUNK, CHUNK + 1])),
+    st.one_of(
+        st.just(0),
+        st.integers(0, 200),
+        st.sampled_from([TILE, TOKENS_SUMMED_AT_ONCE, TOKENS_SUMMED_AT_ONCE + 1]),
+    ),
     min_size=1,
     max_size=6,
 )
@@ -47,7 +52,7 @@ def test_every_token_is_once_in_a_tile_and_a_chunk_of_its_slot(counts, filler, f
         assert bounds[slot + 1] - bounds[slot] == count
         own = spans[firsts[slot] : firsts[slot + 1]]
         assert [one for one, _, _ in own] == [slot] * len(own)
-        assert all(0 < end - begin <= CHUNK for _, begin, end in own)
+        assert all(0 < end - begin <= TOKENS_SUMMED_AT_ONCE for _, begin, end in own)
         tokens = [token for _, begin, end in own for token in range(begin, end)]
         assert tokens == [token for token, one in enumerate(slots) if one == slot]
     assert sum(end - begin for _, begin, end in spans) == sum(counts), "no chunk but theirs"

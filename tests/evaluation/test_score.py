@@ -5,9 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError, ModelError
-from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.code_answers import CodeReference
+from loratune.evaluation.generate import generate_answers
 from loratune.evaluation.questions import TaskQuestions
+from loratune.evaluation.sandbox import choosing
 from loratune.evaluation.score import grade, score_task
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.models.load import Base
@@ -120,6 +123,34 @@ def test_every_question_is_in_exactly_one_count(pairs, grader):
     score, predictions = grade([answer for answer, _ in pairs], questions)
     assert score.total == len(pairs) == len(predictions)
     assert score.errors == sum(reference is None for _, reference in pairs)
+
+
+def test_answers_that_are_programs_are_judged_by_running_them():
+    reference = CodeReference(
+        prefix="def add(a, b):\n", tests="assert add(1, 2) == 3", names=("add",), setup=""
+    ).to_text()
+    answers = [
+        Answer("    return a + b", 5, True),
+        Answer("    return a - b", 5, True),
+        Answer("    return a +", 12, False),
+        Answer("    return a + b", 5, True),
+    ]
+    questions = tiny_questions(
+        task="humaneval",
+        grader="tests",
+        prompts=("q",) * 4,
+        prompt_ids=((1,),) * 4,
+        references=(reference, reference, reference, None),
+    )
+    score, predictions = grade(answers, questions, unsafe_exec=True)
+    assert (score.correct, score.wrong, score.truncated, score.errors) == (1, 1, 1, 1)
+    assert [one.text for one in predictions] == [answer.text for answer in answers]
+
+
+def test_programs_are_not_run_where_they_cannot_be_isolated(monkeypatch):
+    monkeypatch.setattr(choosing, "trials", lambda: ())
+    with pytest.raises(EvaluationError, match="--unsafe-exec"):
+        grade([Answer("", 0, True)], tiny_questions(grader="tests", references=("{}",)))
 
 
 def test_the_plain_base_is_scored_on_what_it_generates():

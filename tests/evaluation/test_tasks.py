@@ -1,12 +1,13 @@
 import json
+from typing import Literal
 
 import pytest
 
 from loratune.data import demo_task
 from loratune.data.prepare import Example, prepare
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluation.graders import GraderName
 from loratune.evaluation.questions import Question
+from loratune.evaluation.sandbox import choosing
 from loratune.evaluation.tasks import (
     ask,
     ask_validation,
@@ -52,17 +53,28 @@ def test_the_tasks_of_this_version_can_be_scored(name):
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
-def test_a_known_task_that_cannot_be_scored_yet_is_refused_with_the_way_out(name):
-    assert not can_score(name)
-    with pytest.raises(EvaluationError, match="cannot be scored by this version; remove it from"):
+def test_a_task_of_programs_is_refused_before_anything_is_trained_where_none_can_be_run(
+    name, monkeypatch
+):
+    monkeypatch.setattr(choosing, "trials", lambda: ())
+    assert can_score(name)
+    with pytest.raises(EvaluationError, match="cannot be isolated on this machine"):
         check_tasks([Task(name="gsm8k"), Task(name=name)])
+    check_tasks([Task(name=name)], unsafe_exec=True)
+
+
+def test_a_task_of_programs_has_no_grader_of_numbers():
+    with pytest.raises(EvaluationError, match="mbpp is not judged by grader strict; choose tests"):
+        check_tasks([Task(name="mbpp", grader="strict")], unsafe_exec=True)
 
 
 def test_an_unknown_task_is_refused_with_a_near_name():
     assert not can_score("gms8k")
     with pytest.raises(EvaluationError, match=r"'gms8k' is unknown; .* did you mean 'gsm8k'\?"):
         task("gms8k")
-    with pytest.raises(EvaluationError, match=r"choose one of gsm8k, demo, validation$"):
+    with pytest.raises(
+        EvaluationError, match=r"choose one of gsm8k, svamp, .*, demo, validation, or the path"
+    ):
         task("zzzz")
 
 
@@ -254,7 +266,7 @@ def test_a_validation_answer_may_be_half_as_long_again_as_the_longest_reference(
 
 def test_validation_references_are_read_by_the_grader_that_reads_the_answers():
     rows = examples("#### 4", "The answer is: 17.6", "The answer is: \\frac{1}{2}")
-    expected: dict[GraderName, tuple[str | None, ...]] = {
+    expected: dict[Literal["pissa", "strict"], tuple[str | None, ...]] = {
         "strict": ("4", "88/5", None),
         "pissa": (None, "18", "1"),
     }

@@ -20,7 +20,7 @@ def loss(size, rate, seed):
 
 def written(folder, results, study=STUDY):
     paths = write_report(
-        folder, study=study, results=results, summaries=[SUMMARY], provenances=[RUN]
+        folder, study=study, results=results, summaries={"data-demo": SUMMARY}, provenances=[RUN]
     )
     return paths, paths.page.read_text(encoding="utf-8")
 

@@ -3,7 +3,7 @@ from loratune.analyse.compare import compare
 from loratune.analyse.curves import make_curves
 from loratune.recommendation.grid import recommendations
 from loratune.report.text import comparison_sentence, curves_text, recommendation_text
-from simulated import result, sweep
+from simulated import result, score, sweep
 
 
 def loss(size, rate, seed):
@@ -85,10 +85,51 @@ def test_a_comparison_names_verdict_difference_and_seeds():
 def test_two_seeds_are_said_not_to_be_enough():
     (one,) = compare(
         [
-            result(1.0 + offset + seed * (0.5 - offset), method=method, seed=seed)
+            result(
+                1.0 + offset + seed * (0.5 - offset) + rate,
+                method=method,
+                seed=seed,
+                learning_rate=rate,
+            )
             for method, offset in (("lora", 0.1), ("pissa", 0.2))
+            for rate in (1e-4, 1e-3)
             for seed in (0, 1)
         ],
         margin=1e-6,
     )
     assert "undecided: 2 seeds cannot tell, run at least 5" in comparison_sentence(one)
+
+
+def test_seeds_that_chose_are_told_from_seeds_that_did_not():
+    grid = sweep(loss) + sweep(lambda *a: loss(*a) - 0.1 - 1e-4 * a[2], method="pissa")
+    (shared,) = compare(grid)
+    assert "3 shared seeds (paired t over seeds)" in comparison_sentence(shared)
+    assert "The same seeds chose batch size and learning rate" in comparison_sentence(shared)
+    fresh = [
+        result(1.5 + seed / 100 + (method == "lora") / 10, method=method, seed=seed,
+               batch_size=16, learning_rate=1e-4, purpose="confirm")
+        for method in ("lora", "pissa") for seed in (7, 8, 9)
+    ]  # fmt: skip
+    text = comparison_sentence(compare(grid + fresh)[0])
+    assert "These seeds had no part in choosing" in text
+    # Chosen at 1.0101 and 0.91, 1.68 and 1.58 on fresh seeds.
+    assert "pissa +0.67, lora +0.67" in text
+
+
+def test_no_number_stands_where_nothing_can_be_concluded():
+    (one,) = compare([result(method=name, batch_size=4) for name in ("lora", "pissa")])
+    (sentence,) = comparison_sentence(one).splitlines()
+    assert sentence.startswith("pissa against lora, validation loss: undecided: pissa's own best")
+
+
+def test_a_choice_by_the_test_set_is_loud():
+    (one, *_) = compare(
+        [
+            result(
+                method=name, seed=seed, learning_rate=rate, select_on="test",
+                scores=[score("gsm8k", 50 + seed, 100)],
+            )
+            for name in ("lora", "pissa") for seed in (0, 1, 2) for rate in (1e-4, 1e-3)
+        ]
+    )  # fmt: skip
+    assert "SELECTED ON THE TEST SET" in comparison_sentence(one)

@@ -142,4 +142,5 @@ SUMMARY = DataSummary(
     num_train_rows=100,
     num_duplicate_rows=3,
     num_in_test=(("gsm8k", 1),),
+    validation_sources=(0, 0, 1, 2, 3, 4, 5, 6),
 )

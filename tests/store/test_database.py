@@ -541,6 +541,23 @@ def test_predictions_come_back_by_question_whatever_their_text(store: Store) -> 
     assert store.predictions(score_id + 1) == ()
 
 
+def test_verdicts_are_those_of_the_scores_that_count(store: Store) -> None:
+    add(store, 1, 2)
+    store.add_score("trial-1", score(correct=0, wrong=2), ())
+    store.add_score("trial-1", score(), tuple(reversed(PREDICTIONS)))
+    store.add_score("trial-2", score(grader="pissa"), PREDICTIONS)
+    store.add_score("trial-2", score(task="other"), ())
+    first, second = store.verdicts("study")
+    assert (first.trial_id, first.task, first.split) == ("trial-1", "gsm8k", "test")
+    assert (first.questions, first.correct) == ((0, 1, 2, 5), (True, False, False, False))
+    assert second.trial_id == "trial-2"
+    assert store.verdicts("study", trial_ids=["trial-2"]) == (second,)
+
+    # A newer score without its answers replaces the older one, whose answers count no more.
+    store.add_score("trial-1", score(correct=0, wrong=2), ())
+    assert store.verdicts("study") == (second,)
+
+
 def test_predictions_that_do_not_add_up_are_refused(store: Store) -> None:
     add(store, 1)
     with pytest.raises(StoreError, match=r"counts \(2, 1, 1, 1\) .* predictions \(1, 1, 1, 1\)"):

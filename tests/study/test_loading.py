@@ -59,7 +59,7 @@ def test_the_example_parses_and_numbers_are_numbers():
     study = parse(EXAMPLE)
     assert study.learning_rates() == (1e-5, 3e-4)
     assert study.optimizer.eps == 1e-8
-    assert study.seeds == (0, 1, 2)
+    assert study.seeds.grid == (0, 1, 2)
     assert study.methods_chosen()[2].options == (("ratio", 16.0),)
     paper = parse(EXAMPLE.replace("[1e-5, 3e-4]", "paper"))
     assert paper.learning_rates() == PAPER_LEARNING_RATES

@@ -44,7 +44,7 @@ def lines_with(text: str, words: str) -> list[str]:
 
 def num_trials(study: Study) -> int:
     lists = (study.model, study.data.rows, study.protocol, study.batch_size, study.schedule)
-    num = len(study.adapters()) * len(study.learning_rates()) * len(study.seeds)
+    num = len(study.adapters()) * len(study.learning_rates()) * len(study.seeds.grid)
     for values in lists:
         num *= len(values)
     return num
@@ -165,7 +165,7 @@ def test_paper_scale_sweeps_appendix_e_over_batch_sizes_by_doubling(name: str):
 @pytest.mark.parametrize("name", FIGURES)
 def test_paper_scale_shows_three_seeds_but_one_in_figures_3_4_and_5(name: str):
     num_seeds = 1 if name in ("fig3", "fig4", "fig5") else 3
-    assert len(study_of(name, "paper").seeds) == num_seeds
+    assert len(study_of(name, "paper").seeds.grid) == num_seeds
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -280,7 +280,7 @@ def test_small_scale_is_minutes_at_four_updates_and_240_rows_a_second(name: str)
         num_updates = protocol.steps or rows / size
         per_rate += num_updates * max(1 / 4, size / 240)
     repeats = len(study.model) * len(study.adapters()) * len(study.learning_rates())
-    seconds = per_rate * repeats * len(study.seeds) * len(study.schedule)
+    seconds = per_rate * repeats * len(study.seeds.grid) * len(study.schedule)
     assert seconds / 60 < 40
 
 
@@ -358,7 +358,7 @@ def test_published_peft_is_its_own_setting_with_rank_64_for_rslora_alone():
     assert study.targets == ("q_proj", "v_proj")
     assert study.data.template == "Question: {prompt} Think step by step.\nAnswer:"
     assert study.data.max_tokens == 768
-    assert study.seeds == (0,)
+    assert study.seeds.grid == (0,)
     assert study.optimizer.weight_decay == 0.1
 
 

@@ -27,7 +27,8 @@ def test_one_value_and_a_list_of_them_are_both_lists(key, text, value):
         with pytest.raises(StudyError, match="give at most 1,000,000, or a list"):
             study(**{key: text})
     else:
-        assert getattr(study(**{key: text}), key) == value
+        read = getattr(study(**{key: text}), key)
+        assert (read.grid if key == "seeds" else read) == value
 
 
 def test_learning_rates_are_numbers_in_ascending_order_however_they_are_written():
@@ -157,7 +158,7 @@ def test_a_study_cannot_be_changed_after_it_was_read():
 
 def test_long_lists_are_checked_for_repeats_in_good_time():
     before = time.process_time()
-    assert len(study(seeds="300000").seeds) == 300_000
+    assert len(study(seeds="300000").seeds.grid) == 300_000
     assert time.process_time() - before < 2
 
 
@@ -186,3 +187,18 @@ def test_options_of_a_method_are_filled_in_and_one_choice_has_one_spelling():
     (left_out,) = study(methods="[loraplus]").methods_chosen()
     assert whole == float_ == left_out
     assert whole.options == (("ratio", 16.0),)
+
+
+def test_further_and_fresh_seeds_are_new_numbers_counted_on_from_the_grids():
+    seeds = study(seeds="{grid: [4, 9], around_best: 2, confirm: 3}").seeds
+    assert (seeds.grid, seeds.further, seeds.fresh) == ((4, 9), (10, 11), (12, 13, 14))
+    assert study(seeds="2").seeds.further == study(seeds="2").seeds.fresh == ()
+
+
+def test_a_grid_of_learning_rates_may_grow():
+    rates = study(learning_rate="{values: [1e-4, 3e-4], extend: 2}").learning_rate
+    assert (rates.values, rates.extend) == ((1e-4, 3e-4), 2)
+    assert study(learning_rate="{values: paper, extend: 1}").learning_rate.values is not None
+    for refused in ("{extend: 2}", "{search: adaptive, low: 1e-5, high: 1e-2, extend: 2}"):
+        with pytest.raises(StudyError):
+            study(learning_rate=refused)

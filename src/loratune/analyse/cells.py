@@ -1,10 +1,13 @@
 """Cells: all trials that differ only in LR and seed, and the LR that is best among them.
 
 The best LR is the best in the mean over its seeds. An LR at which any seed diverged is not
-eligible, and shown. Neither is one that lacks a score for any seed of the cell (planned, failed,
-out of memory, stopped early): a mean over fewer seeds would be compared with one over more.
+eligible, and shown. Neither is one that lacks a score for any seed of the cell: a mean over fewer
+seeds would be compared with one over more. It lacks one because it failed or is still to come
+("incomplete"), or because the study gives further seeds to the LRs around the best alone, and this
+is not one of them ("screened").
 The interval is over seeds alone, and the same seeds chose the LR, so that the score is a little
-better than a fresh seed's would be; `curves.selection_gaps` measures that where it can be measured.
+better than a fresh seed's would be; `curves.selection_gaps` measures that where it can be measured,
+and trials that confirm, which choose nothing, are free of it.
 """
 
 # pandas comes without complete types: what it returns is unknown to pyright.
@@ -35,23 +38,27 @@ class TriedRate:
     """One LR of a cell. `seed_scores` follow the cell's seeds, None where there is no score.
 
     `mean` is over the scores there are, None where none is finite; it is shown, but only an
-    eligible LR's is compared.
+    eligible LR's is compared. `further` are its trials with seeds that did not choose.
     """
 
     learning_rate: float
     trials: tuple[TrialResult, ...]
     seed_scores: tuple[float | None, ...]
     mean: float | None
-    verdict: Literal["eligible", "diverged", "incomplete"]
+    verdict: Literal["eligible", "diverged", "incomplete", "screened"]
+    further: tuple[TrialResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """All trials that differ only in LR and seed. `trial` is one of them, for what they share.
 
+    `seeds` are those that choose the LR; see the module.
+
     `best` and `score` are None where no LR is eligible, `lr_at_edge` too. `lr_at_edge`: the best
     LR is the lowest or the highest that was tried; an LR that diverged or was stopped early was
-    tried, one that is planned or failed was not.
+    tried, one that is planned or failed was not. `confirmations` are trials of fresh seeds at the
+    LR that was chosen; they are in nothing else.
     """
 
     trial: Trial
@@ -77,8 +84,13 @@ class Cell:
 
     @property
     def results(self) -> tuple[TrialResult, ...]:
-        """Every trial of the cell, by LR, then seed."""
-        return tuple(result for rate in self.rates for result in rate.trials)
+        """Every trial of the cell, by LR, then seed; those that confirm come last."""
+        return tuple(result for rate in self.rates for result in (*rate.trials, *rate.further))
+
+    @property
+    def confirmations(self) -> tuple[TrialResult, ...]:
+        """The trials that choose nothing."""
+        return tuple(result for rate in self.rates for result in rate.further)
 
     def _rates_of(self, verdict: str) -> tuple[float, ...]:
         return tuple(rate.learning_rate for rate in self.rates if rate.verdict == verdict)
@@ -140,14 +152,21 @@ def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
     return make_frame(columns, [_row(cell, columns) for cell in cells])
 
 
-def _cell(results: Sequence[TrialResult], metric: Metric) -> Cell:
+def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
+    results = [result for result in of_cell if result.purpose == "search"]
     seeds = tuple(sorted({result.trial.seed for result in results}))
     by_rate = dict[float, list[TrialResult]]()
     for result in results:
         by_rate.setdefault(result.trial.learning_rate, []).append(result)
-    rates = tuple(_tried(rate, by_rate[rate], seeds, metric) for rate in sorted(by_rate))
+    fresh = dict[float, list[TrialResult]]()
+    for result in of_cell:
+        if result.purpose == "confirm":
+            fresh.setdefault(result.trial.learning_rate, []).append(result)
+    rates = tuple(
+        _tried(rate, by_rate[rate], fresh.get(rate, ()), seeds, metric) for rate in sorted(by_rate)
+    )
     best = best_rate(rates, metric)
-    first = results[0]
+    first = of_cell[0]
     return Cell(
         trial=first.trial,
         study=first.study,
@@ -163,24 +182,31 @@ def _cell(results: Sequence[TrialResult], metric: Metric) -> Cell:
 
 
 def _tried(
-    rate: float, results: Sequence[TrialResult], seeds: Sequence[int], metric: Metric
+    rate: float,
+    results: Sequence[TrialResult],
+    fresh: Sequence[TrialResult],
+    seeds: Sequence[int],
+    metric: Metric,
 ) -> TriedRate:
     by_seed = {result.trial.seed: result for result in results}
     scores = tuple(
         trial_score(by_seed[seed], metric) if seed in by_seed else None for seed in seeds
     )
     finite = _finite(scores)
-    verdict: Literal["eligible", "diverged", "incomplete"] = "eligible"
+    verdict: Literal["eligible", "diverged", "incomplete", "screened"] = "eligible"
     if any(diverged(result, metric) for result in results):
         verdict = "diverged"
-    elif len(finite) < len(seeds):
+    elif len(finite) < len(results):
         verdict = "incomplete"
+    elif len(finite) < len(seeds):
+        verdict = "screened"
     return TriedRate(
         learning_rate=rate,
         trials=tuple(by_seed[seed] for seed in seeds if seed in by_seed),
         seed_scores=scores,
         mean=math.fsum(finite) / len(finite) if finite else None,
         verdict=verdict,
+        further=tuple(sorted(fresh, key=lambda result: result.trial.seed)),
     )
 
 

@@ -1,46 +1,90 @@
-"""Methods against a baseline, each at its own best batch size and LR, seed by seed.
+"""Methods against a baseline, each at its own best batch size and LR: better, worse or alike.
 
-Batch size and LR are chosen by the score that selects; where a test was scored, the difference on
-the test is compared as well, at those same choices. Only seeds vary here: the interval says what
-other seeds would do with the same rows and questions. Both methods were chosen as the best of
-their grids on the same seeds, and so a little flattered, alike where their grids are alike.
+Batch size and LR are chosen by the score that selects, on held-out rows; where a test was scored,
+the methods are compared on it as well, at those same choices.
+
+What varies. For a loss, seeds. For an accuracy whose answers were stored, seeds and questions
+(`analyse.crossed`), questions of one source together. Where what was chosen was trained again with
+seeds that did not choose it ("fresh"), those alone are compared; otherwise choice and estimate
+share their seeds, and it is said by how much that may flatter. The choice itself is taken as given:
+intervals are for the two chosen points.
+
+When nothing is concluded. What makes a number meaningless (one seed, one LR, trials that are
+missing, a method that always diverged, other data) leaves the difference null, and `undecided` says
+what to run. What only makes it uncertain keeps the difference with its interval. A difference is
+called one if it survives Holm's adjustment *and* reaches the detectable effect, the true difference
+that this very comparison finds with 80% power: estimates that are significant but smaller are
+mostly exaggerated (Gelman and Carlin 2014, "Beyond power calculations"). The method that had more
+(batch size, LR) points to choose from is not called better for it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
-from loratune.analyse.cells import make_cells
-from loratune.analyse.curves import Crossover, Curve, Point, crossovers, make_curves, tested_tasks
-from loratune.analyse.intervals import equivalence_p, holm, mean_with_interval, two_sided_p
+import numpy as np
+
+from loratune.analyse.cells import Cell, make_cells
+from loratune.analyse.crossed import crossed_difference, crossed_zero_set
+from loratune.analyse.curves import (
+    Crossover,
+    Curve,
+    Point,
+    common_points,
+    crossovers,
+    make_curves,
+    tested_tasks,
+    why_no_score,
+)
+from loratune.analyse.intervals import Estimate, holm, paired_t, welch_t
+from loratune.analyse.scores import VALIDATION, Metric
+from loratune.analyse.selection_bias import expected_best, expected_maximum
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
-from loratune.records import TrialResult
+from loratune.planning.crossed_model import FEWEST_SEEDS as FEWEST_SEEDS_WITH_QUESTIONS
+from loratune.planning.crossed_model import FloatArray
+from loratune.planning.power import detectable_effect
+from loratune.records import DataSummary, TrialResult, Verdicts
 
 BASELINE = "lora"
 LEVEL = 0.05
 # With fewer the t quantile is so wide (12.7 at 2 seeds, 4.3 at 3) that little can be shown.
 FEWEST_SEEDS = 5
 LOSS_MARGIN = 0.005  # relative, as the recommendation's
-ACCURACY_MARGIN = 0.01  # one point; what three seeds and 1,319 questions cannot resolve anyway
+ACCURACY_MARGIN = 0.01  # one point
+# How many more points one method may have been tuned over before it is not called better for it.
+# A quarter more moves the expected maximum of 20 by 0.07 standard deviations (assumption).
+BUDGET_TOLERANCE = 1.25
 
 Equivalence = Literal["equivalent", "not shown", "undecided"]
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
+_UNTRIED = ("planned", "running", "failed", "out_of_memory")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One method against the baseline under one metric, in one setting.
 
-    `difference` is method - baseline, in the metric's unit, over `num_seeds` shared seeds, with its
-    95% interval; `p_value` from the paired t test, `p_holm` adjusted over the methods compared with
-    this baseline in this setting under this metric. `equivalence_p` is TOST's against plus or minus
-    `equivalence_margin` (same unit); `equivalence` is "equivalent" where it is below 5%. `verdict`
-    is "better" or "worse" where `p_holm` is below 5%, else "equivalent" if so, else "undecided",
-    with the reasons in `undecided`. `crossovers` are along the whole curves, not at the best.
-    `unequal` says what else differs than the method: a rank, or an alpha/r, of its own. `at_edge`
-    says whose best point is at the edge of what was tried, and so may not be its best.
+    `difference` is method - baseline, in the metric's unit, with its 95% interval, over `num_seeds`
+    seeds of each (`seeds`: "fresh" ones that did not choose, or those that "chose", also; `paired`
+    where they are the same ones) and `num_questions` questions, None where only seeds vary.
+    `procedure` names the interval's method, `standard_error` and `df` its parts. `p_value` is
+    two-sided, `p_holm` adjusted over the methods compared with this baseline in this setting under
+    this metric. `detectable` is the true difference that this comparison finds with 80% power.
+    `equivalence_p` is TOST's against plus or minus `equivalence_margin` (same unit);
+    `equivalence` is "equivalent" where it is below 5%. `verdict` is "better" or "worse" where
+    `p_holm` is below 5% and the difference reaches `detectable`, else "equivalent" if so, else
+    "undecided", with the reasons and what to run in `undecided`; where the difference is null, they
+    say why there is none. `crossovers` are along the whole curves, not at the best.
+    `unequal` says what else differs than the method: a rank or an alpha/r of its own, another
+    number of tuning points. `at_edge` says whose best point is at the edge of what was tried, and
+    so may not be its best. `*_tried` counts (batch size, LR) points. `*_selection_gap` is how much
+    better the score looks where it was chosen than where it was not (fresh seeds; for an accuracy
+    chosen by held-out accuracy, held-out less test). `*_flattery`, where no seeds are fresh, is at
+    most how much choosing the best of its points by their seeds' luck adds to the score (all of
+    them equally good).
     """
 
     setting: str
@@ -51,16 +95,29 @@ class Comparison:
     method_batch_size: int | None
     method_learning_rate: float | None
     method_score: float | None
+    method_tried: int
+    method_selection_gap: float | None
+    method_flattery: float | None
     baseline_batch_size: int | None
     baseline_learning_rate: float | None
     baseline_score: float | None
+    baseline_tried: int
+    baseline_selection_gap: float | None
+    baseline_flattery: float | None
     difference: float | None
     difference_low: float | None
     difference_high: float | None
+    standard_error: float | None
+    df: float | None
     num_seeds: int
+    seeds: Literal["fresh", "chose"]
+    paired: bool
+    num_questions: int | None
     what_varied: str
+    procedure: str | None
     p_value: float | None
     p_holm: float | None
+    detectable: float | None
     equivalence: Equivalence
     equivalence_margin: float | None
     equivalence_p: float | None
@@ -72,13 +129,28 @@ class Comparison:
     select_on: str
 
 
+Sources = Mapping[tuple[str, str], Sequence[int]]
+
+
 def compare(
-    results: Sequence[TrialResult], *, baseline: str = BASELINE, margin: float | None = None
+    results: Sequence[TrialResult],
+    *,
+    verdicts: Sequence[Verdicts] = (),
+    sources: Sources | None = None,
+    baseline: str = BASELINE,
+    margin: float | None = None,
 ) -> tuple[Comparison, ...]:
     """Every method against the baseline, in every setting that has both, under every metric.
 
-    `margin` is the equivalence margin in the metric's own unit; left out, 0.5% of the baseline's
-    loss and 0.01 of accuracy.
+    Args:
+        results: the trials of a study, or of several.
+        verdicts: which questions were answered right, for the trials of `trials_to_compare`.
+            Without them an accuracy is not decided: its questions' noise would be unknown.
+        sources: for (data fingerprint, task) each question's source by question index; questions
+            of one source are a unit. Left out, every question is its own.
+        baseline: the method that the others are compared with.
+        margin: the equivalence margin in the metric's own unit; left out, 0.5% of the baseline's
+            loss and 0.01 of accuracy.
 
     Raises:
         AnalysisError: no results, a margin that is not above 0, or a study without the baseline or
@@ -95,14 +167,35 @@ def compare(
         raise AnalysisError(f"no trials of {baseline!r}; the study has {', '.join(methods)}")
     if len(methods) == 1:
         raise AnalysisError(f"the study has {baseline} alone; add a method to compare with it")
+    answers = Answers.of(verdicts, sources)
     found = list[Comparison]()
     for task in (None, *_further_tasks(selecting, tested_tasks(cells))):
         scored = selecting if task is None else make_curves(cells, task=task)
         for against, others in _groups(list(zip(selecting, scored, strict=True)), baseline):
-            found.extend(_adjusted([_compare(one, against, margin) for one in others]))
+            found.extend(_adjusted([_compare(one, against, margin, answers) for one in others]))
     if not found:
         raise AnalysisError(f"no setting of the study has both {baseline} and another method")
     return tuple(found)
+
+
+def trials_to_compare(results: Sequence[TrialResult]) -> tuple[str, ...]:
+    """The ids of the trials whose answers `compare` looks at: every cell's, at its chosen LR."""
+    return tuple(
+        result.trial.trial_id
+        for cell in make_cells(results)
+        if cell.best is not None
+        for result in (*cell.best.trials, *cell.best.further)
+        if result.scores
+    )
+
+
+def question_sources(summaries: Mapping[str, DataSummary]) -> Sources:
+    """The sources of held-out rows that share one, from the summaries by data fingerprint."""
+    return {
+        (fingerprint, VALIDATION): summary.validation_sources
+        for fingerprint, summary in summaries.items()
+        if summary.validation_sources
+    }
 
 
 def comparisons_document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -114,6 +207,12 @@ def _further_tasks(curves: Sequence[Curve], tasks: Sequence[str]) -> list[str]:
     return [task for task in tasks if any(curve.metric.task != task for curve in curves)]
 
 
+def _column(verdicts: Verdicts) -> str:
+    """The task's name as `scores.task_column` has it."""
+    return VALIDATION if verdicts.split == "validation" else verdicts.task
+
+
+# The curve by the score that selects, and by the one that is compared.
 Pair = tuple[Curve, Curve]
 
 
@@ -126,7 +225,8 @@ def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]
     """
     settings = dict[tuple[str, ...], list[Pair]]()
     for pair in pairs:
-        settings.setdefault(_values(pair, _crossed_axes(pair)), []).append(pair)
+        key = (*_values(pair, _crossed_axes(pair)), *_optimizer(pair))
+        settings.setdefault(key, []).append(pair)
     found = list[tuple[Pair, list[Pair]]]()
     for setting in settings.values():
         by_method = dict[str, list[Pair]]()
@@ -134,21 +234,41 @@ def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]
             by_method.setdefault(pair[0].setting.value("method"), []).append(pair)
         against = by_method.pop(baseline, [])
         for one in against:
-            others = [
-                other
-                for of_method in by_method.values()
-                for shared in [_shared_axes(of_method, against)]
-                for other in of_method
-                if _values(other, shared) == _values(one, shared)
-            ]
+            others = list[Pair]()
+            for of_method in by_method.values():
+                shared = _shared_axes(of_method, against)
+                alike = [
+                    other for other in of_method if _values(other, shared) == _values(one, shared)
+                ]
+                # Other rows or other weights are no setting but a mistake, and said to be one
+                # where there is nothing better to compare with.
+                others += [other for other in alike if not _mixed(other, one)] or alike
             if others:
                 found.append((one, others))
     return found
 
 
 def _crossed_axes(pair: Pair) -> list[str]:
-    own = ("method", "other", "rank", "alpha")
+    own = ("method", "other", "rank", "alpha", "data", "rows")
     return [axis for axis, _ in pair[0].setting.axes if axis not in own]
+
+
+def _optimizer(pair: Pair) -> tuple[str, ...]:
+    """What the study may cross besides its axes, as text."""
+    one = pair[0].cells[0].trial
+    values = (one.rows, one.optimizer, one.beta1, one.eps, one.weight_decay, one.max_grad_norm)
+    return tuple(map(str, values))
+
+
+def _mixed(method: Pair, baseline: Pair) -> tuple[str, ...]:
+    """Whether two curves were trained on other rows or another base under the same name."""
+    one, two = method[0].cells[0].trial, baseline[0].cells[0].trial
+    said = list[str]()
+    if one.data_fingerprint != two.data_fingerprint:
+        said.append(f"data ({one.data_fingerprint} and {two.data_fingerprint})")
+    if one.model_fingerprint != two.model_fingerprint:
+        said.append(f"base models ({one.model_fingerprint} and {two.model_fingerprint})")
+    return tuple(said)
 
 
 def _shared_axes(method: Sequence[Pair], baseline: Sequence[Pair]) -> tuple[str, ...]:
@@ -163,15 +283,49 @@ def _values(pair: Pair, axes: Sequence[str]) -> tuple[str, ...]:
     return tuple(pair[0].setting.value(axis) for axis in axes)
 
 
-def _unequal(method: Curve, baseline: Curve) -> tuple[str, ...]:
-    """What else differs than the method: rank, and the scale at equal learning rates."""
+def _unequal(method: Curve, baseline: Curve, names: tuple[str, str]) -> tuple[str, ...]:
+    """What else differs than the method: rank, the scale at equal learning rates, the budget."""
     one, two = method.cells[0].trial, baseline.cells[0].trial
     said = list[str]()
     if one.rank != two.rank:
         said.append(f"rank {one.rank} against {two.rank}")
     if one.alpha / one.rank != two.alpha / two.rank:
         said.append(f"alpha/r {one.alpha / one.rank:g} against {two.alpha / two.rank:g}")
+    counts = (len(_tried(method)), len(_tried(baseline)))
+    if counts[0] != counts[1] and min(counts) > 0:
+        more = 0 if counts[0] > counts[1] else 1
+        curve, few = (method, baseline)[more], min(counts)
+        said.append(
+            f"{names[0]} was tuned over {_points(counts[0])}, {names[1]} over {counts[1]}"
+            f"{_at_equal_budget(curve, few, names[more])}"
+        )
     return tuple(said)
+
+
+def _points(num: int) -> str:
+    return f"{num} (batch size, learning rate) {'point' if num == 1 else 'points'}"
+
+
+def _tried(curve: Curve) -> list[tuple[int, float]]:
+    """The (batch size, LR) points of which a trial has ended, well or not."""
+    return [
+        (cell.trial.batch_size, rate.learning_rate)
+        for cell in curve.cells
+        for rate in cell.rates
+        if any(result.status not in _UNTRIED for result in rate.trials)
+    ]
+
+
+def _at_equal_budget(curve: Curve, num_draws: int, name: str) -> str:
+    """What the longer search would have found with the shorter one's budget, as words."""
+    means = [rate.mean for cell in curve.cells for rate in cell.rates if rate.verdict == "eligible"]
+    finite = [mean for mean in means if mean is not None]
+    if num_draws > len(finite):
+        return ""
+    best = expected_best(
+        finite, num_draws=num_draws, higher_is_better=curve.metric.higher_is_better
+    )
+    return f" (the best of {num_draws} drawn from {name}'s is expected at {best:.4g})"
 
 
 def _at_edge(pair: Pair, name: str) -> list[str]:
@@ -194,109 +348,392 @@ def _at_edge(pair: Pair, name: str) -> list[str]:
     return said
 
 
-def _compare(method: Pair, baseline: Pair, margin: float | None) -> Comparison:
-    """One method's best point against the baseline's."""
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Verdicts by (trial id, task column), and the questions' sources by (fingerprint, task)."""
+
+    by_trial: Mapping[tuple[str, str], Verdicts]
+    sources: Sources
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdicts], sources: Sources | None = None) -> "Answers":
+        """The answers by the names that tables have for tasks."""
+        by_trial = {(one.trial_id, _column(one)): one for one in verdicts}
+        return cls(by_trial, {} if sources is None else sources)
+
+    def table(self, trials: Sequence[TrialResult], task: str) -> FloatArray | None:
+        """[S, Q] of ones and zeros; None where an answer is unknown or questions differ."""
+        found = [self.by_trial.get((one.trial.trial_id, task)) for one in trials]
+        known = [one for one in found if one is not None]
+        if not known or len(known) < len(found) or len({one.questions for one in known}) > 1:
+            return None
+        return np.array([one.correct for one in known], dtype=np.float64)
+
+    def questions(self, trial: TrialResult, task: str) -> tuple[int, ...]:
+        """What the trial was asked; its answers must be known."""
+        return self.by_trial[trial.trial.trial_id, task].questions
+
+    def sources_of(self, trial: TrialResult, task: str) -> list[int] | None:
+        """Each asked question's source, or None where each is its own."""
+        known = self.sources.get((trial.trial.data_fingerprint, task))
+        asked = self.questions(trial, task)
+        if known is None or not asked or max(asked) >= len(known):
+            return None
+        return [known[question] for question in asked]
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two methods at its own best point."""
+
+    name: str
+    selecting: Curve
+    scoring: Curve
+    best: Point | None
+
+    @property
+    def cell(self) -> Cell | None:
+        """The cell of the best point."""
+        if self.best is None:
+            return None
+        return next(
+            cell for cell in self.selecting.cells if cell.trial.batch_size == self.best.batch_size
+        )
+
+    def scores(self, *, fresh: bool) -> dict[int, float]:
+        """Seed -> score at the best point."""
+        if self.best is None:
+            return {}
+        return dict(self.best.fresh_scores if fresh else self.best.seed_scores)
+
+    def trials(self, seeds: Sequence[int]) -> list[TrialResult]:
+        """The trials of these seeds at the best point."""
+        if self.cell is None or self.cell.best is None:
+            return []
+        rate = self.cell.best
+        by_seed = {one.trial.seed: one for one in (*rate.trials, *rate.further)}
+        return [by_seed[seed] for seed in seeds]
+
+
+def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answers) -> Comparison:
+    """One method's best point against the baseline's; Holm and the verdict are still to come."""
     metric = baseline[1].metric
-    one, two = _chosen(method), _chosen(baseline)
-    names = (method[0].setting.value("method"), baseline[0].setting.value("method"))
-    seeds = _shared(one, two)
-    differences = [dict(one.seed_scores)[s] - dict(two.seed_scores)[s] for s in seeds] if (
-        one and two
-    ) else []  # fmt: skip
-    mean = mean_with_interval(differences) if differences else None
+    sides = (_side(method), _side(baseline))
+    names = (sides[0].name, sides[1].name)
+    two = sides[1].best
     tolerated = margin
     if tolerated is None and two is not None and two.score is not None:
         tolerated = LOSS_MARGIN * abs(two.score) if metric.task is None else ACCURACY_MARGIN
-    undecided = list[str]()
-    for name, point in zip(names, (one, two), strict=True):
-        if point is None or point.score is None:
-            undecided.append(f"{name} has no batch size with a score")
-    if not undecided and not seeds:
-        undecided.append("the two share no seed at their best batch sizes")
-    elif len(seeds) == 1:
-        undecided.append(f"one seed cannot tell, run at least {FEWEST_SEEDS}")
-    enough = len(seeds) > 1
-    equal_p = (
-        equivalence_p(differences, margin=tolerated) if enough and tolerated is not None else None
-    )
+    fewest = 2 if metric.task is None or not answers.by_trial else FEWEST_SEEDS_WITH_QUESTIONS
+    fresh = all(len(side.scores(fresh=True)) >= fewest for side in sides)
+    own = [sorted(side.scores(fresh=fresh)) for side in sides]
+    shared = sorted(set(own[0]) & set(own[1]))
+    paired = len(shared) >= fewest
+    seeds = (shared, shared) if paired else (own[0], own[1])
+    blocked = [*_blocked(method, baseline, sides, metric)]
+    if not blocked and min(map(len, seeds)) < fewest:
+        blocked.append(_too_few(min(map(len, seeds)), fewest))
+    estimate, num_questions, doubts = None, None, list[str]()
+    if not blocked:
+        estimate, num_questions, doubts = _estimate(sides, metric, answers, seeds, paired, fresh)
+    equal_p = None if estimate is None or tolerated is None else estimate.equivalence_p(tolerated)
     return Comparison(
         setting=_setting_text(baseline[0], names[1]),
         method=names[0],
         baseline=names[1],
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
-        method_batch_size=one.batch_size if one else None,
-        method_learning_rate=one.learning_rate if one else None,
-        method_score=one.score if one else None,
-        baseline_batch_size=two.batch_size if two else None,
-        baseline_learning_rate=two.learning_rate if two else None,
-        baseline_score=two.score if two else None,
-        difference=mean.value if mean else None,
-        difference_low=mean.low if mean else None,
-        difference_high=mean.high if mean else None,
-        num_seeds=len(seeds),
-        what_varied="seeds",
-        p_value=two_sided_p(differences) if enough else None,
+        **_told("method", sides[0], metric, seeds[0], fresh),
+        **_told("baseline", sides[1], metric, seeds[1], fresh),
+        difference=None if estimate is None else estimate.value,
+        difference_low=None if estimate is None else estimate.low,
+        difference_high=None if estimate is None else estimate.high,
+        standard_error=None if estimate is None else estimate.standard_error,
+        df=None if estimate is None else estimate.df,
+        num_seeds=min(map(len, seeds)),
+        seeds="fresh" if fresh else "chose",
+        paired=paired,
+        num_questions=num_questions,
+        what_varied="seeds" if num_questions is None else "seeds and questions",
+        procedure=None if estimate is None else estimate.procedure,
+        p_value=None if estimate is None else estimate.p_value,
         p_holm=None,
+        detectable=(
+            None if estimate is None else detectable_effect(estimate.standard_error, df=estimate.df)
+        ),
         equivalence=_equivalence(equal_p),
         equivalence_margin=tolerated,
         equivalence_p=equal_p,
         verdict="undecided",
-        crossovers=_named(crossovers(method[1], baseline[1]), method[1], baseline[1], names),
-        unequal=_unequal(method[0], baseline[0]),
+        crossovers=() if blocked else _crossovers(method[1], baseline[1], names, answers),
+        unequal=_unequal(method[0], baseline[0], names),
         at_edge=(*_at_edge(method, names[0]), *_at_edge(baseline, names[1])),
-        undecided=tuple(undecided),
+        undecided=(*blocked, *doubts),
         select_on=baseline[0].cells[0].select_on,
     )
+
+
+def _side(pair: Pair) -> _Side:
+    best = pair[0].best
+    scored = None
+    if best is not None:
+        scored = next(point for point in pair[1].points if point.batch_size == best.batch_size)
+    return _Side(pair[0].setting.value("method"), pair[0], pair[1], scored)
+
+
+def _blocked(method: Pair, baseline: Pair, sides: tuple[_Side, _Side], metric: Metric) -> list[str]:
+    """What makes any difference meaningless, and what to run. Too few seeds come later."""
+    reasons = [
+        f"the two were trained on different {what}, so that nothing can be told of the methods; "
+        "run both in one study"
+        for what in _mixed(method, baseline)
+    ]
+    for side in sides:
+        curve, point = side.selecting, side.best
+        if curve.best is None:
+            reasons.append(f"{side.name} has no batch size with a score: {why_no_score(curve)}")
+            continue
+        statuses = [
+            result.status
+            for cell in curve.cells
+            for rate in cell.rates
+            for result in rate.trials
+            if result.status in _UNTRIED
+        ]
+        if statuses:
+            counted = ", ".join(f"{statuses.count(one)} {one}" for one in sorted(set(statuses)))
+            reasons.append(
+                f"{side.name}'s own best is not known: trials are missing ({counted}); "
+                "`loratune run` tries them, or take their batch sizes out of the study"
+            )
+        rates = {rate.learning_rate for cell in curve.cells for rate in cell.rates}
+        if len(rates) == 1:
+            reasons.append(
+                f"{side.name}'s own best is not known: learning rate {min(rates):g} alone was "
+                "tried; add lower and higher ones to the study"
+            )
+        if point is None or point.score is None:
+            reasons.append(
+                f"{side.name} has no {metric.name.replace('_', ' ')} at its best batch size; "
+                "`loratune run` scores what is missing"
+            )
+    return reasons
+
+
+def _too_few(num: int, fewest: int) -> str:
+    have = "no seed is" if num == 0 else "one seed is" if num == 1 else f"{num} seeds are"
+    return (
+        f"{have} too few to see how much seeds matter (it takes {fewest}), run at least "
+        f"{FEWEST_SEEDS}: seeds: {FEWEST_SEEDS} in the study"
+    )
+
+
+def _estimate(
+    sides: tuple[_Side, _Side],
+    metric: Metric,
+    answers: Answers,
+    seeds: tuple[Sequence[int], Sequence[int]],
+    paired: bool,
+    fresh: bool,
+) -> tuple[Estimate, int | None, list[str]]:
+    """The difference; how many questions varied; and why it cannot decide, if so."""
+    one, two = (
+        [side.scores(fresh=fresh)[seed] for seed in of_side]
+        for side, of_side in zip(sides, seeds, strict=True)
+    )
+    if metric.task is not None:
+        trials = [side.trials(some) for side, some in zip(sides, seeds, strict=True)]
+        tables = [answers.table(some, metric.task) for some in trials]
+        first, second = tables
+        asked = {
+            answers.questions(some[0], metric.task)
+            for some, table in zip(trials, tables, strict=True)
+            if table is not None
+        }
+        if first is not None and second is not None and len(asked) == 1:
+            found = crossed_difference(
+                first,
+                second,
+                paired=paired,
+                sources=answers.sources_of(trials[0][0], metric.task),
+            )
+            return _not_certain(found, first.shape[1]), first.shape[1], []
+    estimate = (
+        paired_t([x - y for x, y in zip(one, two, strict=True)]) if paired else welch_t(one, two)
+    )
+    if metric.task is None:
+        return estimate, None, []
+    return (
+        estimate,
+        None,
+        [
+            "which questions were answered right is not known for every seed, and so neither how "
+            "much other questions would change; score the trials again with their answers kept"
+        ],
+    )
+
+
+def _not_certain(found: Estimate, num_questions: int) -> Estimate:
+    """Where no answer ever differed, an interval from the chance of that instead of none.
+
+    If a share d of all questions were answered differently, none of Q would be with (1 - d)^Q; that
+    is 2.5% at d = 1 - 0.025^(1/Q) (Clopper and Pearson 1934), and a difference is at most d. The
+    estimate is given the standard error that makes its interval that.
+    """
+    if found.standard_error > 0.0 or found.value != 0.0:
+        return found
+    bound = 1.0 - (LEVEL / 2) ** (1.0 / num_questions)
+    return replace(found, standard_error=bound / found.critical)
+
+
+def _told(
+    prefix: str, side: _Side, metric: Metric, seeds: Sequence[int], fresh: bool
+) -> dict[str, Any]:
+    """What a comparison says of one side."""
+    point = side.best
+    scores = side.scores(fresh=fresh)
+    used = [scores[seed] for seed in seeds]
+    mean = math.fsum(used) / len(used) if used else None
+    return {
+        f"{prefix}_batch_size": point.batch_size if point else None,
+        f"{prefix}_learning_rate": point.learning_rate if point else None,
+        f"{prefix}_score": mean if mean is not None else point.score if point else None,
+        f"{prefix}_tried": len(_tried(side.selecting)),
+        f"{prefix}_selection_gap": _selection_gap(side, metric),
+        f"{prefix}_flattery": None if fresh else _flattery(side),
+    }
+
+
+def _selection_gap(side: _Side, metric: Metric) -> float | None:
+    """How much better the score looks where it was chosen than where it was not; None: unknown."""
+    point, chosen_by = side.best, side.selecting.metric
+    if point is None or point.score is None:
+        return None
+    if metric == chosen_by:
+        fresh = [score for _, score in point.fresh_scores]
+        if not fresh:
+            return None
+        gap = point.score - math.fsum(fresh) / len(fresh)
+        return gap if metric.higher_is_better else -gap
+    best = side.selecting.best
+    if chosen_by.task is None or best is None or best.score is None:
+        return None  # a loss and an accuracy have no common scale
+    fresh = [score for _, score in point.fresh_scores]
+    return best.score - (math.fsum(fresh) / len(fresh) if fresh else point.score)
+
+
+def _flattery(side: _Side) -> float | None:
+    """E[max of K] sigma / sqrt(S): what choosing by the seeds' luck adds at most to the score.
+
+    K eligible points, all taken to be equally good, S seeds that choose; sigma^2 the residual mean
+    square of the points-by-seeds table, seeds being blocks. Only for the score that selects.
+    """
+    if side.scoring is not side.selecting:
+        return None
+    table = np.array(
+        [
+            [score for score in rate.seed_scores if score is not None]
+            for cell in side.selecting.cells
+            for rate in cell.rates
+            if rate.verdict == "eligible" and len(cell.seeds) == len(side.selecting.cells[0].seeds)
+        ]
+    )
+    if table.ndim != 2 or min(table.shape) < 2:
+        return None
+    num_points, num_seeds = table.shape
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    variance = float((rest**2).sum()) / ((num_points - 1) * (num_seeds - 1))
+    return expected_maximum(num_points) * math.sqrt(variance / num_seeds)
+
+
+def _crossovers(
+    method: Curve, baseline: Curve, names: tuple[str, str], answers: Answers
+) -> tuple[Crossover, ...]:
+    """Along the seeds that chose; over questions too where their verdicts are known throughout."""
+    zero_sets = None
+    pairs = common_points(method, baseline)
+    task = method.metric.task
+    seeds = [set(dict(one.seed_scores)) & set(dict(two.seed_scores)) for one, two in pairs]
+    shared = sorted(set[int].intersection(*seeds)) if seeds else []
+    if task is not None and len(shared) >= FEWEST_SEEDS_WITH_QUESTIONS:
+        tables = [
+            answers.table(_at(curve, point.batch_size, shared), task)
+            for pair in pairs
+            for curve, point in zip((method, baseline), pair, strict=True)
+        ]
+        known = [table for table in tables if table is not None]
+        if len(known) == len(tables) and len({table.shape for table in known}) == 1:
+            gaps = [one - two for one, two in zip(known[::2], known[1::2], strict=True)]
+            zero_sets = [crossed_zero_set(left, right) for left, right in pairwise(gaps)]
+    return _named(crossovers(method, baseline, zero_sets=zero_sets), method, baseline, names)
+
+
+def _at(curve: Curve, batch_size: int, seeds: Sequence[int]) -> list[TrialResult]:
+    """The trials of these seeds at a batch size's chosen LR."""
+    cell = next(one for one in curve.cells if one.trial.batch_size == batch_size)
+    by_seed = {one.trial.seed: one for one in cell.best.trials} if cell.best else {}
+    return [by_seed[seed] for seed in seeds]
 
 
 def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Holm over the methods with a p, then the verdicts."""
     tested = [one for one in comparisons if one.p_value is not None]
     adjusted = dict(zip(map(id, tested), holm([one.p_value or 0.0 for one in tested]), strict=True))
-    finished = list[Comparison]()
-    for one in comparisons:
-        p = adjusted.get(id(one))
-        verdict: Verdict = "undecided"
-        reasons = list(one.undecided)
-        if p is not None and p < LEVEL and one.difference is not None:
-            verdict = "better" if (one.difference > 0) == one.higher_is_better else "worse"
-        elif one.equivalence == "equivalent":
-            verdict = "equivalent"
-        elif p is not None:
-            p_values = (
-                f"Holm p = {p:.2g}",
-                f"equivalence within {one.equivalence_margin:.3g}, p = {one.equivalence_p:.2g}",
-            )
-            reasons.append(
-                f"{one.num_seeds} seeds cannot tell, run at least {FEWEST_SEEDS} "
-                f"(a difference: {p_values[0]}; {p_values[1]})"
-                if one.num_seeds < FEWEST_SEEDS
-                else f"{one.num_seeds} seeds show neither a difference ({p_values[0]}) "
-                f"nor {p_values[1].replace(', ', ' (')})"
-            )
-        finished.append(replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons)))
-    return finished
+    return [_decided(one, adjusted.get(id(one))) for one in comparisons]
+
+
+def _decided(one: Comparison, p: float | None) -> Comparison:
+    """The comparison with its verdict."""
+    if p is None or one.difference is None or one.detectable is None or one.undecided:
+        return replace(one, p_holm=p)
+    reasons = list[str]()
+    better = (one.difference > 0) == one.higher_is_better
+    reaches = abs(one.difference) >= one.detectable
+    verdict: Verdict = "undecided"
+    if p < LEVEL and reaches:
+        verdict = "better" if better else "worse"
+    elif one.equivalence == "equivalent":
+        verdict = "equivalent"
+    elif p < LEVEL:
+        reasons.append(
+            f"the difference {one.difference:+.3g} (Holm p = {p:.2g}) is smaller than what this "
+            f"comparison finds with 80% power, {one.detectable:.3g}: such estimates are mostly "
+            "exaggerated; run more seeds" + (" and questions" if one.num_questions else "")
+        )
+    else:
+        equal = f"equivalence within {one.equivalence_margin:.3g}"
+        reasons.append(
+            f"{one.num_seeds} seeds cannot tell, run at least {FEWEST_SEEDS} "
+            f"(a difference: Holm p = {p:.2g}; {equal}, p = {one.equivalence_p:.2g})"
+            if one.num_seeds < FEWEST_SEEDS
+            else f"{_sample(one)} show neither a difference (Holm p = {p:.2g}) nor {equal} "
+            f"(p = {one.equivalence_p:.2g}); less than {one.detectable:.3g} is not found reliably"
+        )
+    more, less = one.method_tried, one.baseline_tried
+    favoured = {
+        "better": more / less,
+        "worse": less / more,
+        "equivalent": max(more, less) / min(more, less),
+    }
+    if verdict != "undecided" and favoured[verdict] > BUDGET_TOLERANCE:
+        ahead, behind = (one.method, one.baseline) if more > less else (one.baseline, one.method)
+        reasons.append(
+            f"{ahead} was tuned over {_points(max(more, less))}, {behind} over {min(more, less)}: "
+            f"give {behind} as many batch sizes and learning rates and run again"
+        )
+        verdict = "undecided"
+    return replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons))
+
+
+def _sample(one: Comparison) -> str:
+    asked = "" if one.num_questions is None else f" and {one.num_questions:,} questions"
+    return f"{one.num_seeds} seeds{asked}"
 
 
 def _equivalence(p: float | None) -> Equivalence:
     if p is None:
         return "undecided"
     return "equivalent" if p < LEVEL else "not shown"
-
-
-def _chosen(pair: Pair) -> Point | None:
-    """The scoring curve at the batch size that is best by the score that selects."""
-    best = pair[0].best
-    if best is None:
-        return None
-    return next(point for point in pair[1].points if point.batch_size == best.batch_size)
-
-
-def _shared(one: Point | None, two: Point | None) -> list[int]:
-    if one is None or two is None:
-        return []
-    return sorted(dict(one.seed_scores).keys() & dict(two.seed_scores).keys())
 
 
 def _setting_text(curve: Curve, method: str) -> str:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
-from loratune.analyse.cells import Cell, TriedRate
-from loratune.analyse.intervals import mean_with_interval, zero_set
+from loratune.analyse.cells import Cell
+from loratune.analyse.intervals import ZeroSet, mean_with_interval, zero_set
 from loratune.analyse.scores import Metric, accuracy_metric, test_tasks, trial_score
-from loratune.records import Trial
+from loratune.analyse.selection_bias import selection_bias
+from loratune.records import Trial, TrialResult
 
 # What a trial's batch size decides, and so differs along a curve. Warm-up is matched by rank
 # (`_warmups`), beta2 by its rule; the data fingerprint and N say which rows, not `rows`.
@@ -44,8 +45,9 @@ class Setting:
 class Point:
     """A curve at one batch size. `score` is None where the cell has none.
 
-    `seed_scores` maps seeds to the score at the chosen LR. `incomplete`: some trial of the cell has
-    neither a score nor diverged, so that the choice of LR may still change.
+    `seed_scores` maps seeds to the score at the chosen LR; `fresh_scores` those seeds that had no
+    part in choosing it. `incomplete`: some trial of the cell has neither a score nor diverged, so
+    that the choice of LR may still change.
     """
 
     batch_size: int
@@ -57,6 +59,7 @@ class Point:
     lr_at_edge: bool | None
     diverged_rates: tuple[float, ...]
     incomplete: bool
+    fresh_scores: tuple[tuple[int, float], ...] = ()
 
     @property
     def num_seeds(self) -> int:
@@ -97,9 +100,9 @@ class Crossover:
     """Where two curves change places. `better_below` is the better one at smaller batch sizes.
 
     `low` and `high` bound the batch sizes around the crossing at which the difference is not
-    distinguishable from 0 (5% two-sided t test, paired over `num_seeds` shared seeds, on the
-    interpolated curves). None where they reach the end of the batch sizes that both have, and
-    both None with one shared seed.
+    distinguishable from 0 (5% two-sided test, paired over `num_seeds` shared seeds, and over the
+    questions where their verdicts are known, on the interpolated curves). None where they reach
+    the end of the batch sizes that both have, and both None with one shared seed.
     """
 
     batch_size: float
@@ -169,6 +172,24 @@ def tested_tasks(cells: Sequence[Cell]) -> tuple[str, ...]:
     return test_tasks(one for cell in cells if cell.best is not None for one in cell.best.trials)
 
 
+def why_no_score(curve: Curve) -> str:
+    """Why no batch size of the curve has a score, and what to run."""
+    statuses = [result.status for cell in curve.cells for result in cell.results]
+    if all(status in ("planned", "running") for status in statuses):
+        return "no trial has finished yet"
+    if all(rate.verdict == "diverged" for cell in curve.cells for rate in cell.rates):
+        lowest = min(rate.learning_rate for cell in curve.cells for rate in cell.rates)
+        return (
+            "every learning rate diverged at every batch size; "
+            f"try rates below the lowest one, {lowest:g}"
+        )
+    counted = ", ".join(f"{statuses.count(one)} {one}" for one in sorted(set(statuses)))
+    return (
+        "no learning rate has a score with every seed at any batch size "
+        f"({counted}); finish the study with `loratune run`"
+    )
+
+
 def varied_axes(curves: Sequence[Curve]) -> tuple[str, ...]:
     """The axes that tell the curves apart, in the order of importance; none for one curve."""
     return _needed_axes([dict(curve.setting.axes) for curve in curves])
@@ -180,25 +201,30 @@ def normalised(curves: Sequence[Curve], *, default: Curve) -> tuple[Curve, ...]:
     return tuple(_shifted(curve, top) for curve in curves)
 
 
-def crossovers(first: Curve, second: Curve) -> tuple[Crossover, ...]:
+def crossovers(
+    first: Curve, second: Curve, *, zero_sets: Sequence[ZeroSet] | None = None
+) -> tuple[Crossover, ...]:
     """Where the sign of first - second changes, by linear interpolation on log2(batch size).
 
     Only batch sizes at which both have a score are used. A difference of exactly 0 at a batch size
     is a crossing if the signs on its two sides differ, and none if the curves only touch.
+
+    Args:
+        first: one curve.
+        second: the other.
+        zero_sets: for each gap between two neighbouring common batch sizes the weights of the right
+            one at which the difference may be 0; left out, by a t test over shared seeds.
     """
-    seconds = {point.batch_size: point for point in second.points if point.score is not None}
-    pairs = [
-        (point, seconds[point.batch_size])
-        for point in first.points
-        if point.score is not None and point.batch_size in seconds
-    ]
+    pairs = common_points(first, second)
     xs = [math.log2(one.batch_size) for one, _ in pairs]
     gaps = [(one.score or 0.0) - (two.score or 0.0) for one, two in pairs]
     seeds = _shared_seeds(pairs)
-    by_seed = [
-        [dict(one.seed_scores)[seed] - dict(two.seed_scores)[seed] for seed in seeds]
-        for one, two in pairs
-    ]
+    if zero_sets is None and len(seeds) > 1:
+        by_seed = [
+            [dict(one.seed_scores)[seed] - dict(two.seed_scores)[seed] for seed in seeds]
+            for one, two in pairs
+        ]
+        zero_sets = [zero_set(left, right) for left, right in pairwise(by_seed)]
     signed = [index for index, gap in enumerate(gaps) if gap != 0.0]
     found = list[Crossover]()
     for left, right in pairwise(signed):
@@ -209,11 +235,21 @@ def crossovers(first: Curve, second: Curve) -> tuple[Crossover, ...]:
             where = xs[left] + weight * (xs[right] - xs[left])
         else:  # exactly equal at the batch sizes between: the middle of them
             where = (xs[left + 1] + xs[right - 1]) / 2
-        low, high = _crossing_interval(where, xs, by_seed) if len(seeds) > 1 else (None, None)
+        low, high = (None, None) if zero_sets is None else _crossing_interval(where, xs, zero_sets)
         first_below = (gaps[left] > 0) == first.metric.higher_is_better
         names = (first.label, second.label) if first_below else (second.label, first.label)
         found.append(Crossover(2.0**where, low, high, names[0], names[1], len(seeds)))
     return tuple(found)
+
+
+def common_points(first: Curve, second: Curve) -> list[tuple[Point, Point]]:
+    """The points of both curves at the batch sizes at which both have a score, ascending."""
+    seconds = {point.batch_size: point for point in second.points if point.score is not None}
+    return [
+        (point, seconds[point.batch_size])
+        for point in first.points
+        if point.score is not None and point.batch_size in seconds
+    ]
 
 
 def selection_gaps(cells: Sequence[Cell], *, task: str) -> tuple[SelectionGap, ...]:
@@ -226,7 +262,7 @@ def selection_gaps(cells: Sequence[Cell], *, task: str) -> tuple[SelectionGap, .
             rate.learning_rate: scores
             for rate in cell.rates
             if rate.verdict == "eligible"
-            and len(scores := _seed_scores(rate, metric)) == len(cell.seeds)
+            and len(scores := _finite_scores(rate.trials, metric)) == len(cell.seeds)
         }
         if cell.best is None or cell.best.learning_rate not in tested or len(tested) < 2:
             continue
@@ -269,10 +305,6 @@ def _optimism(tested: dict[float, tuple[tuple[int, float], ...]], claimed: float
     return claimed - _mean(held_out)
 
 
-# E[max of K standard normals] (Harter 1961, and exact integration), K = 2 to 10.
-_EXPECTED_MAXIMUM = (0.5642, 0.8463, 1.0294, 1.1630, 1.2672, 1.3522, 1.4236, 1.4850, 1.5388)
-
-
 def _bound(cell: Cell, task: str, accuracy: float, num_rates: int) -> float | None:
     totals = [
         score.total
@@ -282,12 +314,11 @@ def _bound(cell: Cell, task: str, accuracy: float, num_rates: int) -> float | No
     ]
     if not totals:
         return None
-    expected = _EXPECTED_MAXIMUM[min(num_rates, len(_EXPECTED_MAXIMUM) + 1) - 2]
-    return expected * math.sqrt(accuracy * (1 - accuracy) * 0.5 / min(totals))
+    return selection_bias(num_rates, accuracy=accuracy, num_questions=min(totals), correlation=0.5)
 
 
 def _point(cell: Cell, metric: Metric) -> Point:
-    scores = () if cell.best is None else _seed_scores(cell.best, metric)
+    scores = () if cell.best is None else _finite_scores(cell.best.trials, metric)
     mean = mean_with_interval([score for _, score in scores]) if scores else None
     return Point(
         batch_size=cell.trial.batch_size,
@@ -299,11 +330,12 @@ def _point(cell: Cell, metric: Metric) -> Point:
         lr_at_edge=cell.lr_at_edge,
         diverged_rates=cell.diverged_rates,
         incomplete=bool(cell.incomplete_rates) or 0 < len(scores) < len(cell.seeds),
+        fresh_scores=() if cell.best is None else _finite_scores(cell.best.further, metric),
     )
 
 
-def _seed_scores(rate: TriedRate, metric: Metric) -> tuple[tuple[int, float], ...]:
-    found = [(result.trial.seed, trial_score(result, metric)) for result in rate.trials]
+def _finite_scores(trials: Sequence[TrialResult], metric: Metric) -> tuple[tuple[int, float], ...]:
+    found = [(result.trial.seed, trial_score(result, metric)) for result in trials]
     return tuple((seed, s) for seed, s in found if s is not None and math.isfinite(s))
 
 
@@ -319,6 +351,7 @@ def _shifted(curve: Curve, top: Point | None) -> Curve:
             low=None if point.low is None else point.low + shift,
             high=None if point.high is None else point.high + shift,
             seed_scores=tuple((seed, score + shift) for seed, score in point.seed_scores),
+            fresh_scores=tuple((seed, score + shift) for seed, score in point.fresh_scores),
         )
         for point in curve.points
     ]
@@ -332,13 +365,13 @@ def _shared_seeds(pairs: Sequence[tuple[Point, Point]]) -> list[int]:
 
 
 def _crossing_interval(
-    where: float, xs: Sequence[float], by_seed: Sequence[Sequence[float]]
+    where: float, xs: Sequence[float], zero_sets: Sequence[ZeroSet]
 ) -> tuple[float | None, float | None]:
     """The connected piece, around `where`, of the x at which the difference may be 0."""
     pieces = list[tuple[float, float]]()
     for index in range(len(xs) - 1):
         width = xs[index + 1] - xs[index]
-        for start, end in zero_set(by_seed[index], by_seed[index + 1]):
+        for start, end in zero_sets[index]:
             low, high = xs[index] + start * width, xs[index] + end * width
             if pieces and math.isclose(pieces[-1][1], low, abs_tol=1e-12):
                 pieces[-1] = (pieces[-1][0], high)
@@ -409,6 +442,7 @@ def _axes(group: Sequence[Cell]) -> dict[str, str]:
         "precision": trial.precision,
         "dropout": f"{trial.dropout:g}",
         "targets": "+".join(trial.targets),
+        "data": trial.data_fingerprint,
         "study": group[0].study,
         "other": repr(_curve_key(trial)),
     }

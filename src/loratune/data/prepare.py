@@ -6,6 +6,7 @@ Nothing here depends on a trial's seed, and nothing here knows torch.
 """
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,7 @@ class PreparedSource:
     validation_examples: tuple[Example, ...] = field(repr=False)
     validation_questions: frozenset[str] = field(repr=False)
     num_validation_groups: int
+    validation_sources: tuple[int, ...] = field(repr=False)
     end_ids: tuple[int, ...]
     test_questions: Mapping[str, frozenset[str]] = field(repr=False)
 
@@ -114,6 +116,7 @@ class PreparedSource:
             ),
             num_in_validation=sum(one in self.validation_questions for one in questions),
             num_validation_dropped=self.num_validation_dropped,
+            validation_sources=self.validation_sources,
         )
         return PreparedData(
             train, self.validation, self.validation_examples, self.end_ids, facts, summary
@@ -150,6 +153,7 @@ def prepare(
     remaining = everything
     held = everything[:0]
     num_groups = 0
+    held_groups = list[str]()
     validation: _Kept | None = None
     if data.validation is not None and data.validation.file is not None:
         validation = _kept(data.validation.file, data, tokenizer=tokenizer, folder=folder)
@@ -159,7 +163,8 @@ def prepare(
                 f"validation rows has a response within max_tokens={data.max_tokens}; "
                 "raise max_tokens"
             )
-        num_groups = len({normalise(rendered.question) for rendered in validation.rendered})
+        held_groups = [normalise(rendered.question) for rendered in validation.rendered]
+        num_groups = len(set(held_groups))
     elif data.validation is not None and data.validation.rows is not None:
         groups = questions
         if data.validation.group_by is not None:
@@ -170,6 +175,7 @@ def prepare(
         split = hold_out(groups, num_rows=data.validation.rows)
         remaining, held, num_groups = split.remaining, split.held_out, split.num_groups
         validation = _part(kept, held)
+        held_groups = [groups[row] for row in _positions(held)]
     return PreparedSource(
         data=data,
         num_source_rows=kept.num_source_rows,
@@ -184,11 +190,18 @@ def prepare(
             () if validation is None else (normalise(one.question) for one in validation.rendered)
         ),
         num_validation_groups=num_groups,
+        validation_sources=_numbered(held_groups),
         end_ids=kept.end_ids,
         test_questions={
             task: frozenset(map(normalise, asked)) for task, asked in (test_questions or {}).items()
         },
     )
+
+
+def _numbered(groups: Sequence[str]) -> tuple[int, ...]:
+    """Each row's group as a number, in order of first appearance; empty where all are single."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return () if len(numbers) == len(groups) else tuple(numbers[group] for group in groups)
 
 
 def fingerprint(train: EncodedRows, validation: EncodedRows | None) -> str:
@@ -203,6 +216,23 @@ def fingerprint(train: EncodedRows, validation: EncodedRows | None) -> str:
         digest.update(rows.input_ids.astype("<i4").tobytes())
         digest.update(rows.is_target.astype("u1").tobytes())
     return f"data-{digest.hexdigest()}"
+
+
+def turn_ends(data: Data, *, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The tokens that end an answer under the template, as `PreparedData.end_ids`, without rows."""
+    question, response = "question", "response"
+    row = {question: "a", response: "b"}
+    plain = Data(
+        train=data.train,
+        prompt=question,
+        response=response,
+        template=data.template,
+        max_tokens=data.max_tokens,
+    )
+    rendered = render_rows([row], plain, tokenizer=tokenizer, source="the template")
+    encoded = encode(rendered, tokenizer=tokenizer, template=data.template, max_tokens=sys.maxsize)
+    is_long = np.zeros(1, dtype=np.bool_)
+    return _end_ids(encoded, is_long, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

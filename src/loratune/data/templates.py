@@ -230,7 +230,7 @@ def prompt_for(
     question: str,
     data: Data,
     *,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     template: str | None = None,
 ) -> str:
     """The templated prompt for a question of a test set, as the rows of `data` have theirs.
@@ -242,7 +242,7 @@ def prompt_for(
     Args:
         question: the raw question.
         data: the study's section.
-        tokenizer: the model's.
+        tokenizer: the model's; only a chat needs it.
         template: a task's own decoding prompt, a text with {prompt}: it takes the raw question and
             stands in the place of the study's prompt and template.
 
@@ -261,6 +261,7 @@ def prompt_for(
             )
         prompt = fill(data.prompt, {names.pop(): question}, where="the test question")
     if data.template in ("chat", "chatml"):
+        assert tokenizer is not None, "a chat's prompts are the tokenizer's to write"
         chats = _chats(data.template, tokenizer)
         turn = (Message("user", prompt),)
         return _chat_text(turn, chats, generation_prompt=True, where="the test question")

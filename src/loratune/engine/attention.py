@@ -30,6 +30,28 @@ def has_row_attention(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def where_rows_lie(row_bounds: Tensor, *, num_tokens: int, longest_row: int) -> dict[str, Any]:
+    """The keyword arguments of a model's call that tell `packed_attention` of its rows.
+
+    Args:
+        row_bounds: int32[B + 1] on the model's device, from 0 to `num_tokens`.
+        num_tokens: M.
+        longest_row: no row of any step is longer.
+    """
+    if has_row_attention(row_bounds.device):
+        return {"row_bounds": row_bounds, "longest_row": longest_row}
+    counts = row_bounds.diff()
+    longest = int(counts.max())
+    row_of = torch.repeat_interleave(counts)
+    starts_M = row_bounds[:-1].long()[row_of]
+    within = torch.arange(num_tokens, device=row_bounds.device) - starts_M
+    return {
+        "longest_row": longest,
+        "padded_index_M": row_of * longest + within,
+        "num_rows": len(counts),
+    }
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,

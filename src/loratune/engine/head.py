@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Logits of so many numbers are in memory at once.
-LOGITS_AT_ONCE = 2**27
+from loratune.planning.packing import logit_rows
 
 
 class Targets(NamedTuple):
@@ -46,7 +45,7 @@ def head_losses(
         token_losses = losses_and_gradients
     losses = [hidden_MD.new_zeros(0, dtype=torch.float32)]
     grad_MD = torch.zeros_like(hidden_MD) if with_gradient else None
-    step = max(256, LOGITS_AT_ONCE // len(weight_VD))
+    step = logit_rows(len(weight_VD))
     for begin in range(0, len(targets.index_L), step):
         index, labels, _, weights = (part[begin : begin + step] for part in targets)
         logits_LV = functional.linear(hidden_MD[index], weight_VD, bias_V)

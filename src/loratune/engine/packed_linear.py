@@ -36,7 +36,7 @@ Legend: A slots, M tokens, D in, E out (all members of a group), R rank, K = mem
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -312,6 +312,13 @@ class _PackedLinears(torch.autograd.Function):
         return grad_x, None if x_adapter is None else grad_seen, None
 
 
+def of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
+    """Each token's own slot's gain; one for filler."""
+    slots_M = routing.token_slot_M.long()
+    picked = gain_AE.index_select(0, slots_M.clamp(min=0))
+    return torch.where((slots_M >= 0)[:, None], picked, 1)
+
+
 def _add_through(
     grads: Sequence[Tensor], weight_ED: Tensor, segments: Sequence[int], *, into: Tensor
 ) -> None:
@@ -389,16 +396,26 @@ class PackedGroup(nn.Module):
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
+class LinearGroup(Protocol):
+    """Linear layers that read one input: called by the first of them, for all."""
+
+    pending: tuple[Tensor, ...] | None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The members' outputs."""
+        ...
+
+
 @final
 class PackedLinear(nn.Linear):
-    """Stands in a base model where one member of a `PackedGroup` stood, with that one's weight.
+    """Stands in a base model where one member of a group stood, with that one's weight.
 
     Members are called in their order and with one and the same input, as every decoder's attention
     and gated MLP do; the engine checks its logits against the base's own before it trains.
     """
 
     def __init__(
-        self, linear: nn.Linear, group: PackedGroup, *, member: int, num_members: int
+        self, linear: nn.Linear, group: LinearGroup, *, member: int, num_members: int
     ) -> None:
         # Not nn.Linear's own, which would draw a weight: this one has its predecessor's.
         nn.Module.__init__(self)

@@ -10,6 +10,7 @@ their addresses. The head and its loss stay outside: the number of target tokens
 # pyright: reportUnknownArgumentType=false
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,15 @@ from loratune.engine.memory import release_memory, sent
 
 # Before a capture everything must have run: compilers, autotuners, handles, workspaces.
 WARM_UPS = 2
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device for everything that is warmed up or captured.
+
+    cuBLAS has a workspace for every stream that it has run on, and never gives it back.
+    """
+    return torch.cuda.Stream(device)
 
 
 class Replay:
@@ -39,7 +49,7 @@ class Replay:
         pool: Any,
     ) -> None:
         self._buffers = [sent(one, device) for one in example]
-        stream = torch.cuda.Stream(device)
+        stream = _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.set_grad_enabled(backward):
             for _ in range(WARM_UPS):
@@ -50,11 +60,12 @@ class Replay:
         release_memory(device)
         self._forward = torch.cuda.CUDAGraph()
         self._backward = torch.cuda.CUDAGraph() if backward else None
-        with torch.set_grad_enabled(backward), torch.cuda.graph(self._forward, pool=pool):
+        capture = torch.cuda.graph(self._forward, pool=pool, stream=stream)
+        with torch.set_grad_enabled(backward), capture:
             embedded, hidden = body(self._buffers)
         if self._backward is not None:
             self._grad_hidden = torch.zeros_like(hidden)
-            with torch.cuda.graph(self._backward, pool=pool):
+            with torch.cuda.graph(self._backward, pool=pool, stream=stream):
                 torch.autograd.grad(hidden, embedded, self._grad_hidden)
         self._hidden = hidden.detach()
 

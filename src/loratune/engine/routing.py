@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loratune.planning.packing import TOKENS_SUMMED_AT_ONCE
+
 TILE = 64
-# A gradient is summed over at most so many tokens by one kernel program, then over its chunks in
-# order: enough programs where one slot has all the tokens, and the same sum at every repeat.
-CHUNK = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +65,7 @@ def num_tiles(*, num_tokens: int, num_slots: int) -> int:
 
 def num_chunks(*, num_tokens: int, num_slots: int) -> int:
     """The most chunks that any step can have."""
-    return num_tokens // CHUNK + num_slots
+    return num_tokens // TOKENS_SUMMED_AT_ONCE + num_slots
 
 
 def route(
@@ -94,7 +93,7 @@ def route(
     # What is left over is a slot of its own, -1, behind all others.
     spans = [(slot, int(begins[slot]), int(sizes[slot])) for slot in range(len(sizes))]
     tiles = _cut([*spans, (-1, int(begins[-1]), num_tokens - int(begins[-1]))], TILE)
-    chunks = _cut(spans, CHUNK)
+    chunks = _cut(spans, TOKENS_SUMMED_AT_ONCE)
     firsts = np.searchsorted(np.array([slot for slot, _, _ in chunks]), np.arange(len(sizes) + 1))
     if fixed_size:
         tiles += [(-1, 0, 0)] * (

@@ -12,7 +12,6 @@ Shapes: B prompts of one batch, T tokens of the longest of them, plus what was g
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,25 +24,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from loratune.engine.decoding_text import Answer, answer_of, decoded, end_ids_of
 from loratune.errors import EvaluationError
 from loratune.models.load import Base
 
 # transformers' tokenizers, configurations and `generate` are only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model wrote: the text without special tokens, ending before the first stop string.
-
-    `num_tokens` counts what was generated, the EOS or the stop string included. `finished` is False
-    where the token limit came before both.
-    """
-
-    text: str
-    num_tokens: int
-    finished: bool
 
 
 def generate_answers(
@@ -73,7 +60,7 @@ def generate_answers(
         EvaluationError: as `check_room` says.
     """
     check_room(base.model, prompt_ids, max_new_tokens=max_new_tokens)
-    all_end_ids = _end_ids(base, end_ids)
+    all_end_ids = end_ids_of(base, end_ids)
     # Prompts of like length share a batch, the longest first: what does not fit in memory shows
     # at once.
     order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
@@ -156,10 +143,9 @@ def _answer_batch(
         ended_after = next((t + 1 for t, one in enumerate(row) if one in end_ids), None)
         ends = [end for end in (stopped_after, ended_after) if end is not None]
         num_tokens = min(ends, default=len(row))
-        # Not every end is a special token of the tokenizer, which decoding would leave out.
-        text = _decode(tokenizer, [one for one in row[:num_tokens] if one not in end_ids])
-        text = _cut(text, stop)
-        answers.append(Answer(text=text, num_tokens=num_tokens, finished=bool(ends)))
+        answers.append(
+            answer_of(tokenizer, row[:num_tokens], stop=stop, end_ids=end_ids, finished=bool(ends))
+        )
     return answers
 
 
@@ -187,37 +173,11 @@ class _StopAtText(StoppingCriteria):
         generated: list[list[int]] = input_ids[:, self._prompt_width :].tolist()
         for index, row in enumerate(generated):
             if self.num_tokens[index] is None:
-                text = _decode(self._tokenizer, row)
+                text = decoded(self._tokenizer, row)
                 if any(one in text for one in self._stop):
                     self.num_tokens[index] = len(row)
         is_done = [num_tokens is not None for num_tokens in self.num_tokens]
         return cast("torch.BoolTensor", torch.tensor(is_done, device=input_ids.device))
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    begins = [text.find(one) for one in stop if one in text]
-    return text[: min(begins)] if begins else text
-
-
-def _end_ids(base: Base, given: Sequence[int]) -> tuple[int, ...]:
-    """Every token that ends an answer: those given, the tokenizer's EOS and the model's."""
-    ids = set(given)
-    for one in (
-        base.tokenizer.eos_token_id,
-        base.model.config.get_text_config().eos_token_id,
-        base.model.generation_config.eos_token_id,
-    ):
-        if isinstance(one, int):
-            ids.add(one)
-        elif one is not None:
-            ids.update(int(token) for token in one)
-    return tuple(sorted(ids))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Reading the number out of a worked answer, and judging it. Text in, verdict out.
+"""Judging an answer: the number in it, its text, or how likely each choice is.
 
-Two graders are offered, and a score always names the one that made it, because on the same answers
-they can be several points apart:
+A score always names the grader that made it. Two read the number out of a worked answer, and on
+the same answers they can be several points apart:
 
 - `pissa` is what PiSSA's and MiLoRA's published scripts do (the reading comes from MetaMath's
   evaluation), oddities included: 17.6 counts as 18, 3/4 as 1, and 1,234,567 is read as 1234. It
@@ -9,20 +9,26 @@ they can be several points apart:
 - `strict` reads GSM8K's own `#### n` and MetaMathQA's `The answer is: n`, compares exactly and
   rounds nothing.
 
-Neither one looks at the working, and neither understands units, words for numbers, LaTeX or
+- `number` takes an answer, or what a task's own expression extracts from it, that is one number and
+  nothing else; `exact` compares texts, white space at both ends and its kind apart.
+- `plain` and `normalised` are for choices: the one with the highest log-likelihood, or with the
+  highest one divided by its length in characters, as lm-evaluation-harness's acc and acc_norm.
+- `tests` judges programs by running them, in code_answers.py.
+
+The first two do not look at the working, and neither understands units, words for numbers, LaTeX or
 `\\boxed{}`: an answer without its marker cannot be read. This file knows nothing of models. What a
 grader reads is part of every task's version (tasks.py): change one, and raise the other.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
 from loratune.errors import EvaluationError
 
-GraderName = Literal["pissa", "strict"]
 Verdict = Literal["correct", "wrong", "truncated", "error"]
 
 _PISSA_MARKER = "The answer is: "
@@ -98,7 +104,50 @@ def _value(match: re.Match[str]) -> Fraction | None:
 _READERS: dict[str, Callable[[str], Fraction | None]] = {
     "pissa": pissa_number,
     "strict": strict_number,
+    "number": plain_number,
 }
+NUMBER_GRADERS = tuple(_READERS)
+CHOICE_GRADERS = ("plain", "normalised")
+
+
+def extracted(text: str, expression: str | None) -> str | None:
+    """What a task's expression takes of an answer: its first group; None where it does not match.
+
+    Without an expression that is the whole answer.
+    """
+    if expression is None:
+        return text
+    match = re.search(expression, text)
+    return None if match is None else match[1]
+
+
+def judge_exact(text: str | None, *, reference: str | None, finished: bool) -> Verdict:
+    """Compare an answer, or what was extracted from it, with the reference, word by word."""
+    if reference is None:
+        return "error"
+    if text is not None and text.split() == reference.split():
+        return "correct"
+    return "wrong" if finished or text is not None else "truncated"
+
+
+def judge_choice(
+    log_likelihoods: Sequence[float], choices: Sequence[str], *, reference: str | None, grader: str
+) -> Verdict:
+    """Whether the right choice is the likeliest; of equal ones the first, as numpy's argmax has it.
+
+    Args:
+        log_likelihoods: of each choice after the prompt, summed over its tokens, in nats.
+        choices: their texts, for `normalised`.
+        reference: the number of the right one, from 0; None: an error.
+        grader: plain or normalised.
+    """
+    if reference is None or any(math.isnan(one) for one in log_likelihoods):
+        return "error"
+    scores = [
+        one / max(1, len(text)) if grader == "normalised" else one
+        for one, text in zip(log_likelihoods, choices, strict=True)
+    ]
+    return "correct" if scores.index(max(scores)) == int(reference) else "wrong"
 
 
 def read_number(text: str, *, grader: str) -> Fraction | None:

@@ -55,4 +55,5 @@ TASK = TaskDefinition(
     max_new_tokens=512,  # no worked answer of the data set is as long, in any tokenizer
     stop=(),
     load=load,
+    takes_data=True,
 )

@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loratune.evaluation.graders import GraderName
-from loratune.study.schema import Source
+from loratune.study.schema import GraderName, Source
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`text` is what stands in the prompt's field. `reference` is the right number as a text.
+    """`text` is what stands in the prompt's field. `reference` is the right answer as a text.
 
-    `reference` is None where no number could be read: answers then count as errors.
+    For graders of numbers it is the right number, and None where none could be read: answers then
+    count as errors. Where there are `choices`, the model is not asked to write but how likely it
+    finds each of them after the prompt; `reference` is the number of the right one, from 0.
     """
 
     text: str
     reference: str | None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,10 @@ class TaskDefinition:
     `version` changes with everything that can change a score and is not in `Score.decoding`: the
     graders, the reading of references, the order of the questions. `load(source, folder)` gives the
     questions, of the task's own data where source is None; it is None itself where the questions
-    are the study's own held-out rows. `max_new_tokens` is None where they depend on those.
+    are the study's own held-out rows. `max_new_tokens` is None where they depend on those, and
+    where nothing is written. `extract` is a regular expression whose first group is what is judged
+    of an answer; None: the whole of it. `prompt` stands in the place of the study's own.
+    `takes_data`: `data:` may name questions in the place of the task's own.
     """
 
     name: str
@@ -44,6 +49,9 @@ class TaskDefinition:
     max_new_tokens: int | None
     stop: tuple[str, ...]
     load: Callable[[Source | None, Path], tuple[Question, ...]] | None
+    takes_data: bool = False
+    extract: str | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,8 @@ class TaskQuestions:
 
     `prompt_ids[i]`, the tokens of `prompts[i]` as a training row begins with them, and
     `references[i]` belong together. `end_ids` are tokens that end an answer beside those that
-    tokenizer and model name: what the study's chat template ends a turn with.
+    tokenizer and model name: what the study's chat template ends a turn with. `choices[i]` and
+    `choice_ids[i]`, their tokens after the prompt, are there for all questions or for none.
     """
 
     task: str
@@ -65,6 +74,9 @@ class TaskQuestions:
     max_new_tokens: int
     stop: tuple[str, ...]
     end_ids: tuple[int, ...] = ()
+    extract: str | None = None
+    choices: tuple[tuple[str, ...], ...] = ()
+    choice_ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     @property
     def decoding(self) -> str:
@@ -73,8 +85,10 @@ class TaskQuestions:
         The hash is over all prompts and references, so that another template, other data or fewer
         questions are another decoding, and their scores other rows.
         """
-        asked = json.dumps(list(zip(self.prompts, self.references, strict=True)))
+        asked = json.dumps([*zip(self.prompts, self.references, strict=True), *self.choices])
         digest = hashlib.sha256(asked.encode("ascii")).hexdigest()[:16]
+        if self.choices:
+            return f"log-likelihood;questions={len(self.prompts)};prompt=sha256:{digest}"
         return (
             f"greedy;max_new_tokens={self.max_new_tokens};stop={json.dumps(self.stop)};"
             f"questions={len(self.prompts)};prompt=sha256:{digest}"

@@ -3,14 +3,26 @@
 The base stays resident and is left as it was, bit for bit. What is written where is not known here.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError
-from loratune.evaluation.generate import Answer, generate_answers
-from loratune.evaluation.graders import judge
+from loratune.evaluation.code_answers import grade_code
+from loratune.evaluation.generate import generate_answers
+from loratune.evaluation.graders import (
+    CHOICE_GRADERS,
+    Verdict,
+    extracted,
+    judge,
+    judge_choice,
+    judge_exact,
+)
+from loratune.evaluation.likelihood import Continuation, log_likelihoods
 from loratune.evaluation.questions import TaskQuestions
+from loratune.evaluation.sandbox import choose_isolation
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base
@@ -23,6 +35,7 @@ def score_task(
     questions: TaskQuestions,
     *,
     rows_per_batch: int = 16,
+    unsafe_exec: bool = False,
 ) -> tuple[Score, tuple[Prediction, ...]]:
     """Ask one adapter every question; the predictions are in the order of the questions.
 
@@ -31,9 +44,11 @@ def score_task(
         adapter: in memory, a folder in PEFT's format, or None for the plain base.
         questions: see `tasks.ask` and `tasks.ask_validation`.
         rows_per_batch: questions answered at once; for speed and memory alone.
+        unsafe_exec: see `grade`.
 
     Raises:
-        EvaluationError: no questions, or a prompt and its answer are too long for the model.
+        EvaluationError: as `grade` says, no questions, or a prompt and its answer are too long for
+            the model.
         ModelError: the adapter cannot be read or does not fit the base, or the base carries one
             already.
     """
@@ -42,40 +57,82 @@ def score_task(
     # The base is adapted in place, so that it answers with the adapter until that is detached.
     attached = None if adapter is None else attach_files(base.model, adapter)
     try:
-        answers = generate_answers(
-            base,
-            questions.prompt_ids,
-            max_new_tokens=questions.max_new_tokens,
-            stop=questions.stop,
-            end_ids=questions.end_ids,
-            rows_per_batch=rows_per_batch,
-        )
+        answers = answer_questions(base, questions, rows_per_batch=rows_per_batch)
     finally:
         if attached is not None:
             attached.detach()
-    return grade(answers, questions)
+    return grade(answers, questions, unsafe_exec=unsafe_exec)
+
+
+def answer_questions(
+    base: Base, questions: TaskQuestions, *, rows_per_batch: int = 16
+) -> list[Answer]:
+    """What the base, with whatever is attached to it, says to every question, in their order.
+
+    Of a question with choices the text is the JSON list of their log-likelihoods.
+
+    Raises:
+        EvaluationError: a prompt and its answer are too long for the model.
+    """
+    if questions.choices:
+        return _likelihoods(base, questions, rows_per_batch=rows_per_batch)
+    return generate_answers(
+        base,
+        questions.prompt_ids,
+        max_new_tokens=questions.max_new_tokens,
+        stop=questions.stop,
+        end_ids=questions.end_ids,
+        rows_per_batch=rows_per_batch,
+    )
+
+
+def _likelihoods(base: Base, questions: TaskQuestions, *, rows_per_batch: int) -> list[Answer]:
+    """Of each question the JSON list of its choices' log-likelihoods, as an answer."""
+    asked = [
+        Continuation(prompt, choice)
+        for prompt, choices in zip(questions.prompt_ids, questions.choice_ids, strict=True)
+        for choice in choices
+    ]
+    found = iter(log_likelihoods(base, asked, rows_per_batch=rows_per_batch))
+    answers = list[Answer]()
+    for choices in questions.choice_ids:
+        of_one = [next(found) for _ in choices]
+        answers.append(
+            Answer(
+                text=json.dumps([one.value for one in of_one]),
+                num_tokens=sum(one.num_tokens for one in of_one),
+                finished=True,
+            )
+        )
+    return answers
 
 
 def grade(
-    answers: Sequence[Answer], questions: TaskQuestions
+    answers: Sequence[Answer], questions: TaskQuestions, *, unsafe_exec: bool = False
 ) -> tuple[Score, tuple[Prediction, ...]]:
     """Judge answers, one for each question in its order, and count the verdicts.
 
-    An answer that the token limit cut off is `truncated` only where no number can be read in it.
+    An answer that the token limit cut off is `truncated` only where no number can be read in it; of
+    a program, see `grade_code`.
+
+    Args:
+        answers: what was generated.
+        questions: what was asked.
+        unsafe_exec: where generated code is run, see `sandbox.choose_isolation`.
+
+    Raises:
+        EvaluationError: generated code has to be run and cannot be isolated here.
     """
+    verdicts = _verdicts(answers, questions, unsafe_exec=unsafe_exec)
     predictions = tuple(
         Prediction(
             question_index=index,
             text=answer.text,
             num_tokens=answer.num_tokens,
-            verdict=judge(
-                answer.text,
-                reference=reference,
-                grader=questions.grader,
-                finished=answer.finished,
-            ),
+            verdict=verdict,
+            finished=answer.finished,
         )
-        for index, (answer, reference) in enumerate(zip(answers, questions.references, strict=True))
+        for index, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
     )
     counts = Counter(prediction.verdict for prediction in predictions)
     score = Score(
@@ -90,3 +147,36 @@ def grade(
         errors=counts["error"],
     )
     return score, predictions
+
+
+def _verdicts(
+    answers: Sequence[Answer], questions: TaskQuestions, *, unsafe_exec: bool
+) -> list[Verdict]:
+    if questions.grader == "tests":
+        graded = grade_code(
+            [answer.text for answer in answers],
+            questions.references,
+            finished=[answer.finished for answer in answers],
+            isolation=choose_isolation(unsafe_exec=unsafe_exec),
+        )
+        return [verdict for verdict, _ in graded]
+    if questions.grader in CHOICE_GRADERS:
+        return [
+            judge_choice(
+                json.loads(answer.text), choices, reference=reference, grader=questions.grader
+            )
+            for answer, choices, reference in zip(
+                answers, questions.choices, questions.references, strict=True
+            )
+        ]
+    return [
+        _judge_text(answer, reference, questions)
+        for answer, reference in zip(answers, questions.references, strict=True)
+    ]
+
+
+def _judge_text(answer: Answer, reference: str | None, questions: TaskQuestions) -> Verdict:
+    text = extracted(answer.text, questions.extract)
+    if questions.grader == "exact":
+        return judge_exact(text, reference=reference, finished=answer.finished)
+    return judge(text or "", reference=reference, grader=questions.grader, finished=answer.finished)

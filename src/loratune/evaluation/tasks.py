@@ -1,7 +1,7 @@
 """The tasks by name, and a study's task made ready to ask.
 
-A new task is a new file with a `TASK` and a line in `_TASKS`. Which adapter answers, and how, is
-not known here; nor is torch.
+A new task is a new file with a `TASK` and a line in `_TASKS`, or a user's own YAML file. Which
+adapter answers, and how, is not known here; nor is torch.
 """
 
 import difflib
@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, TypeVar
 from loratune.data.encode import encode_prompts
 from loratune.data.templates import fields_of, prompt_for
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluation import demo, gsm8k, validation
+from loratune.evaluation import (
+    arithmetic,
+    choice,
+    demo,
+    gsm8k,
+    humaneval,
+    mbpp,
+    validation,
+)
+from loratune.evaluation.custom import is_custom, read_task
+from loratune.evaluation.graders import CHOICE_GRADERS
 from loratune.evaluation.questions import Question, TaskDefinition, TaskQuestions
+from loratune.evaluation.sandbox import choose_isolation
 from loratune.study import schema
 
 if TYPE_CHECKING:
@@ -21,49 +32,85 @@ if TYPE_CHECKING:
 
     from loratune.data.prepare import Example
 
-_TASKS = {one.name: one for one in (gsm8k.TASK, demo.TASK, validation.TASK)}
-
-# Presets name these, so that a paper's study stands in its file as it was run. Scoring them means
-# running generated code, which needs a sandbox.
-_NOT_YET_SCORED = ("humaneval", "mbpp")
+_TASKS = {
+    one.name: one
+    for one in (
+        gsm8k.TASK,
+        arithmetic.SVAMP,
+        arithmetic.MULTIARITH,
+        arithmetic.ADDSUB,
+        arithmetic.SINGLEEQ,
+        humaneval.TASK,
+        mbpp.TASK,
+        choice.ARC_EASY,
+        choice.ARC_CHALLENGE,
+        choice.BOOLQ,
+        choice.OPENBOOKQA,
+        choice.PIQA,
+        demo.TASK,
+        validation.TASK,
+    )
+}
 
 
 def can_score(name: str) -> bool:
-    """Whether this version can score the task `name`."""
+    """Whether this version can score the task `name`, a file of the user's own left aside."""
     return name in _TASKS
 
 
-def task(name: str) -> TaskDefinition:
-    """The task `name`.
+def task(name: str, *, folder: Path = Path()) -> TaskDefinition:
+    """The task `name`, or that of a YAML file; `folder` is what its path is relative to.
 
     Raises:
-        EvaluationError: there is no such task, or it cannot be scored by this version.
+        EvaluationError: there is no such task, or the file is none.
     """
     if name in _TASKS:
         return _TASKS[name]
-    if name in _NOT_YET_SCORED:
-        raise EvaluationError(
-            f"task {name!r} cannot be scored by this version; "
-            "remove it from evaluate.tasks to train without it"
-        )
-    near = difflib.get_close_matches(name, [*_TASKS, *_NOT_YET_SCORED], n=1, cutoff=0.5)
+    if is_custom(name):
+        return read_task(folder / Path(name).expanduser())
+    near = difflib.get_close_matches(name, [*_TASKS], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise EvaluationError(f"task {name!r} is unknown; choose one of {', '.join(_TASKS)}{hint}")
+    raise EvaluationError(
+        f"task {name!r} is unknown; choose one of {', '.join(_TASKS)}, or the path of a .yaml "
+        f"file{hint}"
+    )
 
 
-def check_tasks(tasks: Sequence[schema.Task]) -> None:
+def check_tasks(
+    tasks: Sequence[schema.Task], *, folder: Path = Path(), unsafe_exec: bool = False
+) -> None:
     """Refuse, before anything is trained or read, what could not be scored afterwards.
 
+    Args:
+        tasks: the study's.
+        folder: what relative paths start at, the study file's folder.
+        unsafe_exec: see `sandbox.choose_isolation`.
+
     Raises:
-        EvaluationError: a task is unknown, cannot be scored by this version, was given data that it
-            has no use for, or has a prompt without {prompt}.
+        EvaluationError: a task is unknown, was given data or a grader that it has no use for, has
+            a prompt without {prompt}, or needs a sandbox that this machine does not offer.
     """
     for given in tasks:
-        definition = task(given.name)
-        if given.data is not None and definition is not gsm8k.TASK:
+        definition = task(given.name, folder=folder)
+        if given.data is not None and not definition.takes_data:
             raise EvaluationError(f"task {given.name} has questions of its own; remove its `data:`")
+        if definition.grader == "tests":
+            choose_isolation(unsafe_exec=unsafe_exec)
+        if given.grader is not None and given.grader not in _alike(definition.grader):
+            raise EvaluationError(
+                f"task {given.name} is not judged by grader {given.grader}; choose "
+                f"{' or '.join(_alike(definition.grader))}"
+            )
         if given.prompt is not None:
             _check_prompt(given.prompt, task=given.name)
+
+
+def _alike(grader: str) -> tuple[str, ...]:
+    """The graders that can judge the same answers."""
+    for kinds in (CHOICE_GRADERS, ("strict", "pissa")):
+        if grader in kinds:
+            return kinds
+    return (grader,)
 
 
 def load_questions(given: schema.Task, *, folder: Path) -> tuple[Question, ...]:
@@ -76,7 +123,7 @@ def load_questions(given: schema.Task, *, folder: Path) -> tuple[Question, ...]:
     Raises:
         EvaluationError: as `task` says, the questions cannot be had, or there are fewer of them.
     """
-    definition = task(given.name)
+    definition = task(given.name, folder=folder)
     if definition.load is None:
         raise EvaluationError(f"task {given.name} has no questions but the study's held-out rows")
     return _first(definition.load(given.data, folder), given=given)
@@ -88,6 +135,7 @@ def ask(
     *,
     data: schema.Data,
     tokenizer: "PreTrainedTokenizerBase",
+    folder: Path = Path(),
     end_ids: Sequence[int] = (),
 ) -> TaskQuestions:
     """A test task with the study's template around every question, or the task's own prompt.
@@ -95,6 +143,7 @@ def ask(
     Args:
         given: the study's choice.
         questions: what `load_questions` gave.
+        folder: what relative paths start at.
         data: the study's section, for its prompt and template.
         tokenizer: the base model's.
         end_ids: `PreparedData.end_ids`, where there is one.
@@ -103,11 +152,21 @@ def ask(
         EvaluationError: as `task` says, or the task's own prompt has no {prompt}.
         DataError: the study's prompt is made of several fields; the task needs its own.
     """
-    definition = task(given.name)
-    assert definition.max_new_tokens is not None, definition.name  # no test task leaves it open
+    definition = task(given.name, folder=folder)
+    if given.prompt is None and definition.prompt is not None:
+        given = given.model_copy(update={"prompt": definition.prompt})
     prompts, prompt_ids = _prompts(
         [question.text for question in questions], given=given, data=data, tokenizer=tokenizer
     )
+    has_choices = definition.grader in CHOICE_GRADERS
+    assert has_choices or definition.max_new_tokens is not None, definition.name
+    template = data.template if given.prompt is None else given.prompt
+    choice_ids = (
+        _choice_ids(prompts, prompt_ids, questions, tokenizer=tokenizer, template=template)
+        if has_choices
+        else ()
+    )
+    longest = max((len(ids) for of_one in choice_ids for ids in of_one), default=0)
     return TaskQuestions(
         task=definition.name,
         version=definition.version,
@@ -116,9 +175,37 @@ def ask(
         prompts=prompts,
         prompt_ids=prompt_ids,
         references=tuple(question.reference for question in questions),
-        max_new_tokens=given.max_new_tokens or definition.max_new_tokens,
+        max_new_tokens=given.max_new_tokens or definition.max_new_tokens or longest,
         stop=given.stop or definition.stop,
         end_ids=tuple(end_ids),
+        extract=definition.extract,
+        choices=tuple(question.choices for question in questions) if has_choices else (),
+        choice_ids=choice_ids,
+    )
+
+
+def _choice_ids(
+    prompts: Sequence[str],
+    prompt_ids: Sequence[Sequence[int]],
+    questions: Sequence[Question],
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Each choice's tokens after its prompt, a space between them unless the prompt ends with one.
+
+    The whole is tokenised and as many tokens as the prompt has are counted off, as in
+    lm-evaluation-harness: a tokenizer may join a choice's first letters to the space before them.
+    """
+    wholes = [
+        f"{prompt}{'' if prompt[-1:].isspace() else ' '}{text}"
+        for prompt, question in zip(prompts, questions, strict=True)
+        for text in question.choices
+    ]
+    encoded = iter(encode_prompts(wholes, tokenizer=tokenizer, template=template))
+    return tuple(
+        tuple(tuple(next(encoded)[len(ids) :]) for _ in question.choices)
+        for ids, question in zip(prompt_ids, questions, strict=True)
     )
 
 
@@ -144,7 +231,7 @@ def ask_validation(
             responses, or the task's own prompt has no {prompt}.
     """
     given = schema.Task(name=validation.TASK.name) if given is None else given
-    definition = task(given.name)
+    definition = validation.TASK
     examples = _first(tuple(examples), given=given)
     grader = given.grader or definition.grader
     responses = [example.response_text for example in examples]

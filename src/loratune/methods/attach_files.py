@@ -52,7 +52,7 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
     """
     files = read_adapter(adapter) if isinstance(adapter, Path) else adapter
     where = str(adapter) if isinstance(adapter, Path) else "the adapter"
-    config = _config_of(files, where=where)
+    config = lora_config_of(files, where=where)
     resident = Resident(model)
     try:
         with torch.random.fork_rng(devices=[]), quiet_peft():
@@ -83,7 +83,8 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
     return LoadedAdapter(attached, resident=resident)
 
 
-def _config_of(files: AdapterFiles, *, where: str) -> LoraConfig:
+def lora_config_of(files: AdapterFiles, *, where: str) -> LoraConfig:
+    """PEFT's configuration of an adapter; raises ModelError where it is no plain LoRA."""
     given = dict(files.config)
     if given.get("peft_type") != "LORA":
         raise ModelError(

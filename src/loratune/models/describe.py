@@ -81,6 +81,7 @@ def describe_model(
         ),
         sliding_window=window,
         num_sliding_layers=num_sliding_layers,
+        model_type=config.model_type,
     )
 
 

@@ -1,35 +1,50 @@
 """The plan of a study: its trials and what they cost all together. Changes nothing."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 from loratune.errors import StudyError
 from loratune.planning.cost import Rate, TrialCost, trial_cost
-from loratune.planning.trials import DataKey, plan_trials
+from loratune.planning.packs import PlannedPack, plan_packs
+from loratune.planning.power import ASSUMED_NOISE, DifferenceNoise, StudyPower, study_power
+from loratune.planning.trials import DataKey, plan_trials, siblings
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.identity import cell_key
-from loratune.study.schema import Study
+from loratune.study.schema import VALIDATION, Study
 
 DEFAULT_TOKENS_PER_MICROBATCH = 16_384
 
 # Questions of the test sets, for the smallest difference that a study can detect.
-NUM_QUESTIONS = {"gsm8k": 1319, "humaneval": 164}
+NUM_QUESTIONS = {"gsm8k": 1319, "humaneval": 164, "demo": 512}
+# What the plan says how to resolve: one point of accuracy, and 0.01 nats of loss (0.5% of a loss
+# of 2, or 2% of one of 0.5).
+ACCURACY_TARGET = 0.01
+LOSS_TARGET = 0.01
+LOSS_METRIC = "validation_loss"
 
 
 @dataclass(frozen=True)
 class Plan:
     """The trials in order and the totals of their costs.
 
-    `hours` is the time of one device at `device`'s rate, one trial after another.
-    `detectable_effect` is a fraction (0.03 = 3 points) or None where no test task with a known size
-    is scored; `provisional` says that model or data were declared, so that ids will change.
+    `num_further_trials` is how many the study asks for once outcomes are known, where no best LR
+    lies at an edge: the totals count them, `trials` does not hold them. `hours` is the time of one
+    device at `device`'s rate, one trial after another; `packs` are the planned trials as the packed
+    engine trains them, on an H100: empty where the rate is of another device.
+    `power` says what differences between methods the study can show, by metric;
+    `detectable_effect` is that of the accuracy with the most questions, a fraction (0.03 = 3
+    points), None where no test task with a known size is scored or seeds are too few. `provisional`
+    says that model or data were declared, so that ids will change.
     """
 
     study: Study
     trials: tuple[Trial, ...]
     costs: tuple[TrialCost, ...]
+    models: Mapping[str, ModelFacts]
     num_cells: int
+    num_further_trials: int
     num_updates: int
     tokens: float
     flops: float
@@ -37,14 +52,27 @@ class Plan:
     device: str
     peak_memory_bytes: int
     disk_bytes: int
-    detectable_effect: float | None
+    power: tuple[StudyPower, ...]
     provisional: bool
+    packs: tuple[PlannedPack, ...] = ()
+
+    def siblings(self, trial: Trial, points: Iterable[tuple[float, int]]) -> tuple[Trial, ...]:
+        """The trials of a planned trial's cell at other points, each an (LR, seed)."""
+        return siblings(trial, points, model=self.models[trial.model])
+
+    @property
+    def detectable_effect(self) -> float | None:
+        """See the class."""
+        accuracies = [one for one in self.power if one.num_questions is not None]
+        if not accuracies:
+            return None
+        return max(accuracies, key=lambda one: one.num_questions or 0).detectable_effect
 
     def to_json(self) -> dict[str, object]:
         """The totals under the names that others rely on."""
         return {
             "study": self.study.study,
-            "num_trials": len(self.trials),
+            "num_trials": len(self.trials) + self.num_further_trials,
             "num_cells": self.num_cells,
             "num_updates": self.num_updates,
             "tokens": round(self.tokens),
@@ -55,6 +83,11 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "detectable_effect": self.detectable_effect,
             "provisional": self.provisional,
+            "packs": [pack.to_json() for pack in self.packs],
+            "power": [
+                {**asdict(one), "questions_needed_with": dict(one.questions_needed_with)}
+                for one in self.power
+            ],
         }
 
 
@@ -65,8 +98,9 @@ def make_plan(
     data: Mapping[DataKey, DataFacts],
     rate: Rate,
     tokens_per_microbatch: int = DEFAULT_TOKENS_PER_MICROBATCH,
+    noise: Mapping[str, DifferenceNoise] = MappingProxyType({}),
 ) -> Plan:
-    """All trials of the study with their costs.
+    """All trials of the study with their costs; `noise` is for `plan_power`.
 
     Raises:
         StudyError: what `plan_trials` refuses.
@@ -77,37 +111,97 @@ def make_plan(
         raise StudyError(f"study {study.study!r} plans no trial")
     cost_of = _cached_cost(models, data, rate, tokens_per_microbatch)
     costs = tuple(cost_of(trial) for trial in trials)
-    cells = {cell_key(trial) for trial in trials}
+    cells = dict[tuple[object, ...], tuple[Trial, TrialCost]]()
+    for trial, cost in zip(trials, costs, strict=True):
+        cells.setdefault(cell_key(trial), (trial, cost))
+    around, fresh = _further_trials(study, num_cells=len(cells))
+    # Which batch size will be the best one, and gets fresh seeds, nobody knows: a share for each.
+    more = around + fresh / len(cells)
+    once = tuple(cells.values())
     return Plan(
         study=study,
         trials=trials,
         costs=costs,
+        models=models,
         num_cells=len(cells),
-        num_updates=sum(trial.num_updates for trial in trials),
-        tokens=math.fsum(cost.num_tokens for cost in costs),
-        flops=math.fsum(cost.flops for cost in costs),
-        hours=math.fsum(cost.seconds for cost in costs) / 3600,
+        num_further_trials=around * len(cells) + fresh,
+        num_updates=sum(trial.num_updates for trial in trials)
+        + round(more * sum(trial.num_updates for trial, _ in once)),
+        tokens=math.fsum(cost.num_tokens for cost in costs)
+        + more * math.fsum(cost.num_tokens for _, cost in once),
+        flops=math.fsum(cost.flops for cost in costs)
+        + more * math.fsum(cost.flops for _, cost in once),
+        hours=(
+            math.fsum(cost.seconds for cost in costs)
+            + more * math.fsum(cost.seconds for _, cost in once)
+        )
+        / 3600,
         device=rate.device,
         peak_memory_bytes=max(cost.peak_memory_bytes for cost in costs),
         disk_bytes=_disk_bytes(study, costs, num_cells=len(cells)),
-        detectable_effect=detectable_effect(study),
+        power=plan_power(study, noise),
         provisional=any(trial.provisional for trial in trials),
+        packs=(
+            plan_packs(trials, costs, models=models, data=data, memory_bytes=rate.memory_bytes)
+            if rate.memory_bytes is not None
+            else ()
+        ),
     )
 
 
-def detectable_effect(study: Study, *, discordance: float = 0.2) -> float | None:
-    """The smallest true difference in accuracy that is found with 80% power at the 5% level.
+def _further_trials(study: Study, *, num_cells: int) -> tuple[int, int]:
+    """How many trials outcomes will call for: in each cell, and for the best cells together."""
+    num_rates = min(3, len(study.learning_rates()))  # the best one and its neighbours
+    num_curves = num_cells // len(study.batch_size)
+    return study.seeds.around_best * num_rates, study.seeds.confirm * num_curves
 
-    (z_.975 + z_.8) sqrt(discordance / n): two adapters answer the same n questions and disagree on
-    a share `discordance` of them (0.2 is an assumption; 5 to 20% are usual). Seeds are left out:
-    noise between them makes the true figure larger. None without a task of known size.
+
+def plan_power(
+    study: Study, noise: Mapping[str, DifferenceNoise] = MappingProxyType({})
+) -> tuple[StudyPower, ...]:
+    """What the study can show of the difference between two methods, by metric.
+
+    Args:
+        study: its seeds, its test tasks of known size, its held-out rows where they are asked.
+        noise: measured noise by metric name (`analyse.noise`); an accuracy without one is planned
+            with `power.ASSUMED_NOISE`, a loss without one has no power that could be told.
     """
-    sizes = [
-        min(task.questions or NUM_QUESTIONS[task.name], NUM_QUESTIONS[task.name])
-        for task in study.evaluate.tasks
-        if task.name in NUM_QUESTIONS
-    ]
-    return (1.959964 + 0.841621) * math.sqrt(discordance / max(sizes)) if sizes else None
+    found = list[StudyPower]()
+    if LOSS_METRIC in noise:
+        known = noise[LOSS_METRIC]
+        found.append(
+            study_power(
+                LOSS_METRIC,
+                known,
+                num_seeds=study.seeds.num_compared,
+                num_questions=None,
+                target=LOSS_TARGET,
+            )
+        )
+    for task, num_questions in _questions(study).items():
+        found.append(
+            study_power(
+                f"{task}_accuracy",
+                noise.get(f"{task}_accuracy", ASSUMED_NOISE),
+                num_seeds=study.seeds.num_compared,
+                num_questions=num_questions,
+                target=ACCURACY_TARGET,
+            )
+        )
+    return tuple(found)
+
+
+def _questions(study: Study) -> dict[str, int]:
+    """The scored tasks whose number of questions is known, and that number."""
+    sizes = dict[str, int]()
+    held_out = None if study.data.validation is None else study.data.validation.rows
+    asked = {task.name: task.questions for task in study.evaluate.tasks}
+    for name in study.scored_tasks():
+        limits = [asked.get(name), held_out if name == VALIDATION else NUM_QUESTIONS.get(name)]
+        known = [limit for limit in limits if limit is not None]
+        if known:
+            sizes[name] = min(known)
+    return sizes
 
 
 def _cached_cost(

@@ -1,15 +1,18 @@
 """How large a pack a device holds: slots, tokens a step, and the memory that both take. Pure.
 
-Memory is what the packed engine allocates, term by term: the base; a row of parameters, gradient,
-moments and factors for each slot; what the blocks keep of each token for the backward pass; what
-one block's backward and the head need beside it. Fixed terms are of the CUDA libraries.
+Memory is what the packed engine takes from the device, term by term: the base; a row of parameters,
+gradient, moments and factors for each slot; what the blocks keep of each token for the backward
+pass; what the last norm, one block's backward and the head need beside it; the gradients' partial
+sums; cuBLAS' workspaces. What blocks keep was read off the graphs that torch's partitioner makes of
+the compiled blocks (Llama and Qwen3, torch 2.13). Left out, because it is less than a percent:
+norms' and attention's sums a token, and holes that sizes leave in the allocator's segments.
 """
 
 import math
 from collections.abc import Sequence
 
 from loratune.planning.cost import BYTES, weight_bytes
-from loratune.planning.packing import PackShape
+from loratune.planning.packing import TOKENS_SUMMED_AT_ONCE, PackShape, logit_rows
 from loratune.planning.targets import matched_linears
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.methods import describe
@@ -21,8 +24,9 @@ TOKENS_ON_CPU = 4096
 MOST_SLOTS = 256
 # What is left free, for allocations that come in other sizes than planned.
 SHARE_OF_MEMORY = 0.92
-# Workspaces of cuBLAS, the context, the logits of the head.
-FIXED_BYTES = 2**30
+# torch gives cuBLAS 32 MiB on Hopper, and less on older cards, for each pair of thread and stream:
+# the head on the main stream, forward and backward (a thread of autograd's) on the side stream.
+WORKSPACE_BYTES = 3 * 32 * 2**20
 
 
 def plan_pack(
@@ -99,18 +103,15 @@ def plan_pack(
 def pack_bytes(
     shape: PackShape, *, model: ModelFacts, precision: str, targets: Sequence[str]
 ) -> int:
-    """Peak memory of a pack on a CUDA device."""
+    """Peak memory of a pack on a CUDA device, as far as PyTorch takes it (the context is not)."""
     return round(
         weight_bytes(model, precision)
-        + FIXED_BYTES
+        + WORKSPACE_BYTES
         + shape.num_slots * slot_bytes(shape, model=model, precision=precision, targets=targets)
         + shape.tokens_per_step
-        * token_bytes(
-            model,
-            precision,
-            gradient_checkpointing=shape.gradient_checkpointing,
-            magnitudes=shape.magnitudes,
-        )
+        * token_bytes(shape, model=model, precision=precision, targets=targets)
+        + head_bytes(shape, model=model, precision=precision)
+        + sums_bytes(shape, model=model, targets=targets)
     )
 
 
@@ -120,36 +121,71 @@ def slot_bytes(
     """A slot's rows: parameters, gradient and two moments in float32; factors; frozen factors."""
     linears = matched_linears(model, targets)
     factors = shape.rank * sum((one.in_features + one.out_features) * one.count for one in linears)
-    outputs = sum(one.out_features * one.count for one in linears) if shape.magnitudes else 0
     element = BYTES[precision]
     halves = 2 if shape.corrected else 1
     frozen = 4 * factors if shape.corrected else 0
-    # Beside m itself: m / norm and 1 / norm.
-    return 16 * (factors + outputs) + element * halves * factors + frozen + 8 * outputs
+    whole = 16 * factors + element * halves * factors + frozen
+    if shape.magnitudes:
+        outputs = sum(one.out_features * one.count for one in linears)
+        # m, its gradient and moments; m / norm and 1 / norm; and where all slots update at once, a
+        # copy of all parameters while the norms are worked out.
+        whole += (16 + 8) * outputs + 4 * (factors + outputs)
+    return whole
 
 
 def token_bytes(
-    model: ModelFacts,
-    precision: str,
-    *,
-    gradient_checkpointing: bool = False,
-    magnitudes: bool = False,
+    shape: PackShape, *, model: ModelFacts, precision: str, targets: Sequence[str]
 ) -> float:
-    """What a token takes: kept by every block, and by the backward of one block and the head.
+    """What a token takes: kept by every block, and by the last norm and one block's backward.
 
     A block keeps the inputs of its two norms and their outputs, queries, keys and values before and
-    after their rotation, the attention's output, and gate, up and their product. Checkpointed, it
-    keeps its input, and one block at a time keeps all of it. With `magnitudes` (DoRA) every linear
-    layer also keeps its output before it is rescaled.
+    after their rotation, the attention's output, and gate, up and their product; and A x of every
+    adapted layer, twice where a correction is taken. With `magnitudes` (DoRA) every layer
+    also keeps its output before it is rescaled; with `dropout` every adapted layer keeps what is
+    left of its input, and which features are (there queries and keys before their rotation are
+    not kept in most families: counted nevertheless). Checkpointed, a block keeps its input, and
+    one block at a time keeps all of it.
     """
+    linears = matched_linears(model, targets)
+    num_layers, element = model.num_layers, BYTES[precision]
     hidden, ffn, width = model.hidden_size, model.intermediate_size, model.attention_width
-    outputs = sum(one.out_features * one.count for one in model.linears) / model.num_layers
+    outputs = sum(one.out_features * one.count for one in model.linears) / num_layers
     qkv = max(width, outputs - 2 * hidden - 2 * ffn)
     rotated = width + (qkv - width) / 2
-    kept = 4 * hidden + qkv + rotated + width + 3 * ffn + (outputs if magnitudes else 0)
-    backward = qkv + 3 * hidden + 3 * ffn
-    ends = 4 * hidden
-    of_blocks = model.num_layers * kept
-    if gradient_checkpointing:
-        of_blocks = model.num_layers * hidden + kept
-    return BYTES[precision] * (of_blocks + backward + ends)
+    directions = shape.rank * sum(one.count for one in linears) / num_layers
+    kept = element * (4 * hidden + qkv + rotated + width + 3 * ffn)
+    kept += element * directions * (2 if shape.corrected else 1)
+    if shape.magnitudes:
+        kept += element * outputs
+    if shape.dropout:
+        kept += (element + 1) * sum(one.in_features * one.count for one in linears) / num_layers
+    of_blocks = num_layers * kept
+    if shape.gradient_checkpointing:
+        of_blocks = num_layers * element * hidden + kept
+    # Into the last block's backward: the gradient of its output, and those of gate and up (the
+    # gated product's own gradient takes the place of the product).
+    backward = element * (hidden + 2 * ffn)
+    if shape.magnitudes:
+        # The widest group's gains and its rescaled outputs, in float32.
+        backward += 4 * 2 * (2 * ffn)
+    # Embedded tokens, the last block's output, hidden states, their gradient twice. The last norm
+    # is not compiled: its input in float32, and five more such while it goes backward.
+    ends = element * 5 * hidden + 4 * 6 * hidden
+    return of_blocks + backward + ends
+
+
+def head_bytes(shape: PackShape, *, model: ModelFacts, precision: str) -> int:
+    """Logits of one chunk of target tokens, and of the next one while that is still held."""
+    rows = min(logit_rows(model.vocab_size), shape.tokens_per_step)
+    held = min(2 * rows, shape.tokens_per_step)
+    return BYTES[precision] * held * (model.vocab_size + model.hidden_size)
+
+
+def sums_bytes(shape: PackShape, *, model: ModelFacts, targets: Sequence[str]) -> int:
+    """float32 sums of each chunk of tokens that wait to be added up: one buffer for all layers."""
+    linears = matched_linears(model, targets)
+    # Query, key and value go over one input side by side.
+    sides = [max(one.in_features, one.out_features) for one in linears]
+    widest = shape.rank * max(3 * model.hidden_size, *sides)
+    chunks = shape.tokens_per_step // TOKENS_SUMMED_AT_ONCE + shape.num_slots
+    return 4 * chunks * widest

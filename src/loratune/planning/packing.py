@@ -14,6 +14,17 @@ from dataclasses import dataclass
 
 from loratune.records import Trial
 
+# A gradient is summed over at most so many tokens by one kernel program, then over its chunks in
+# order: enough programs where one slot has all the tokens, and the same sum at every repeat.
+TOKENS_SUMMED_AT_ONCE = 1024
+# Logits of so many numbers are made at once.
+LOGITS_AT_ONCE = 2**27
+
+
+def logit_rows(vocab_size: int) -> int:
+    """How many target tokens go through the output head at once."""
+    return max(256, LOGITS_AT_ONCE // vocab_size)
+
 
 @dataclass(frozen=True, slots=True)
 class PackShape:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 from loratune.planning.build import Plan
+from loratune.planning.packs import PlannedPack
+from loratune.planning.power import StudyPower
 from loratune.records import Trial
 
 
@@ -13,6 +15,7 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
     lines = [
         f"study {study.study}: {len(trials):,} trials in {plan.num_cells:,} cells "
         "(a cell: all trials that differ only in LR and seed)",
+        *_further(plan),
         "",
         f"  model          {_listed(trial.model for trial in trials)}",
         f"  methods        {_listed(trial.method.name for trial in trials)}",
@@ -30,16 +33,76 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
         f"  peak memory    {plan.peak_memory_bytes / 2**30:.1f} GiB (an estimate)",
         f"  disk           {plan.disk_bytes / 2**30:.2f} GiB",
     ]
-    if plan.detectable_effect is not None:
-        lines.append(
-            f"  detectable     differences from {100 * plan.detectable_effect:.1f} points of "
-            "accuracy (80% power, paired, 20% of answers differ, seeds left out)"
-        )
+    lines += map(_pack_line, plan.packs)
+    for one in plan.power:
+        lines += ["", *_power_lines(one)]
     if plan.provisional:
         lines += ["", "Trial ids are provisional: model or data were declared, not read."]
     if list_trials:
         lines += ["", *map(_trial_line, trials)]
     return "\n".join(lines)
+
+
+def _further(plan: Plan) -> list[str]:
+    """What outcomes will call for; it stands in the totals."""
+    seeds, extend = plan.study.seeds, plan.study.learning_rate.extend
+    lines = list[str]()
+    if plan.num_further_trials:
+        lines.append(
+            f"and {plan.num_further_trials:,} more once outcomes are known: {seeds.around_best} "
+            f"further seeds around each cell's best LR, {seeds.confirm} fresh ones for each "
+            "curve's best cell"
+        )
+    if extend:
+        lines.append(
+            f"a best LR at an end of the grid adds up to {extend} beyond it (not counted here)"
+        )
+    return lines
+
+
+def _power_lines(one: StudyPower) -> list[str]:
+    """What differences between two methods can be found, and what would resolve a small one."""
+    name = one.metric.replace("_", " ")
+    sample = f"{one.num_seeds} {'seed' if one.num_seeds == 1 else 'seeds'}"
+    if one.num_questions is not None:
+        sample += f", {one.num_questions:,} questions"
+    target = _effect(one.target, one)
+    noise = f"  noise          {one.noise}"
+    if one.detectable_effect is None or one.called_effect is None:
+        return [
+            f"  {name}: no difference between methods can be shown with {sample}; "
+            "write seeds: 5 in the study",
+            noise,
+        ]
+    lines = [
+        f"  {name}, difference between two methods with {sample}:",
+        f"  detectable     {_effect(one.detectable_effect, one)} (80% power; compare calls it one "
+        f"as often from {_effect(one.called_effect, one)} on)",
+    ]
+    if one.num_questions is None:
+        lines.append(f"  {target} takes {_count(one.seeds_needed, 'seeds')}")
+    else:
+        lines += [
+            f"  {target} takes {_count(one.seeds_needed, 'seeds')} with these questions, "
+            f"{_count(one.questions_needed, 'questions')} with these seeds,",
+            "  "
+            + ", ".join(
+                f"{_count(questions, 'questions')} with {seeds} seeds"
+                for seeds, questions in one.questions_needed_with
+            ),
+        ]
+    return [*lines, noise]
+
+
+def _effect(value: float, one: StudyPower) -> str:
+    if one.num_questions is None:
+        return f"{value:.2g} nats"
+    points = f"{100 * value:.2g}"
+    return f"{points} point" if points == "1" else f"{points} points"
+
+
+def _count(value: int | None, what: str) -> str:
+    return f"more {what} than can be had" if value is None else f"{value:,} {what}"
 
 
 def _trial_line(trial: Trial) -> str:
@@ -48,6 +111,16 @@ def _trial_line(trial: Trial) -> str:
         f"alpha={trial.alpha:g}  rows={trial.num_train_rows}  batch={trial.batch_size}  "
         f"lr={trial.learning_rate:g}  seed={trial.seed}  updates={trial.num_updates}  "
         f"warmup={trial.warmup_steps}  last_batch={trial.last_batch_size}"
+    )
+
+
+def _pack_line(pack: PlannedPack) -> str:
+    shape = pack.shape
+    checkpointed = ", checkpointed" if shape.gradient_checkpointing else ""
+    return (
+        f"  packed         {pack.num_trials:,} trials of {pack.model} in {shape.num_slots} slots, "
+        f"{shape.tokens_per_step:,} tokens a step{checkpointed}: "
+        f"{pack.peak_memory_bytes / 2**30:.1f} GiB, {_hours(pack.hours)} hours of full steps"
     )
 
 

@@ -6,7 +6,8 @@ cell begins.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 from loratune.errors import StudyError
@@ -58,9 +59,6 @@ def _crossed(
         model, facts = models[source], data[source, rows]
         for rank in {rank for _, rank, _, _ in adapters}:
             check_rank(model, study.targets, rank=rank)
-        targets = _canonical_targets(model, study.targets)
-        provisional = model.provisional or facts.provisional
-        prefix = "provisional" if provisional else "trial"
         for protocol, schedule, rule in product(study.protocol, study.schedule, optimizer.beta2):
             horizons = {
                 size: horizon(protocol, num_train_rows=facts.num_train_rows, batch_size=size)
@@ -73,66 +71,84 @@ def _crossed(
             beta2s = {size: _beta2(rule, optimizer, facts, size) for size in study.batch_size}
             for (method, rank, alpha, scale), size in product(adapters, study.batch_size):
                 length = horizons[size]
-                shared = content_id(
-                    "shared",
-                    {
-                        "version": IDENTITY_VERSION,
-                        "model": model.fingerprint,
-                        "precision": study.precision,
-                        "data": facts.fingerprint,
-                        "method": [method.name, dict(method.options)],
-                        "rank": rank,
-                        "alpha": alpha,
-                        "targets": targets,
-                        "dropout": study.dropout,
-                        "optimizer": [
-                            optimizer.name,
-                            optimizer.betas[0],
-                            beta2s[size],
-                            optimizer.eps,
-                            optimizer.weight_decay,
-                            optimizer.max_grad_norm,
-                        ],
-                        "schedule": [schedule.kind, warmups[size]],
-                        "protocol": [protocol.kind, length.num_samples],
-                        "batch_size": size,
-                    },
+                first = Trial(
+                    trial_id="",  # It takes what follows, and an LR and a seed.
+                    provisional=model.provisional or facts.provisional,
+                    model=source,
+                    model_fingerprint=model.fingerprint,
+                    precision=study.precision,
+                    data_fingerprint=facts.fingerprint,
+                    rows=rows,
+                    num_train_rows=facts.num_train_rows,
+                    method=method,
+                    rank=rank,
+                    alpha=alpha,
+                    scale=scale,
+                    targets=study.targets,
+                    dropout=study.dropout,
+                    batch_size=size,
+                    learning_rate=rates[0],
+                    seed=study.seeds.grid[0],
+                    protocol=protocol.kind,
+                    epochs=protocol.epochs,
+                    steps=protocol.steps,
+                    num_updates=length.num_updates,
+                    last_batch_size=length.last_batch_size,
+                    num_samples=length.num_samples,
+                    schedule=schedule.kind,
+                    warmup_steps=warmups[size],
+                    optimizer=optimizer.name,
+                    beta1=optimizer.betas[0],
+                    beta2=beta2s[size],
+                    beta2_rule=_rule_text(rule),
+                    eps=optimizer.eps,
+                    weight_decay=optimizer.weight_decay,
+                    max_grad_norm=optimizer.max_grad_norm,
                 )
-                for seed, rate in product(study.seeds, rates):
-                    yield Trial(
-                        trial_id=content_id(prefix, [shared, rate, seed]),
-                        provisional=provisional,
-                        model=source,
-                        model_fingerprint=model.fingerprint,
-                        precision=study.precision,
-                        data_fingerprint=facts.fingerprint,
-                        rows=rows,
-                        num_train_rows=facts.num_train_rows,
-                        method=method,
-                        rank=rank,
-                        alpha=alpha,
-                        scale=scale,
-                        targets=study.targets,
-                        dropout=study.dropout,
-                        batch_size=size,
-                        learning_rate=rate,
-                        seed=seed,
-                        protocol=protocol.kind,
-                        epochs=protocol.epochs,
-                        steps=protocol.steps,
-                        num_updates=length.num_updates,
-                        last_batch_size=length.last_batch_size,
-                        num_samples=length.num_samples,
-                        schedule=schedule.kind,
-                        warmup_steps=warmups[size],
-                        optimizer=optimizer.name,
-                        beta1=optimizer.betas[0],
-                        beta2=beta2s[size],
-                        beta2_rule=_rule_text(rule),
-                        eps=optimizer.eps,
-                        weight_decay=optimizer.weight_decay,
-                        max_grad_norm=optimizer.max_grad_norm,
-                    )
+                # The plan's order: by seed, then by LR.
+                points = [(rate, seed) for seed in study.seeds.grid for rate in rates]
+                yield from siblings(first, points, model=model)
+
+
+def siblings(
+    trial: Trial, points: Iterable[tuple[float, int]], *, model: ModelFacts
+) -> tuple[Trial, ...]:
+    """The trials of the same cell at other points, each an (LR, seed)."""
+    shared = content_id(
+        "shared",
+        {
+            "version": IDENTITY_VERSION,
+            "model": trial.model_fingerprint,
+            "precision": trial.precision,
+            "data": trial.data_fingerprint,
+            "method": [trial.method.name, dict(trial.method.options)],
+            "rank": trial.rank,
+            "alpha": trial.alpha,
+            "targets": _canonical_targets(model, trial.targets),
+            "dropout": trial.dropout,
+            "optimizer": [
+                trial.optimizer,
+                trial.beta1,
+                trial.beta2,
+                trial.eps,
+                trial.weight_decay,
+                trial.max_grad_norm,
+            ],
+            "schedule": [trial.schedule, trial.warmup_steps],
+            "protocol": [trial.protocol, trial.num_samples],
+            "batch_size": trial.batch_size,
+        },
+    )
+    prefix = "provisional" if trial.provisional else "trial"
+    return tuple(
+        replace(
+            trial,
+            trial_id=content_id(prefix, [shared, rate, seed]),
+            learning_rate=rate,
+            seed=seed,
+        )
+        for rate, seed in points
+    )
 
 
 def _check_methods(study: Study) -> None:

@@ -271,14 +271,14 @@ def _sensitivity(curves: Sequence[Curve]) -> FigureData:
 def _rate_dot(cell: Cell, index: int) -> Dot:
     rate = cell.rates[index]
     scores = [one for one in rate.seed_scores if one is not None and math.isfinite(one)]
-    eligible = rate.verdict == "eligible"
+    scored = rate.verdict in ("eligible", "screened")
     return Dot(
         x=rate.learning_rate,
-        y=rate.mean if eligible else None,
+        y=rate.mean if scored else None,
         low=None,
         high=None,
         num_seeds=len(scores),
-        flag="" if eligible else "diverged" if rate.verdict == "diverged" else "missing",
+        flag="" if scored else "diverged" if rate.verdict == "diverged" else "missing",
     )
 
 
@@ -320,7 +320,7 @@ def _seed_text(curves: Sequence[Curve], *, bands: bool = True) -> str:
         return f"One seed ({seeds[0]}): no interval."
     listed = ", ".join(map(str, seeds)) if len(seeds) <= 10 else f"{seeds[0]} to {seeds[-1]}"
     if not bands:
-        return f"Means over {len(seeds)} seeds ({listed})."
+        return f"Means over {len(seeds)} seeds ({listed}){_fewer(curves)}."
     return (
         f"Means over {len(seeds)} seeds ({listed}); bands are 95% t intervals over seeds "
         "(cut at the frame); rows and questions are the same throughout."
@@ -332,12 +332,19 @@ def _note(curves: Sequence[Curve], *, every_rate: bool = False) -> str:
     num = _num_seeds(curves)
     seeds = "One seed, no interval." if num == 1 else f"Means over {num} seeds."
     if every_rate:
+        seeds = seeds if num == 1 else f"Means over {num} seeds{_fewer(curves)}."
         on_test = curves[0].cells[0].select_on == "test"
         return f"{seeds} {_selection_text(curves)}" if on_test else seeds
     if num > 1:
         seeds = f"Means over {num} seeds, bands: 95% t interval over seeds."
     parts = [f"{seeds} {_selection_text(curves)}", _edge_text(curves), _unequal_text(curves)]
     return "\n".join(part for part in parts if part)
+
+
+def _fewer(curves: Sequence[Curve]) -> str:
+    """Where further seeds went to some LRs alone."""
+    verdicts = {rate.verdict for curve in curves for cell in curve.cells for rate in cell.rates}
+    return ", fewer at rates away from the best" if "screened" in verdicts else ""
 
 
 def _edge_text(curves: Sequence[Curve]) -> str:

@@ -10,22 +10,23 @@ It computes nothing of its own; numbers come from `analyse` and `recommend`.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from loratune.analyse.cells import Cell, cells_table, make_cells
-from loratune.analyse.compare import compare
+from loratune.analyse.compare import compare, question_sources
 from loratune.analyse.curves import SelectionGap, make_curves, selection_gaps
 from loratune.analyse.scores import test_tasks
 from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError
 from loratune.recommendation.grid import DEFAULT_MARGIN, recommend_from_curve
-from loratune.records import DataSummary, Provenance, StudyRecord, TrialResult
+from loratune.records import DataSummary, Provenance, StudyRecord, TrialResult, Verdicts
 from loratune.report.figures import FigureData, figure_table, render, study_figures
 from loratune.report.text import comparison_sentences, recommendation_sentences
 
@@ -62,13 +63,15 @@ def write_report(
     *,
     study: StudyRecord,
     results: Sequence[TrialResult],
-    summaries: Sequence[DataSummary] = (),
+    verdicts: Sequence[Verdicts] = (),
+    summaries: Mapping[str, DataSummary] = MappingProxyType({}),
     provenances: Sequence[Provenance] = (),
     margin: float = DEFAULT_MARGIN,
 ) -> ReportPaths:
     """Write `report.html` and `figures/*.{png,svg,pdf}` under `folder`, replacing older ones.
 
-    Figures of an earlier report that this one does not have are left where they are.
+    Figures of an earlier report that this one does not have are left where they are. `verdicts` and
+    `summaries` (by data fingerprint) are what `analyse.compare` needs of the answers.
 
     Raises:
         AnalysisError: the folder or a file in it cannot be written.
@@ -90,6 +93,7 @@ def write_report(
         page = _page(
             study=study,
             results=results,
+            verdicts=verdicts,
             summaries=summaries,
             provenances=provenances,
             figures=drawn,
@@ -107,7 +111,8 @@ def _page(
     *,
     study: StudyRecord,
     results: Sequence[TrialResult],
-    summaries: Sequence[DataSummary],
+    verdicts: Sequence[Verdicts],
+    summaries: Mapping[str, DataSummary],
     provenances: Sequence[Provenance],
     figures: Sequence[_DrawnFigure],
     margin: float,
@@ -117,7 +122,8 @@ def _page(
     curves = make_curves(cells)
     recommended = [recommend_from_curve(curve, margin=margin) for curve in curves]
     try:
-        comparisons = [comparison_sentences(one) for one in compare(results)]
+        compared = compare(results, verdicts=verdicts, sources=question_sources(summaries))
+        comparisons = [comparison_sentences(one) for one in compared]
     except AnalysisError:  # one method, or no lora: there is nothing to compare
         comparisons = []
     tasks = test_tasks(results)
@@ -125,7 +131,7 @@ def _page(
     gap_header, gap_rows = _gap_table(gaps)
     cell_table = _shown(cells_table(cells), drop=("seconds", "tokens", "engine"))
     trial_table = _shown(results_table(results[:_MOST_TRIALS]), drop=())
-    data_header, data_rows, data_notes = _data_account(summaries)
+    data_header, data_rows, data_notes = _data_account(tuple(summaries.values()))
     statuses = Counter(result.status for result in results)
     counts = ", ".join(f"{num} {status}" for status, num in sorted(statuses.items())) or "none"
     environment = Environment(

@@ -48,7 +48,8 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
     """The answer, or why there is none, then what belongs beside it. Plain words, no markup."""
     if found.undecided:
         reasons = "; ".join(found.undecided)
-        return (f"Undecided: {reasons}.", *(_sentence(note) for note in found.evidence.notes))
+        notes = (_sentence(note) for note in found.evidence.notes)
+        return (f"Undecided: {reasons}.", *_by_proxy(found), *notes)
     sentences = [
         f"Use batch size {found.batch_size} and learning rate {found.learning_rate:g} "
         f"for {found.method} (rank {found.rank}, {found.num_train_rows:,} training rows)."
@@ -79,7 +80,31 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
         )
         rows = "1 row" if found.rows_per_microbatch == 1 else f"{found.rows_per_microbatch} rows"
         sentences.append(f"On the device that trained it: {rows} per microbatch, {accumulation}.")
-    return (*sentences, *(_sentence(note) for note in found.evidence.notes))
+    return (*sentences, *_by_proxy(found), *(_sentence(note) for note in found.evidence.notes))
+
+
+def _by_proxy(found: Recommendation) -> list[str]:
+    """What was measured on the target, and what the answer was extrapolated over."""
+    if not found.extrapolated_over:
+        return []
+    measured = ", ".join(
+        f"{one.learning_rate:g}: "
+        + (one.verdict if one.score is None else f"{one.score:.4g} ({_seeds(one.num_seeds)})")
+        for one in found.confirmed
+    )
+    said = [f"Extrapolated over {'; '.join(found.extrapolated_over)}."]
+    if measured:
+        said.append(f"Measured on {found.model} at that batch size, by learning rate: {measured}.")
+    if found.cost_fraction is not None:
+        said.append(
+            f"It cost {100 * found.cost_fraction:.2g}% of the FLOPs of a fixed sweep on the target"
+            " (batch sizes 1 to 512, the paper's learning rates, 3 seeds)."
+        )
+    return said
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def recommendation_text(found: Recommendation) -> str:
@@ -91,25 +116,23 @@ def comparison_sentences(one: Comparison) -> tuple[str, ...]:
     """One comparison in words: verdict and reasons, both bests, difference, what is not alike."""
     where = f" at {one.setting}" if one.setting else ""
     name = one.metric.replace("_", " ")
-    if one.difference is None:
-        reasons = "; ".join(one.undecided)
-        return (f"{one.method} against {one.baseline}{where}, {name}: undecided: {reasons}.",)
+    loud = " SELECTED ON THE TEST SET." if one.select_on == "test" else ""
     why = f": {'; '.join(one.undecided)}" if one.undecided else ""
-    interval = (
-        "no interval"
-        if one.difference_low is None
-        else f"95% interval {one.difference_low:+.4g} to {one.difference_high:+.4g}"
-    )
+    verdict = f"{one.method} against {one.baseline}{where}, {name}: {one.verdict}{why}.{loud}"
+    if one.difference is None:
+        return (verdict,)
     p = "" if one.p_holm is None or one.undecided else f", Holm p = {one.p_holm:.2g}"
-    seeds = "1 shared seed" if one.num_seeds == 1 else f"{one.num_seeds} shared seeds"
     better = "higher" if one.higher_is_better else "lower"
     sentences = [
-        f"{one.method} against {one.baseline}{where}, {name}: {one.verdict}{why}.",
+        verdict,
         f"Each at its own best: {one.method} {one.method_score:.4g} at batch size "
         f"{one.method_batch_size} and learning rate {one.method_learning_rate:g}, {one.baseline} "
         f"{one.baseline_score:.4g} at batch size {one.baseline_batch_size} and learning rate "
         f"{one.baseline_learning_rate:g}.",
-        f"Difference {one.difference:+.4g} ({better} is better), {interval}{p}, {seeds}.",
+        f"Difference {one.difference:+.4g} ({better} is better), 95% interval "
+        f"{one.difference_low:+.4g} to {one.difference_high:+.4g}{p}, {_sample(one)}; "
+        f"{one.detectable:.2g} is found with 80% power.",
+        *_chosen(one),
     ]
     sentences += [
         f"The curves cross near batch size {_batch(crossing.batch_size)}"
@@ -118,10 +141,42 @@ def comparison_sentences(one: Comparison) -> tuple[str, ...]:
         for crossing in one.crossovers
     ]
     if one.unequal:
-        sentences.append(f"NOT ALIKE: {', '.join(one.unequal)}.")
+        sentences.append(f"NOT ALIKE: {'; '.join(one.unequal)}.")
     if one.at_edge:
         sentences.append(f"Better may not have been tried: {'; '.join(one.at_edge)}.")
     return tuple(sentences)
+
+
+def _sample(one: Comparison) -> str:
+    """What the interval is over, and how it was had."""
+    shared = "shared seeds" if one.paired else "seeds of each"
+    asked = "" if one.num_questions is None else f" and {one.num_questions:,} questions"
+    return f"{one.num_seeds} {shared}{asked} ({one.procedure})"
+
+
+def _chosen(one: Comparison) -> list[str]:
+    """Whether what is compared had a part in the choice, and what that adds."""
+    sides = (
+        (one.method, one.method_flattery, one.method_selection_gap),
+        (one.baseline, one.baseline_flattery, one.baseline_selection_gap),
+    )
+    gaps = [f"{name} {gap:+.2g}" for name, _, gap in sides if gap is not None]
+    said = list[str]()
+    if gaps:
+        said.append(
+            "Selection gap (how much better a score looked where it was chosen than where it was "
+            f"not): {', '.join(gaps)}."
+        )
+    if one.seeds == "fresh":
+        said.append("These seeds had no part in choosing batch size and learning rate.")
+        return said
+    flattered = [f"{name} {most:.2g}" for name, most, _ in sides if most is not None]
+    most = f" (at most {', '.join(flattered)})" if flattered else ""
+    said.append(
+        "The same seeds chose batch size and learning rate, so that each score looks a little "
+        f"better than it is{most}; train what was chosen with further seeds to be rid of that."
+    )
+    return said
 
 
 def comparison_sentence(one: Comparison) -> str:

@@ -55,4 +55,5 @@ def summary_from_json(text: str) -> DataSummary:
     """The summary that `summary_to_json` wrote."""
     body: dict[str, Any] = json.loads(text)
     body["num_in_test"] = tuple((str(task), int(num)) for task, num in body["num_in_test"])
+    body["validation_sources"] = tuple(map(int, body.get("validation_sources", ())))
     return DataSummary(**body)

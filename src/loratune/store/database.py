@@ -9,6 +9,7 @@ Who may write what, when. `Store` keeps it, whatever the database and however ma
 
 *Studies and trials.* Anyone may add a study at any time. Adding is idempotent: the same name, text
 and trials again write nothing; a change appends a revision, and the newest revision is the study.
+`add_trials` appends what the outcomes of a study call for to its newest revision, idempotent too.
 A trial is known by its id alone. It is written once and shared by every study that has it, with its
 attempts, outcomes, scores and artifacts. Provisional trials have no place here.
 
@@ -95,12 +96,14 @@ from loratune.records import (
     Outcome,
     Prediction,
     Provenance,
+    Purpose,
     Score,
     ScoreKey,
     ScoreRecord,
     StudyRecord,
     Trial,
     TrialResult,
+    Verdicts,
 )
 from loratune.store import codec, tables
 from loratune.store.connect import WRITES, check_file, locate, make_engine, translated
@@ -223,6 +226,8 @@ class Store:
     ) -> None:
         """Add a study with its trials in their order; the same again writes nothing.
 
+        What `add_trials` has added to the same study since then stays.
+
         `asks` are the scores that the study wants, whatever else its trials were ever asked; left
         out, the newest score of each task is the study's.
 
@@ -239,20 +244,9 @@ class Store:
                     newest.text == text and newest.select_on == select_on and newest.asks == asked
                 )
                 rows = connection.execute(_trial_bodies(newest.study_id, None)).all()
-                if unchanged and [(row.trial_id, row.body) for row in rows] == list(bodies.items()):
+                planned = [(row.trial_id, row.body) for row in rows[: len(bodies)]]
+                if unchanged and planned == list(bodies.items()):
                     return
-            known = _bodies_of(connection, list(bodies))
-            new = [
-                {
-                    "trial_id": trial.trial_id,
-                    "data_fingerprint": trial.data_fingerprint,
-                    "body": bodies[trial.trial_id],
-                }
-                for trial in trials
-                if trial.trial_id not in known
-            ]
-            if new:
-                connection.execute(insert(tables.trials), new)
             study_id = _inserted_id(
                 connection,
                 insert(tables.studies).values(
@@ -264,19 +258,21 @@ class Store:
                     created_at=self._clock(),
                 ),
             )
-            if bodies:
-                connection.execute(
-                    insert(tables.study_trials),
-                    [
-                        {
-                            "study_id": study_id,
-                            "position": position,
-                            "trial_id": trial_id,
-                            "body": None if known.get(trial_id, body) == body else body,
-                        }
-                        for position, (trial_id, body) in enumerate(bodies.items())
-                    ],
-                )
+            self._add_trials(connection, study_id, trials, first_position=0, purpose="search")
+
+    def add_trials(self, study: str, trials: Sequence[Trial], *, purpose: Purpose) -> None:
+        """Trials that a study's outcomes call for, after those that it has; known ones stay.
+
+        Raises:
+            StoreError: no such study, or a trial is provisional or stands twice in the list.
+        """
+        _check_addable(study, trials)
+        with self._writing() as connection:
+            study_id = self._study(connection, study).study_id
+            rows = connection.execute(_trial_bodies(study_id, None)).all()
+            known = {row.trial_id for row in rows}
+            new = [trial for trial in trials if trial.trial_id not in known]
+            self._add_trials(connection, study_id, new, first_position=len(rows), purpose=purpose)
 
     def studies(self) -> tuple[StudyRecord, ...]:
         """The newest revision of every study, in the order in which they were first added."""
@@ -539,7 +535,7 @@ class Store:
         with self._reading() as connection:
             row = self._study(connection, study)
             select_on: SelectOn = row.select_on
-            asked = None if row.asks is None else {ScoreKey(*key) for key in json.loads(row.asks)}
+            asked = _asked(row)
             bodies = list[Row[Any]]()
             ended = list[Row[Any]]()
             holders = list[Row[Any]]()
@@ -561,12 +557,7 @@ class Store:
         }
         names = [column.name for column in columns]
         finished = {row.trial_id: (_outcome(row, names), engines[row.provenance]) for row in ended}
-        scored: dict[str, dict[tuple[str, ...], Score]] = {}
-        for record in records:  # oldest first: a newer one replaces an older
-            if not every_score and asked is not None and record.score.key not in asked:
-                continue  # Another study's question, or one that this study asked before.
-            key = _score_key(record.score) if every_score else (record.score.task,)
-            scored.setdefault(record.trial_id, {})[key] = record.score
+        scored = _standing(records, asked, every_score=every_score)
         results: list[TrialResult] = []
         for planned in sorted(bodies, key=lambda body: body.position):
             trial_id: str = planned.trial_id
@@ -581,8 +572,11 @@ class Store:
                     trial=codec.trial_from_json(planned.body),
                     status=status if outcome is None else outcome.status,
                     outcome=outcome,
-                    scores=tuple(score for _, score in sorted(scored.get(trial_id, {}).items())),
+                    scores=tuple(
+                        record.score for _, record in sorted(scored.get(trial_id, {}).items())
+                    ),
                     engine=engine,
+                    purpose=planned.purpose,
                 )
             )
         return tuple(results)
@@ -613,6 +607,7 @@ class Store:
                             "num_tokens": prediction.num_tokens,
                             "verdict": prediction.verdict,
                             "text": prediction.text,
+                            "finished": prediction.finished,
                         }
                         for prediction in predictions
                     ],
@@ -643,9 +638,52 @@ class Store:
                     text=row.text,
                     num_tokens=row.num_tokens,
                     verdict=row.verdict,
+                    finished=row.finished,
                 )
                 for row in connection.execute(query)
             )
+
+    def verdicts(
+        self, study: str, *, trial_ids: Collection[str] | None = None
+    ) -> tuple[Verdicts, ...]:
+        """Which questions each trial answered right, for the scores that `results` gives.
+
+        In order of the scores' ids; a score that was added without its answers is left out. One
+        row is read for each answer: name the trials where a study has many.
+
+        Raises:
+            StoreError: no such study.
+        """
+        own = tables.predictions
+        with self._reading() as connection:
+            row = self._study(connection, study)
+            records = list[ScoreRecord]()
+            for some in [None] if trial_ids is None else _chunks(trial_ids):
+                records += _scores(connection, row.study_id, some)
+            standing = _standing(records, _asked(row), every_score=False)
+            kept = {
+                record.score_id: record for of_trial in standing.values()
+                for record in of_trial.values()
+            }  # fmt: skip
+            answers: dict[int, list[tuple[int, bool]]] = {}
+            for some in _chunks(kept):
+                query = (
+                    select(own.c.score_id, own.c.question_index, own.c.verdict == "correct")
+                    .where(own.c.score_id.in_(some))
+                    .order_by(own.c.score_id, own.c.question_index)
+                )
+                for score_id, question, correct in connection.execute(query):
+                    answers.setdefault(score_id, []).append((question, bool(correct)))
+        return tuple(
+            Verdicts(
+                trial_id=kept[score_id].trial_id,
+                task=kept[score_id].score.task,
+                split=kept[score_id].score.split,
+                questions=tuple(question for question, _ in given),
+                correct=tuple(correct for _, correct in given),
+            )
+            for score_id, given in sorted(answers.items())
+        )
 
     # Artifacts and data summaries
 
@@ -748,6 +786,43 @@ class Store:
             raise StoreError(f"no study {name!r} in {self.place}; the studies there: {there}")
         return row
 
+    def _add_trials(
+        self,
+        connection: Connection,
+        study_id: int,
+        trials: Sequence[Trial],
+        *,
+        first_position: int,
+        purpose: Purpose,
+    ) -> None:
+        bodies = {trial.trial_id: codec.trial_to_json(trial) for trial in trials}
+        known = _bodies_of(connection, list(bodies))
+        new = [
+            {
+                "trial_id": trial.trial_id,
+                "data_fingerprint": trial.data_fingerprint,
+                "body": bodies[trial.trial_id],
+            }
+            for trial in trials
+            if trial.trial_id not in known
+        ]
+        if new:
+            connection.execute(insert(tables.trials), new)
+        if bodies:
+            connection.execute(
+                insert(tables.study_trials),
+                [
+                    {
+                        "study_id": study_id,
+                        "position": position,
+                        "trial_id": trial_id,
+                        "body": None if known.get(trial_id, body) == body else body,
+                        "purpose": purpose,
+                    }
+                    for position, (trial_id, body) in enumerate(bodies.items(), first_position)
+                ],
+            )
+
     def _check_trial(self, connection: Connection, trial_id: str) -> None:
         query = select(tables.trials.c.trial_id).where(tables.trials.c.trial_id == trial_id)
         if connection.execute(query).one_or_none() is None:
@@ -798,11 +873,15 @@ def _of_study(
 
 
 def _trial_bodies(study_id: int, trial_ids: Sequence[str] | None) -> Executable:
-    """(position, trial id, canonical JSON) of trials in their order, as the study writes them."""
+    """(position, purpose, trial id, canonical JSON) of trials in their order, as the study writes.
+
+    A trial's JSON is the study's own where it writes the trial in its own way.
+    """
     shared, own = tables.trials, tables.study_trials
     return (
         select(
             own.c.position,
+            own.c.purpose,
             shared.c.trial_id,
             func.coalesce(own.c.body, shared.c.body).label("body"),
         )
@@ -878,6 +957,24 @@ def _scores(
         )
         for row in connection.execute(query)
     )
+
+
+def _asked(study: Row[Any]) -> set[ScoreKey] | None:
+    """The scores that a study wants; None where the newest of each task is meant."""
+    return None if study.asks is None else {ScoreKey(*key) for key in json.loads(study.asks)}
+
+
+def _standing(
+    records: Sequence[ScoreRecord], asked: set[ScoreKey] | None, *, every_score: bool
+) -> dict[str, dict[tuple[str, ...], ScoreRecord]]:
+    """For each trial the scores that count, by task or, with `every_score`, by all of their key."""
+    found: dict[str, dict[tuple[str, ...], ScoreRecord]] = {}
+    for record in records:  # oldest first: a newer one replaces an older
+        if not every_score and asked is not None and record.score.key not in asked:
+            continue  # Another study's question, or one that this study asked before.
+        key = _score_key(record.score) if every_score else (record.score.task,)
+        found.setdefault(record.trial_id, {})[key] = record
+    return found
 
 
 def _chunks(values: Collection[_T]) -> Iterator[list[_T]]:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -29,7 +30,7 @@ from sqlalchemy.types import TypeDecorator
 
 # Every numbered migration, oldest first. A database whose revision is not in this list was written
 # by a newer version. Kept here, not asked of alembic, whose import takes longer than opening.
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002", "0003")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -141,7 +142,8 @@ trials = Table(
 )
 
 # `body` is null where the study writes the trial as `trials.body` does. It may differ in what does
-# not enter the id, such as the path of a model folder.
+# not enter the id, such as the path of a model folder. `purpose` is records.Purpose; the trials of
+# the plan come first, those that their outcomes called for later.
 study_trials = Table(
     "study_trials",
     metadata,
@@ -149,6 +151,7 @@ study_trials = Table(
     Column("position", Integer, primary_key=True),
     Column("trial_id", String(128), ForeignKey("trials.trial_id"), nullable=False),
     Column("body", Text),
+    Column("purpose", String(16), nullable=False, server_default="search"),
     UniqueConstraint("study_id", "trial_id"),
 )
 
@@ -234,6 +237,7 @@ predictions = Table(
     Column("num_tokens", Integer, nullable=False),
     Column("verdict", String(16), nullable=False),
     Column("text", RawText, nullable=False),
+    Column("finished", Boolean, nullable=True),
 )
 
 artifacts = Table(

@@ -40,7 +40,8 @@ class MethodDescription:
     dropout. `implementation` is "module:attribute" of the tensor part (`methods.base.Method`).
     `not_quantised` says why the method cannot train over a quantised base; None: it can.
     `takes_from_base` and `has_magnitudes` say what a pack must hold beside A and B: the frozen part
-    that is taken out of the base, a trained number for each output.
+    that is taken out of the base, a trained number for each output. `packable` says to planning
+    whether the packed engine has it (`methods.base.Packable`).
     """
 
     name: str
@@ -52,6 +53,7 @@ class MethodDescription:
     not_quantised: str | None = None
     takes_from_base: bool = False
     has_magnitudes: bool = False
+    packable: bool = True
     options: Mapping[str, Option] = field(default_factory=dict[str, Option])
 
     def scale_of(self, *, rank: int, alpha: float) -> float:
@@ -137,6 +139,7 @@ _BUILT_IN = (
         summary="prunes the singular values of an SVD-form adapter down to a budget while training",
         source="Zhang et al. 2023, arXiv 2303.10512",
         implementation="loratune.methods.adalora:METHOD",
+        packable=False,
         not_quantised=(
             "PEFT's layer for it does not bring float32 adapters and the 16-bit activations of a "
             "quantised base together"

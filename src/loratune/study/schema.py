@@ -241,18 +241,29 @@ class MethodSpec(Section):
         return choose(self.name, self.model_extra or {})
 
 
-def _learning_rate(value: Any) -> Any:
+def _rates(value: Any) -> Any:
+    if value is None:
+        return None
     if value == "paper":
-        return {"values": PAPER_LEARNING_RATES}
-    if isinstance(value, dict):
-        return cast("Any", value)
-    return {"values": tuple(_as_float(one) for one in _listed(value))}
+        return PAPER_LEARNING_RATES
+    return tuple(_as_float(one) for one in _listed(value))
+
+
+def _learning_rate(value: Any) -> Any:
+    return cast("Any", value) if isinstance(value, dict) else {"values": value}
 
 
 class LearningRate(Section):
-    """The learning rates: a list, the paper's, or an adaptive search between two bounds."""
+    """The learning rates: a list, the paper's, or an adaptive search between two bounds.
 
-    values: tuple[float, ...] | None = None
+    `{values: [...], extend: 3}`: where a cell's best LR is the lowest or the highest that was
+    tried, up to three more are tried beyond it, one at a time, in the grid's own steps.
+    """
+
+    values: Annotated[tuple[float, ...] | None, BeforeValidator(_rates)] = None
+    extend: int = Field(
+        default=0, ge=0, description="so many LRs may be added beyond each end of the grid"
+    )
     search: Literal["adaptive"] | None = None
     low: float | None = Field(default=None, gt=0)
     high: float | None = Field(default=None, gt=0)
@@ -274,6 +285,8 @@ class LearningRate(Section):
                 raise ValueError("an adaptive search needs low and high")
             if self.low >= self.high:
                 raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+            if self.extend:
+                raise ValueError("extend belongs to a list of values, not to search: adaptive")
         elif self.low is not None or self.high is not None:
             raise ValueError("low and high belong to search: adaptive")
         return self
@@ -359,6 +372,10 @@ class Schedule(Section):
         return self
 
 
+# How an answer is judged; `evaluation.graders` says what each of them does.
+GraderName = Literal["pissa", "strict", "number", "exact", "plain", "normalised", "tests"]
+
+
 def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -375,8 +392,8 @@ class Task(Section):
         default=(), description="strings that end an answer"
     )
     max_new_tokens: int | None = Field(default=None, gt=0)
-    grader: Literal["pissa", "strict"] | None = Field(
-        default=None, description="how numbers are read"
+    grader: GraderName | None = Field(
+        default=None, description="how answers are judged: pissa, strict, exact, plain, normalised"
     )
     questions: int | None = Field(
         default=None, gt=0, description="the first so many; left out: all"
@@ -456,7 +473,7 @@ class Declared(Section):
     data: DeclaredData | None = None
 
 
-def _seeds(value: Any) -> Any:
+def _counted_seeds(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"{value} seeds; give at least 1, or a list of seeds")
@@ -464,6 +481,61 @@ def _seeds(value: Any) -> Any:
             raise ValueError(f"{value} seeds; give at most {MAX_SEEDS:,}, or a list of seeds")
         return tuple(range(value))
     return _listed(value)
+
+
+def _seeds(value: Any) -> Any:
+    return cast("Any", value) if isinstance(value, dict) else {"grid": value}
+
+
+class Seeds(Section):
+    """Which seeds are trained where: a count or a list for the whole grid, more where it matters.
+
+    Seeds beyond the grid's are new numbers, counted on from the largest. `around_best` of them go
+    to each cell's best LR and its two neighbours, and take part in choosing it. `confirm` of them
+    go to the best cell of every curve, once it is chosen, and choose nothing: what they score is
+    free of the luck that a best of many has.
+    """
+
+    grid: Annotated[tuple[int, ...], BeforeValidator(_counted_seeds)] = Field(
+        description="a count (0, 1, 2, ...) or a list: the seeds of every trial of the grid"
+    )
+    around_best: int = Field(
+        default=0, ge=0, le=MAX_SEEDS, description="further seeds at the best LR and beside it"
+    )
+    confirm: int = Field(
+        default=0, ge=0, le=MAX_SEEDS, description="fresh seeds for the best cell of each curve"
+    )
+
+    @field_validator("grid")
+    @classmethod
+    def _whole_seeds(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        for value in values:
+            if not 0 <= value <= MAX_SEED:
+                raise ValueError(f"seed {value}; give whole numbers from 0 to 2**63 - 1")
+        return _no_repeats(values)
+
+    @model_validator(mode="after")
+    def _room_for_more(self) -> "Seeds":
+        if max(self.grid) + self.around_best + self.confirm > MAX_SEED:
+            raise ValueError("further seeds are counted on from the largest; give smaller seeds")
+        return self
+
+    @property
+    def further(self) -> tuple[int, ...]:
+        """The seeds that are added around each cell's best LR."""
+        first = max(self.grid) + 1
+        return tuple(range(first, first + self.around_best))
+
+    @property
+    def num_compared(self) -> int:
+        """How many seeds two chosen points are compared over: fresh ones where there are two."""
+        return self.confirm if self.confirm > 1 else len(self.grid) + self.around_best
+
+    @property
+    def fresh(self) -> tuple[int, ...]:
+        """The seeds that confirm the best cell of a curve."""
+        first = max(self.grid) + 1 + self.around_best
+        return tuple(range(first, first + self.confirm))
 
 
 class Study(Section):
@@ -498,8 +570,8 @@ class Study(Section):
     learning_rate: Annotated[LearningRate, BeforeValidator(_learning_rate)] = Field(
         description="* paper | [list] | {search: adaptive, low: 1e-5, high: 1e-2}"
     )
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds)] = Field(
-        description="* a count (0, 1, 2, ...) or a list"
+    seeds: Annotated[Seeds, BeforeValidator(_seeds)] = Field(
+        description="a count (0, 1, 2, ...), a list, or {grid: 1, around_best: 2, confirm: 5}"
     )
     optimizer: Optimizer = Optimizer()
     schedule: Annotated[tuple[Schedule, ...], BeforeValidator(_listed)] = Field(
@@ -538,14 +610,6 @@ class Study(Section):
         for value in values:
             if value < 1:
                 raise ValueError(f"{value}; give a whole number of at least 1")
-        return _no_repeats(values)
-
-    @field_validator("seeds")
-    @classmethod
-    def _whole_seeds(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        for value in values:
-            if not 0 <= value <= MAX_SEED:
-                raise ValueError(f"seed {value}; give whole numbers from 0 to 2**63 - 1")
         return _no_repeats(values)
 
     @field_validator("model", "targets")

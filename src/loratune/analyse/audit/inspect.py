@@ -1,0 +1,73 @@
+"""All detectors over one table."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.analyse.audit.detectors import DETECTORS
+from loratune.analyse.audit.findings import Finding, NotChecked
+from loratune.analyse.audit.rows import AuditTable, methods_of
+from loratune.errors import AnalysisError
+
+MOST_METHODS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What was read, what was found, and what could not be looked at.
+
+    No finding is not a proof of fairness: `not_checked` says which checks the file has no data for.
+    """
+
+    source: str
+    num_rows: int
+    methods: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    not_checked: tuple[NotChecked, ...]
+    remarks: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return {
+            "source": self.source,
+            "num_rows": self.num_rows,
+            "methods": list(self.methods),
+            "findings": [one.to_json() for one in self.findings],
+            "not_checked": [{"kind": o.kind, "reason": o.reason} for o in self.not_checked],
+            "remarks": list(self.remarks),
+        }
+
+
+def audit_table(table: AuditTable) -> Audit:
+    """Every finding about the rows of a table, in the order of the detectors.
+
+    Raises:
+        AnalysisError: no rows, none that ended with a score or diverged, or over 500 methods.
+    """
+    if not table.rows:
+        raise AnalysisError(f"{table.source}: no runs; there is nothing to audit")
+    if not any(row.tried for row in table.rows):
+        raise AnalysisError(
+            f"{table.source}: none of {len(table.rows)} runs has a score that could be audited; "
+            "map a loss or an accuracy"
+        )
+    methods = methods_of(table.rows)
+    if len(methods) > MOST_METHODS:
+        raise AnalysisError(
+            f"{table.source}: {len(methods):,} methods in {len(table.rows):,} runs; at most "
+            f"{MOST_METHODS} are compared: does the right column name the method?"
+        )
+    findings, not_checked = list[Finding](), list[NotChecked]()
+    for detect in DETECTORS:
+        answer = detect(table.rows)
+        if isinstance(answer, NotChecked):
+            not_checked.append(answer)
+        else:
+            findings += answer
+    return Audit(
+        source=table.source,
+        num_rows=len(table.rows),
+        methods=methods,
+        findings=tuple(findings),
+        not_checked=tuple(not_checked),
+        remarks=table.remarks,
+    )

@@ -1,0 +1,442 @@
+"""The laws that the cells of a study support, and what they do not and why.
+
+Best LR against batch size for each curve; loss over batch size and steps for each set of cells that
+differ in nothing else; the best batch size against N, rank and model for each set of curves that
+differ in that alone. Every part that cannot be concluded says why, and what to run.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from loratune.analyse.cells import Cell, make_cells
+from loratune.analyse.curves import Curve, make_curves
+from loratune.analyse.laws.learning_rate import (
+    FEWEST_BATCH_SIZES,
+    LearningRateFit,
+    fit_learning_rate,
+)
+from loratune.analyse.laws.loss import (
+    LossLaw,
+    LossPoint,
+    Optimum,
+    fit_loss,
+    fit_optimum,
+)
+from loratune.analyse.laws.optimum import PowerLaw, SeedOptima, fit_power_law, vertex
+from loratune.analyse.laws.sizes import parameters_of_name
+from loratune.analyse.tables import as_document
+from loratune.errors import AnalysisError
+from loratune.records import TrialResult
+
+Axis = Literal["rows", "rank", "model"]
+AXES: tuple[Axis, ...] = ("rows", "rank", "model")
+_SPOKEN = {"rows": "training rows", "rank": "rank", "model": "parameters of the model"}
+# Beside the axis itself, what follows from it and must not keep two curves apart.
+_FOLLOWS: dict[Axis, frozenset[str]] = {
+    "rows": frozenset({"rows", "data", "other"}),
+    "rank": frozenset({"rank", "alpha", "other"}),
+    "model": frozenset({"model", "data", "other"}),
+}
+# Above a factor of two between neighbouring batch sizes no shift of less than two can be seen.
+_COARSE = math.log2(2.0) + 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRateFinding:
+    """Best LR against batch size for one method in one setting.
+
+    `learning_rates` are those the fit used: the lowest point of a parabola in log LR through the
+    best LR and its neighbours, on the seeds that all three have. `left_out` are batch sizes whose
+    best LR is at the edge of those tried or has a neighbour without a score. `fit` is None where
+    `undecided` says why.
+    """
+
+    setting: str
+    method: str
+    batch_sizes: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    left_out: tuple[int, ...]
+    fit: LearningRateFit | None
+    undecided: tuple[str, ...]
+    run_next: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LossFinding:
+    """Loss over batch size and steps for one method in one setting.
+
+    `optimum` is the three-term form's at the most samples trained, given only where AICc chose that
+    form.
+    """
+
+    setting: str
+    method: str
+    samples: tuple[int, ...]
+    fit: LossLaw | None
+    optimum: Optimum | None
+    undecided: tuple[str, ...]
+    run_next: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BestBatchSize:
+    """One curve's best batch size at one value of an axis.
+
+    `batch_size` is 2 to the mean over seeds of log2 of each seed's best (lowest point of a parabola
+    in log2 batch size), None where some seed's best is the `at_edge` (smallest or largest) of the
+    batch sizes tried. `tried_best` is the best of those tried in the mean over seeds.
+    """
+
+    value: str
+    x: float | None
+    batch_size: float | None
+    tried_best: int | None
+    at_edge: Literal["smallest", "largest"] | None
+    num_seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class OptimumFinding:
+    """The best batch size against one axis, for one method, all else equal.
+
+    `assumed` says where x is a guess (a model's size read from its name).
+    """
+
+    axis: Axis
+    setting: str
+    method: str
+    values: tuple[BestBatchSize, ...]
+    fit: PowerLaw | None
+    assumed: tuple[str, ...]
+    undecided: tuple[str, ...]
+    run_next: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Laws:
+    """All that a results folder says about laws. `not_varied` are axes that the study holds fixed.
+
+    `metric` and `select_on` say what chose the LRs; the loss laws are always of validation loss.
+    """
+
+    metric: str
+    select_on: str
+    learning_rate: tuple[LearningRateFinding, ...]
+    loss: tuple[LossFinding, ...]
+    optimal_batch_size: tuple[OptimumFinding, ...]
+    not_varied: tuple[Axis, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values; tuples are lists."""
+        return as_document(self)
+
+
+def find_laws(
+    results: Sequence[TrialResult], *, model_parameters: Mapping[str, float] | None = None
+) -> Laws:
+    """The laws of a study's results.
+
+    Args:
+        results: the trials of one study.
+        model_parameters: number of parameters by model, where known; else it is read from names.
+
+    Raises:
+        AnalysisError: no results.
+    """
+    if not results:
+        raise AnalysisError("no trials; run the study first")
+    cells = make_cells(results)
+    curves = make_curves(cells)
+    optima = tuple(
+        _optimum(axis, group, model_parameters or {})
+        for axis in AXES
+        for group in _grouped(curves, lambda curve, axis=axis: _setting(curve, _FOLLOWS[axis]))
+        if len({curve.setting.value(axis) for curve in group}) > 1
+    )
+    varied = {one.axis for one in optima}
+    together = frozenset({"rows", "data", "protocol", "other"})
+    return Laws(
+        metric=cells[0].metric.name,
+        select_on=cells[0].select_on,
+        learning_rate=tuple(_learning_rate(curve) for curve in curves),
+        loss=tuple(
+            _loss(group) for group in _grouped(curves, lambda curve: _setting(curve, together))
+        ),
+        optimal_batch_size=optima,
+        not_varied=tuple(axis for axis in AXES if axis not in varied),
+    )
+
+
+def _setting(curve: Curve, without: frozenset[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((axis, value) for axis, value in curve.setting.axes if axis not in without)
+
+
+def _grouped(
+    curves: Sequence[Curve], key: Callable[[Curve], tuple[tuple[str, str], ...]]
+) -> list[list[Curve]]:
+    groups = dict[tuple[tuple[str, str], ...], list[Curve]]()
+    for curve in curves:
+        groups.setdefault(key(curve), []).append(curve)
+    return list(groups.values())
+
+
+# Best LR against batch size -----------------------------------------------------------------------
+
+
+def _learning_rate(curve: Curve) -> LearningRateFinding:
+    sizes, rates, left_out = list[int](), list[float](), list[int]()
+    edges = list[Cell]()
+    for cell in curve.cells:
+        found = _best_rate(cell)
+        if found is None:
+            left_out.append(cell.trial.batch_size)
+            if cell.best is not None:
+                edges.append(cell)
+        else:
+            sizes.append(cell.trial.batch_size)
+            rates.append(found)
+    undecided, run_next, fit = list[str](), list[str](), None
+    if edges:
+        run_next.append(
+            "learning rates beyond the edge, or the trials that are missing beside the best one, "
+            f"at {_listed([cell.trial.batch_size for cell in edges])}"
+        )
+    if len(sizes) < FEWEST_BATCH_SIZES:
+        undecided.append(
+            f"{len(sizes)} batch sizes have a best learning rate between two others that were "
+            f"scored; it takes {FEWEST_BATCH_SIZES} to tell the forms apart"
+        )
+        if len(curve.cells) < FEWEST_BATCH_SIZES:
+            run_next.append(f"{FEWEST_BATCH_SIZES} batch sizes or more, each with three rates")
+    else:
+        fit = fit_learning_rate(sizes, rates)
+        if not fit.holds_out:
+            undecided.append(
+                f"{fit.chosen} fits best, but fitted without batch size {sizes[-1]} it misses the "
+                "rate there by more than a factor of two: not to be used beyond those tried"
+            )
+    return LearningRateFinding(
+        setting=curve.label,
+        method=curve.setting.value("method"),
+        batch_sizes=tuple(sizes),
+        learning_rates=tuple(rates),
+        left_out=tuple(left_out),
+        fit=fit,
+        undecided=tuple(undecided),
+        run_next=tuple(run_next),
+    )
+
+
+def _best_rate(cell: Cell) -> float | None:
+    """The cell's best LR between its neighbours, by a parabola; None at an edge or beside a gap."""
+    if cell.best is None:
+        return None
+    index = cell.rates.index(cell.best)
+    if index in (0, len(cell.rates) - 1):
+        return None
+    around = cell.rates[index - 1 : index + 2]
+    scores = [dict(zip(cell.seeds, one.seed_scores, strict=True)) for one in around]
+    seeds = [s for s in cell.seeds if all(_finite(of_rate[s]) for of_rate in scores)]
+    if not seeds or "diverged" in {one.verdict for one in around}:
+        return None
+    sign = -1.0 if cell.metric.higher_is_better else 1.0
+    means = [sign * math.fsum(of_rate[s] or 0.0 for s in seeds) / len(seeds) for of_rate in scores]
+    lowest = vertex([math.log(one.learning_rate) for one in around], means)
+    # The seeds that all three have may like a neighbour better than all seeds do together.
+    return cell.best.learning_rate if lowest is None else math.exp(lowest)
+
+
+def _finite(score: float | None) -> bool:
+    return score is not None and math.isfinite(score)
+
+
+# Loss over batch size and steps -------------------------------------------------------------------
+
+
+def _loss(group: Sequence[Curve]) -> LossFinding:
+    cells = [cell for curve in group for cell in curve.cells]
+    points = list[LossPoint]()
+    for cell in cells:
+        losses = [
+            one.outcome.validation_loss
+            for one in (cell.best.trials if cell.best is not None else ())
+            if one.outcome is not None and one.outcome.validation_loss is not None
+        ]
+        if losses:
+            mean = math.fsum(losses) / len(losses)
+            points.append(LossPoint(cell.trial.batch_size, cell.trial.num_updates, mean))
+    samples = sorted({cell.trial.num_samples for cell in cells})
+    undecided, run_next = list[str](), list[str]()
+    fit, optimum = None, None
+    try:
+        fit = fit_loss(points)
+    except AnalysisError as error:
+        undecided.append(str(error))
+        run_next.append("more batch sizes, at two or more numbers of training rows")
+    if fit is not None and fit.chosen == "three_terms":
+        optimum = fit_optimum(points, samples=samples[-1])
+        tried = sorted(point.batch_size for point in points)
+        if optimum is None:
+            undecided.append("the three terms have their lowest loss at no batch size")
+        elif not tried[0] <= optimum.batch_size <= tried[-1]:
+            undecided.append(
+                f"the best batch size by the three terms, {optimum.batch_size:.3g}, lies outside "
+                f"of those tried ({tried[0]} to {tried[-1]}): extrapolated, not measured"
+            )
+            run_next.append("batch sizes around it")
+    elif fit is not None:
+        undecided.append(
+            f"AICc chooses the form {fit.chosen!r}: these losses do not show a best batch size "
+            "inside the range"
+        )
+    if len(samples) == 1:
+        undecided.append(
+            f"every trial saw {samples[0]:,} samples: how the best batch size moves with them "
+            "cannot be told"
+        )
+        run_next.append("the same batch sizes at another number of training rows, or fixed_steps")
+    return LossFinding(
+        setting=group[0].label if len(group) == 1 else _shared_label(group),
+        method=group[0].setting.value("method"),
+        samples=tuple(samples),
+        fit=fit,
+        optimum=optimum,
+        undecided=tuple(undecided),
+        run_next=tuple(run_next),
+    )
+
+
+def _shared_label(group: Sequence[Curve]) -> str:
+    """The parts of the curves' labels that all of them have."""
+    parts = [curve.label.split(", ") for curve in group]
+    return ", ".join(part for part in parts[0] if all(part in other for other in parts))
+
+
+# The best batch size against an axis --------------------------------------------------------------
+
+
+def _optimum(
+    axis: Axis, group: Sequence[Curve], model_parameters: Mapping[str, float]
+) -> OptimumFinding:
+    undecided, run_next, assumed = list[str](), list[str](), list[str]()
+    found, optima = list[BestBatchSize](), list[SeedOptima]()
+    coarse = set[float]()
+    for curve in group:
+        value = curve.setting.value(axis)
+        x = _x(axis, value, model_parameters)
+        if axis == "model" and x is not None and value not in model_parameters:
+            assumed.append(f"{value} has {x:,.0f} parameters, by its name")
+        one, log2_best = _best_batch_size(curve, value, x)
+        found.append(one)
+        if x is None:
+            undecided.append(f"the size of {value} is not known; declare the model in the study")
+        elif one.tried_best is None:
+            undecided.append(f"at {_SPOKEN[axis]} {value} no batch size has a score")
+            run_next.append(f"the study's unfinished trials at {_SPOKEN[axis]} {value}")
+        elif not one.num_seeds:
+            undecided.append(f"at {_SPOKEN[axis]} {value} no seed is common to all batch sizes")
+            run_next.append("the same seeds at every batch size")
+        elif one.at_edge is not None:
+            beyond = "smaller" if one.at_edge == "smallest" else "larger"
+            undecided.append(
+                f"at {_SPOKEN[axis]} {value} the best batch size is the {one.at_edge} of those "
+                "tried, for some seed at least"
+            )
+            run_next.append(f"a {beyond} batch size at {_SPOKEN[axis]} {value}")
+        elif edges := _rate_edges(curve, one.tried_best):
+            undecided.append(
+                f"at {_SPOKEN[axis]} {value} the best learning rate of {_listed(edges)} is at the "
+                "edge of those tried, so that another batch size may be the best"
+            )
+            run_next.append(f"learning rates beyond the edge at {_listed(edges)}")
+        else:
+            optima.append(SeedOptima(x, log2_best))
+        coarse |= _steps_around(curve, one.tried_best)
+    fit = None
+    if not undecided:
+        try:
+            fit = fit_power_law(optima)
+        except AnalysisError as error:
+            undecided.append(str(error))
+            run_next.append("more seeds (three at least)")
+    if fit is not None and fit.dependence == "does not depend" and max(coarse) > _COARSE:
+        undecided.append(
+            f"batch sizes lie a factor of {2 ** max(coarse):g} apart: a shift of two would not be "
+            "seen"
+        )
+        run_next.append("batch sizes by doubling around the best ones")
+        fit = None
+    if fit is not None and fit.dependence == "undecided":
+        undecided.append(
+            f"the ratio over the range is 2^{fit.log2_ratio:.2f}, 95% interval "
+            f"2^{fit.ratio_low:.2f} to 2^{fit.ratio_high:.2f}: too wide to say either"
+        )
+        run_next.append("more seeds, or values of the axis further apart")
+    return OptimumFinding(
+        axis=axis,
+        setting=_shared_label(group),
+        method=group[0].setting.value("method"),
+        values=tuple(found),
+        fit=fit,
+        assumed=tuple(assumed),
+        undecided=tuple(undecided),
+        run_next=tuple(dict.fromkeys(run_next)),
+    )
+
+
+def _x(axis: Axis, value: str, model_parameters: Mapping[str, float]) -> float | None:
+    if axis != "model":
+        return float(value)
+    return model_parameters.get(value) or parameters_of_name(value)
+
+
+def _best_batch_size(
+    curve: Curve, value: str, x: float | None
+) -> tuple[BestBatchSize, tuple[float, ...]]:
+    """The curve's best, and each seed's as log2 (empty where one seed's is at an edge)."""
+    points = [point for point in curve.points if point.score is not None]
+    best = curve.best
+    sets = [{seed for seed, _ in point.seed_scores} for point in points]
+    seeds = sorted(set[int].intersection(*sets)) if sets else []
+    sign = -1.0 if curve.metric.higher_is_better else 1.0
+    xs = [math.log2(point.batch_size) for point in points]
+    curves = [[sign * dict(point.seed_scores)[seed] for point in points] for seed in seeds]
+    inner = [found for scores in curves if (found := vertex(xs, scores)) is not None]
+    at_edge: Literal["smallest", "largest"] | None = None
+    if len(inner) < len(curves):
+        at_edge = "smallest" if any(min(one) == one[0] for one in curves) else "largest"
+    known = bool(inner) and at_edge is None
+    return (
+        BestBatchSize(
+            value=value,
+            x=x,
+            batch_size=2 ** (math.fsum(inner) / len(inner)) if known else None,
+            tried_best=best.batch_size if best is not None else None,
+            at_edge=at_edge,
+            num_seeds=len(seeds),
+        ),
+        tuple(inner) if known else (),
+    )
+
+
+def _rate_edges(curve: Curve, best: int) -> list[int]:
+    """Of the best batch size and its neighbours those whose best LR is at an edge."""
+    points = [point for point in curve.points if point.score is not None]
+    index = next(i for i, point in enumerate(points) if point.batch_size == best)
+    around = points[max(index - 1, 0) : index + 2]
+    return [point.batch_size for point in around if point.lr_at_edge]
+
+
+def _steps_around(curve: Curve, best: int | None) -> set[float]:
+    """The steps in log2 batch size to the neighbours of the best one."""
+    sizes = [point.batch_size for point in curve.points if point.score is not None]
+    return {
+        math.log2(right / left) for left, right in pairwise(sizes) if best in (left, right)
+    } or {0.0}
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return f"batch size{'s' if len(sizes) > 1 else ''} {', '.join(map(str, sizes))}"

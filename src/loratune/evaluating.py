@@ -1,0 +1,372 @@
+"""`evaluate`: any adapter, model or results folder on any task, without a study.
+
+What an adapter answered can be kept in a file, a line a question: the same call then goes on where
+it was stopped, and another grader needs no model. Of a results folder the scores go into its store.
+"""
+
+import hashlib
+import json
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from loratune.analyse.intervals import wilson_interval
+from loratune.data.prepare import turn_ends
+from loratune.engine.decoding_text import Answer
+from loratune.errors import EvaluationError, ModelError
+from loratune.evaluation.questions import TaskQuestions
+from loratune.evaluation.score import answer_questions, grade, score_task
+from loratune.evaluation.tasks import ask, check_tasks, load_questions
+from loratune.folder import ResultsFolder, open_results
+from loratune.methods.attach_files import attach_files
+from loratune.models.load import Base, Precision, load_base
+from loratune.records import Score, ScoreKey
+from loratune.study.loading import load_study
+from loratune.study.schema import Data, Task
+from loratune.workshop import choose_device, model_source
+
+# lm-evaluation-harness's and most papers' prompt for a model that was not trained on another one.
+DEFAULT_PROMPT = "Question: {prompt}\nAnswer:"
+# Answers that are written to the file at once; what a stop may cost.
+QUESTIONS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One adapter's account on one task. `low` and `high`: Wilson's 95% interval, over questions.
+
+    `adapter` is None for the model itself.
+    """
+
+    model: str
+    adapter: str | None
+    score: Score
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, object]:
+        """Flat, under the names of the results' columns."""
+        one = self.score
+        return {
+            "model": self.model,
+            "adapter": self.adapter,
+            "task": one.task,
+            "task_version": one.task_version,
+            "grader": one.grader,
+            "decoding": one.decoding,
+            "accuracy": one.accuracy,
+            "accuracy_low": self.low,
+            "accuracy_high": self.high,
+            "correct": one.correct,
+            "wrong": one.wrong,
+            "truncated": one.truncated,
+            "errors": one.errors,
+            "total": one.total,
+        }
+
+
+def evaluate(
+    source: str,
+    *,
+    tasks: Sequence[Task],
+    model: str | None,
+    prompt: str,
+    precision: Precision,
+    device: str | None,
+    answers: Path | None,
+    trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
+) -> tuple[Evaluation, ...]:
+    """Score an adapter's folder, or a model, on tasks.
+
+    Args:
+        source: a folder in PEFT's format, or a model: hub id, folder, file.gguf or demo model.
+        tasks: what to ask.
+        model: the adapter's base; None: the one that its adapter_config.json names.
+        prompt: a text with {prompt}, or alpaca, plain or chat, for tasks without one of their own.
+        precision: of the base.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        answers: a file that keeps the raw answers; gone on with where it is there.
+        trust_remote_code: let a model's own Python code run.
+        unsafe_exec: see `sandbox.choose_isolation`.
+
+    Raises:
+        LoratuneError: no such adapter, model or task, or they do not fit together.
+    """
+    adapter = _adapter_of(source)
+    name = model or (source if adapter is None else _base_of(adapter))
+    check_tasks(tasks, folder=Path.cwd(), unsafe_exec=unsafe_exec)
+    found = list[Evaluation]()
+    with _attached(name, adapter, precision, device, trust_remote_code) as base:
+        for given in tasks:
+            asked = _ask(given, base, _data_with(prompt), folder=Path.cwd())
+            kept = _Kept(answers, who=_fingerprint(name, adapter), asked=asked)
+            said = kept.complete(base, asked)
+            score, _ = grade(said, asked, unsafe_exec=unsafe_exec)
+            found.append(_evaluation(name, adapter, score))
+    return tuple(found)
+
+
+def evaluate_results(
+    folder: str,
+    *,
+    tasks: Sequence[Task],
+    device: str | None,
+    trust_remote_code: bool = False,
+    unsafe_exec: bool = False,
+) -> tuple[Evaluation, ...]:
+    """Score every adapter that a results folder keeps, with the study's own prompts.
+
+    Scores and raw answers go into the folder's store; what is there already is not asked again.
+
+    Raises:
+        LoratuneError: no adapter is kept, no such task, or the base cannot be had.
+    """
+    place, store, record = open_results(folder)
+    with store:
+        study = load_study(place.study).study
+        results = store.results(record.name, with_losses=False, every_score=True)
+        kept = [one for one in results if place.adapter(one.trial.trial_id).is_dir()]
+        if not kept:
+            raise EvaluationError(
+                f"{folder} keeps no adapter; set keep_adapters: best in the study and run it"
+            )
+        check_tasks(tasks, folder=place.root, unsafe_exec=unsafe_exec)
+        found = list[Evaluation]()
+        for model, of_model in groupby(kept, key=lambda one: one.trial.model):
+            source = model_source(model, folder=place.root)
+            with _attached(source, None, study.precision, device, trust_remote_code) as base:
+                asked = [_ask(given, base, study.data, folder=place.root) for given in tasks]
+                for result in of_model:
+                    adapter = place.adapter(result.trial.trial_id)
+                    known = {score.key: score for score in result.scores}
+                    for questions in asked:
+                        key = ScoreKey(
+                            questions.task,
+                            questions.version,
+                            questions.grader,
+                            questions.decoding,
+                        )
+                        if key not in known:
+                            known[key], predictions = score_task(
+                                base, adapter, questions, unsafe_exec=unsafe_exec
+                            )
+                            store.add_score(result.trial.trial_id, known[key], predictions)
+                        found.append(_evaluation(model, adapter, known[key]))
+        return tuple(found)
+
+
+def evaluate_by_harness(
+    source: str,
+    *,
+    tasks: Sequence[str],
+    model: str | None,
+    precision: Precision,
+    device: str | None,
+    include_path: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    chat: bool,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """lm-evaluation-harness's own results of its tasks, asked of an adapter or a model.
+
+    Raises:
+        LoratuneError: the harness is not installed, no such adapter, model or task, or one that
+            samples.
+    """
+    try:
+        from loratune.evaluation.harness import run_harness
+    except ImportError as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness is not installed ({error}); install it with "
+            "pip install 'loratune[harness]'"
+        ) from error
+    adapter = _adapter_of(source)
+    name = model or (source if adapter is None else _base_of(adapter))
+    with _attached(name, adapter, precision, device, trust_remote_code) as base:
+        return run_harness(
+            base,
+            tasks,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            chat=chat,
+        )
+
+
+def is_results_folder(source: str) -> bool:
+    """Whether `loratune run` wrote it."""
+    return ResultsFolder(Path(source).expanduser()).study.is_file()
+
+
+def _adapter_of(source: str) -> Path | None:
+    """The folder, where it is an adapter's; None for a model.
+
+    Raises:
+        EvaluationError: it is a results folder.
+    """
+    folder = Path(source).expanduser()
+    if is_results_folder(source):
+        raise EvaluationError(
+            f"{source} is a results folder; give one of its adapters, such as "
+            f"{folder / 'adapters' / 'trial-...'}"
+        )
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+@contextmanager
+def _attached(
+    model: str,
+    adapter: Path | None,
+    precision: Precision,
+    device: str | None,
+    trust_remote_code: bool,
+) -> Generator[Base]:
+    """The base, with the adapter on it meanwhile."""
+    base = load_base(
+        model,
+        precision=precision,
+        device=choose_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    attached = None if adapter is None else attach_files(base.model, adapter)
+    try:
+        yield base
+    finally:
+        if attached is not None:
+            attached.detach()
+
+
+def _evaluation(model: str, adapter: Path | None, score: Score) -> Evaluation:
+    low, high = wilson_interval(score.correct, score.total)
+    return Evaluation(model, None if adapter is None else str(adapter), score, low, high)
+
+
+def _base_of(adapter: Path) -> str:
+    """The base that an adapter's configuration names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    try:
+        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        name = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{adapter}: adapter_config.json names no base; give --model") from error
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{adapter}: adapter_config.json names no base; give --model")
+    return name
+
+
+def _ask(given: Task, base: Base, data: Data, *, folder: Path) -> TaskQuestions:
+    """A task as a study with this data section would ask it."""
+    return ask(
+        given,
+        load_questions(given, folder=folder),
+        data=data,
+        tokenizer=base.tokenizer,
+        folder=folder,
+        end_ids=turn_ends(data, tokenizer=base.tokenizer),
+    )
+
+
+def _data_with(prompt: str) -> Data:
+    """A data section that is nothing but a template: nothing is trained, but it needs the rest."""
+    return Data.model_validate(
+        {
+            "train": {"demo": "task"},
+            "prompt": "question",
+            "response": "answer",
+            "template": prompt,
+            "max_tokens": 2,
+        }
+    )
+
+
+def _fingerprint(model: str, adapter: Path | None) -> str:
+    """Who answers: the model's name, and a hash of the adapter's weights."""
+    if adapter is None:
+        return model
+    weights = adapter / "adapter_model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+    return f"{model}+sha256:{digest[:16]}"
+
+
+class _Kept:
+    """The answers of one adapter to one task in a file of many, a JSON object a line."""
+
+    def __init__(self, path: Path | None, *, who: str, asked: TaskQuestions) -> None:
+        self._path = path
+        self._key = {
+            "who": who,
+            "task": asked.task,
+            "task_version": asked.version,
+            "decoding": asked.decoding,
+        }
+        self._answers = dict(self._read())
+
+    def complete(self, base: Base, asked: TaskQuestions) -> list[Answer]:
+        """Every question's answer, those that are not in the file asked now and added to it."""
+        left = [index for index in range(len(asked.prompts)) if index not in self._answers]
+        for begin in range(0, len(left), QUESTIONS_AT_ONCE):
+            some = left[begin : begin + QUESTIONS_AT_ONCE]
+            said = answer_questions(base, _chosen(asked, some))
+            self._answers.update(zip(some, said, strict=True))
+            self._write(some, said)
+        return [self._answers[index] for index in range(len(asked.prompts))]
+
+    def _read(self) -> Iterator[tuple[int, Answer]]:
+        if self._path is None or not self._path.is_file():
+            return
+        with self._path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith("\n"):
+                    return  # The last one was being written when the process was killed.
+                try:
+                    one = json.loads(line)
+                    answer = Answer(one["text"], one["num_tokens"], one["finished"])
+                    index = int(one["question_index"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise EvaluationError(
+                        f"{self._path}, line {number}: no answer of `loratune evaluate`; give "
+                        "another file for --answers"
+                    ) from error
+                if {name: one.get(name) for name in self._key} == self._key:
+                    yield index, answer
+
+    def _write(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
+        if self._path is None:
+            return
+        self._cut_torn_line()
+        with self._path.open("a", encoding="utf-8") as file:
+            for index, answer in zip(indices, answers, strict=True):
+                line = {
+                    **self._key,
+                    "question_index": index,
+                    "num_tokens": answer.num_tokens,
+                    "finished": answer.finished,
+                    "text": answer.text,
+                }
+                file.write(json.dumps(line) + "\n")
+
+    def _cut_torn_line(self) -> None:
+        assert self._path is not None
+        if self._path.is_file():
+            content = self._path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole != len(content):
+                self._path.write_bytes(content[:whole])
+
+
+def _chosen(asked: TaskQuestions, indices: Sequence[int]) -> TaskQuestions:
+    """Some of the questions."""
+    fields = ("prompts", "prompt_ids", "references", "choices", "choice_ids")
+    picked = dict[str, tuple[Any, ...]]()
+    for name in fields:
+        values: tuple[Any, ...] = getattr(asked, name)
+        picked[name] = tuple(values[index] for index in indices) if values else ()
+    return replace(asked, **picked)

@@ -1,0 +1,156 @@
+"""A bridge to lm-evaluation-harness: its tasks, asked of a base with whatever adapter is attached.
+
+The harness is an optional package. It writes prompts, reads answers and counts; this file only says
+what a model says. Prompts are tokenised as the tokenizer does it, with a BOS where it adds one.
+Greedy decoding alone: a task that samples is refused.
+"""
+
+# lm_eval is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+# pyright: reportMissingTypeStubs=false, reportMissingParameterType=false
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from loratune.errors import EvaluationError
+from loratune.evaluation.generate import generate_answers
+from loratune.evaluation.likelihood import Continuation, log_likelihoods
+from loratune.models.load import Base
+
+# What the harness's own models take where a task says nothing.
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+def run_harness(
+    base: Base,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """The harness's own results by task: metric, filter and standard error as it names them.
+
+    Args:
+        base: the model, with whatever adapter is attached to it.
+        tasks: names of the harness's tasks.
+        include_path: a folder with task files of the user's own.
+        num_fewshot: worked examples before each question; None: the task's own.
+        limit: the first so many questions of each task; None: all.
+        chat: put prompts into the tokenizer's chat template.
+
+    Raises:
+        EvaluationError: no such task, or one that samples.
+    """
+    manager = TaskManager(include_path=include_path)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise EvaluationError(
+            f"task {unknown[0]!r} is none of lm-evaluation-harness's; `lm-eval ls tasks` lists them"
+        )
+    evaluate: Any = simple_evaluate
+    found = evaluate(
+        model=HarnessModel(base),
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=chat,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    return cast("dict[str, dict[str, Any]]", found["results"])
+
+
+class HarnessModel(TemplateLM):
+    """A base as the harness asks models."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self._base = base
+        self.tokenizer: Any = base.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the harness's cache of chats."""
+        return self._base.source.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A chat as one text."""
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """A text as tokens; a BOS that it holds already is not added again."""
+        begin = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (begin and string.startswith(begin))
+        ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        asked = [Continuation(tuple(before), tuple(after)) for _, before, after in requests]
+        found = log_likelihoods(self._base, asked)
+        return [(one.value, one.is_greedy) for one in found]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Of each whole text, window after window where it is longer than the model's positions."""
+        length: int = self._base.model.config.get_text_config().max_position_embeddings
+        values = list[float]()
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=length - 1,
+                context_len=1,
+            )
+            pairs = [make_disjoint_window(one) for one in windows]
+            found = self._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
+            values.append(sum(value for value, _ in found))
+        return values
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers, each cut before the first of its stop strings."""
+        answers = dict[int, str]()
+        alike = dict[tuple[tuple[str, ...], int], list[int]]()
+        for index, request in enumerate(requests):
+            _, options = request.args
+            if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
+                raise EvaluationError(
+                    f"task {request.task_name} samples ({options}); loratune decodes greedily"
+                )
+            until = options.get("until") or []
+            stop = (until,) if isinstance(until, str) else tuple(until)
+            limit = int(options.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
+            alike.setdefault((stop, limit), []).append(index)
+        for (stop, limit), indices in alike.items():
+            prompts = [self.tok_encode(requests[index].args[0]) for index in indices]
+            said = generate_answers(self._base, prompts, max_new_tokens=limit, stop=stop)
+            answers.update((index, one.text) for index, one in zip(indices, said, strict=True))
+        return [answers[index] for index in range(len(requests))]

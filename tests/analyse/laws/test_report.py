@@ -1,0 +1,253 @@
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loratune.analyse.laws.report import find_laws
+from loratune.errors import AnalysisError
+from loratune.report.laws_text import laws_text
+from simulated import result, sweep
+
+LOG = Path(__file__).parents[3] / "docs" / "log"
+SIZES = [2**k for k in range(1, 10)]
+RATES = [1e-4 * 2**k for k in range(8)]
+
+
+def bowl(size: int, rate: float, seed: int, *, best: float = 32.0, noise: float = 2e-4) -> float:
+    """Best batch size `best`, best LR of the surge form, a little noise of its own."""
+    peak = 2e-3 / (0.5 * ((40 / size) ** 0.5 + (size / 40) ** 0.5))
+    key = [size, round(rate * 1e9), seed, round(best * 1e6)]
+    luck = np.random.default_rng(key).normal(0, noise)
+    off = math.log2(size / best) ** 2
+    return 1 + 0.01 * off + 0.05 * math.log2(rate / peak) ** 2 + luck
+
+
+def crossed(axis: str, best: dict, **fields):
+    return [
+        one
+        for value, at in best.items()
+        for one in sweep(
+            lambda size, rate, seed, at=at: bowl(size, rate, seed, best=at),
+            batch_sizes=SIZES,
+            learning_rates=RATES,
+            **{axis: value},
+            **fields,
+        )
+    ]
+
+
+def test_the_best_rates_follow_the_form_they_were_made_by():
+    laws = find_laws(sweep(bowl, batch_sizes=SIZES, learning_rates=RATES))
+    (found,) = laws.learning_rate
+    assert found.fit is not None
+    assert found.fit.chosen == "surge"
+    assert found.batch_sizes == tuple(SIZES)
+    low, high = found.fit.law("surge").shape_low, found.fit.law("surge").shape_high
+    assert low is not None
+    assert high is not None
+    assert low < 40 < high
+    assert laws.not_varied == ("rows", "rank", "model")
+    json.dumps(laws.to_json(), allow_nan=False)
+    text = laws_text(laws)
+    assert "* lr = s / (0.5 (sqrt(Bn/B) + sqrt(B/Bn))): s = 0.002, Bn = 4" in text
+    assert "Not varied by this study" in text
+
+
+def test_in_the_recorded_sweep_the_best_rate_rises_and_then_falls_for_every_method():
+    # SmolLM2-135M on GSM8K, 279 trials of docs/log.md: no simulation.
+    with (LOG / "fig1-smollm2-results.csv").open(newline="") as lines:
+        recorded = [
+            result(
+                float(row["validation_loss"]),
+                method=row["method"],
+                batch_size=int(row["batch_size"]),
+                learning_rate=float(row["learning_rate"]),
+                seed=int(row["seed"]),
+                num_train_rows=4096,
+            )
+            for row in csv.DictReader(lines)
+        ]
+    laws = find_laws(recorded)
+    peaks = {}
+    for found in laws.learning_rate:
+        assert found.fit is not None
+        assert found.fit.chosen == "surge"
+        assert found.fit.holds_out
+        assert found.fit.law("sqrt").aicc_difference > 20  # type: ignore[operator]
+        peaks[found.method] = found.fit.law("surge").shape
+    # As first measured; a change of the fit that moves them has to be seen.
+    assert peaks == pytest.approx({"lora": 55.3, "pissa": 21.2, "milora": 20.8}, rel=5e-3)
+
+
+def test_rates_at_the_edge_are_left_out_and_said():
+    laws = find_laws(sweep(bowl, batch_sizes=SIZES, learning_rates=RATES[4:]))
+    (found,) = laws.learning_rate
+    # The best rates at 2 and 512 lie below 1.6e-3.
+    assert {2, 512} <= set(found.left_out)
+    assert "learning rates beyond the edge" in found.run_next[0]
+
+
+def test_few_batch_sizes_are_undecided_with_what_to_run():
+    laws = find_laws(sweep(bowl, batch_sizes=[8, 32, 128], learning_rates=RATES))
+    (found,) = laws.learning_rate
+    assert found.fit is None
+    assert "it takes 5" in found.undecided[0]
+    assert "5 batch sizes or more" in found.run_next[0]
+    assert "cannot be concluded" in laws_text(laws)
+
+
+def test_one_learning_rate_gives_no_law_at_all():
+    laws = find_laws(sweep(bowl, batch_sizes=SIZES, learning_rates=[1e-3]))
+    (found,) = laws.learning_rate
+    assert found.fit is None
+    assert found.left_out == tuple(SIZES)
+
+
+def test_a_best_batch_size_that_grows_with_the_data_is_found():
+    made = crossed("num_train_rows", {1024: 8, 4096: 16, 16384: 32})
+    (found,) = find_laws(made).optimal_batch_size
+    assert found.axis == "rows"
+    # LRs by doubling leave up to 0.05 * 0.5^2 in a score: a quarter of a doubling of the best.
+    assert [one.batch_size for one in found.values] == pytest.approx([8, 16, 32], rel=0.2)
+    assert found.fit is not None
+    assert found.fit.dependence == "grows"
+    assert found.fit.exponent == pytest.approx(0.5, abs=0.1), "a quarter over two doublings, less"
+    assert found.undecided == ()
+
+
+def test_a_best_batch_size_that_does_not_depend_on_the_rank_is_an_equivalence():
+    made = crossed("rank", {4: 30.0, 32: 33.0})
+    (found,) = find_laws(made).optimal_batch_size
+    assert found.fit is not None
+    assert found.fit.dependence == "does not depend"
+    assert "does not depend" in laws_text(find_laws(made))
+
+
+def test_a_models_size_is_taken_as_given_else_from_its_name_and_said():
+    made = crossed("model", {"demo:1m": 16.0, "demo:28m": 64.0})
+    (found,) = find_laws(made, model_parameters={"demo:1m": 1.1e6}).optimal_batch_size
+    assert [one.x for one in found.values] == [1.1e6, 28e6]
+    assert found.assumed == ("demo:28m has 28,000,000 parameters, by its name",)
+    assert found.fit is not None
+    assert found.fit.dependence == "grows"
+    (unknown,) = find_laws(crossed("model", {"one": 16.0, "two": 64.0})).optimal_batch_size
+    assert unknown.fit is None
+    assert "size of one is not known" in unknown.undecided[0]
+
+
+def test_a_best_batch_size_at_the_edge_is_a_bound_and_no_number():
+    made = crossed("num_train_rows", {1024: 1.0, 4096: 16.0})
+    (found,) = find_laws(made).optimal_batch_size
+    first = found.values[0]
+    assert (first.batch_size, first.at_edge, first.tried_best) == (None, "smallest", 2)
+    assert found.fit is None
+    assert "a smaller batch size" in found.run_next[0]
+
+
+def test_seeds_that_no_two_batch_sizes_share_are_said():
+    made = [
+        one
+        for one in crossed("rank", {4: 30.0, 32: 33.0})
+        if one.trial.seed == (one.trial.batch_size in (2, 8, 32))
+    ]
+    (found,) = find_laws(made).optimal_batch_size
+    assert found.fit is None
+    assert "no seed is common" in found.undecided[0]
+
+
+def test_one_seed_is_too_few_for_a_dependence():
+    made = crossed("rank", {4: 30.0, 32: 33.0}, seeds=1)
+    (found,) = find_laws(made).optimal_batch_size
+    assert found.fit is None
+    assert "more seeds" in found.run_next[0]
+
+
+def test_batch_sizes_far_apart_cannot_show_that_nothing_changes():
+    made = [
+        one for one in crossed("rank", {4: 30.0, 32: 33.0}) if one.trial.batch_size in (2, 32, 512)
+    ]
+    (found,) = find_laws(made).optimal_batch_size
+    assert found.fit is None
+    assert "factor of 16 apart" in found.undecided[0]
+
+
+def test_a_learning_rate_at_its_edge_near_the_best_batch_size_is_undecided():
+    made = [
+        one for one in crossed("rank", {4: 30.0, 32: 33.0}) if one.trial.learning_rate >= 1.6e-3
+    ]
+    (found,) = find_laws(made).optimal_batch_size
+    assert found.fit is None
+    assert "another batch size may be the best" in found.undecided[0]
+
+
+def test_everything_diverged_is_undecided_and_no_number():
+    laws = find_laws(sweep(lambda *_: math.nan, batch_sizes=SIZES, learning_rates=RATES))
+    assert laws.learning_rate[0].fit is None
+    assert laws.loss[0].fit is None
+    json.dumps(laws.to_json(), allow_nan=False)
+    laws_text(laws)
+
+
+# M* of the terms below at 65,536 samples: about 44.
+BEST_AT_65536 = (0.5 * 3 / (0.65 * 40)) ** (1 / 1.15) * 65536 ** (0.65 / 1.15)
+
+
+def three_terms(sizes, *, noise):
+    """Sweeps at two numbers of rows whose losses follow the three terms."""
+
+    def loss(total):
+        return lambda size, rate, seed: (
+            0.5
+            + 3 * size**-0.5
+            + 40 * (total / size) ** -0.65
+            + 0.1 * math.log2(rate / 4e-4) ** 2
+            + np.random.default_rng(size * seed + total).normal(0, noise)
+        )
+
+    return [
+        one
+        for total in (8192, 65536)
+        for one in sweep(
+            loss(total), batch_sizes=sizes, learning_rates=RATES[:4], num_train_rows=total
+        )
+    ]
+
+
+def test_three_terms_are_found_where_rows_vary_too():
+    made = three_terms(SIZES, noise=1e-3)
+    (found,) = find_laws(made).loss
+    assert found.samples == (8192, 65536)
+    assert found.fit is not None
+    assert found.fit.chosen == "three_terms"
+    assert found.optimum is not None
+    assert found.optimum.batch_size == pytest.approx(BEST_AT_65536, rel=0.02)
+    assert not any("extrapolated" in reason for reason in found.undecided)
+    assert "best batch size at 65,536 samples" in laws_text(find_laws(made))
+
+
+def test_an_optimum_outside_of_the_batch_sizes_tried_is_said_to_be_extrapolated():
+    made = three_terms([64, 128, 256, 512], noise=1e-4)
+    (found,) = find_laws(made).loss
+    assert found.optimum is not None
+    assert found.optimum.batch_size == pytest.approx(BEST_AT_65536, rel=0.1)
+    assert any("extrapolated" in reason for reason in found.undecided)
+
+
+def test_one_number_of_samples_says_what_it_cannot_say():
+    (found,) = find_laws(sweep(bowl, batch_sizes=SIZES, learning_rates=RATES)).loss
+    assert any("every trial saw 512 samples" in reason for reason in found.undecided)
+
+
+def test_no_trials_are_refused():
+    with pytest.raises(AnalysisError, match="run the study first"):
+        find_laws([])
+    planned = [result(status="planned", batch_size=size) for size in SIZES]
+    assert find_laws(planned).learning_rate[0].fit is None
+
+
+def test_the_same_results_give_the_same_bytes():
+    made = sweep(bowl, batch_sizes=SIZES, learning_rates=RATES)
+    assert json.dumps(find_laws(made).to_json()) == json.dumps(find_laws(made).to_json())

@@ -1,0 +1,103 @@
+"""The planned memory of a pack against what was measured, and how a pack is made to fit."""
+
+import json
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratune.planning.pack_shape import SHARE_OF_MEMORY, pack_bytes, plan_pack
+from loratune.planning.packing import PackShape
+from loratune.records import ModelFacts
+from tiny_trials import random_data, tiny_trial
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The engine that was measured left two workspaces of cuBLAS, 32 MiB each, behind for every pack
+# that its process had trained before: each was warmed up on a stream of its own.
+LEFT_BY_EARLIER_PACK = 2 * 32 * 2**20
+
+
+def timed_shape(name: str) -> Any:
+    """A shape of benchmarks/model_shapes.py; that folder is no package."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return import_module("model_shapes").SHAPES[name]
+    finally:
+        sys.path.pop(0)
+
+
+def facts_of(shape: str) -> ModelFacts:
+    return timed_shape(shape).facts
+
+
+def recorded() -> list[Any]:
+    """Every measured pack, with the number of packs before it in its process."""
+    tables = json.loads((ROOT / "docs" / "log" / "throughput-h100.json").read_text())
+    cases = list[Any]()
+    for table in ("first_table", "second_table"):
+        packs = [one for one in tables[table]["results"] if one["case"]["what"] == "packed"]
+        before = 0
+        for one in packs:
+            # It was made smaller after it had run out of memory, which was a pack of its own.
+            asked = timed_shape(one["case"]["shape"]).tokens_per_step
+            before += one["tokens_per_step"] < asked
+            name = "{shape}, {num_adapters} x {batch_size}, rank {rank}, {method}, {rows}"
+            label = name.format(**one["case"])
+            cases.append(pytest.param(one, before, id=f"{table}: {label}"))
+            before += 1
+    assert len(cases) == 12
+    return cases
+
+
+@pytest.mark.parametrize(("result", "before"), recorded())
+def test_planned_memory_is_within_5_percent_of_every_recorded_pack(result: Any, before: int):
+    # 5% is what is promised; the widest gap is 4.8%, and all are short rather than over.
+    case = result["case"]
+    shape = PackShape(
+        num_slots=result["num_slots"],
+        tokens_per_step=result["tokens_per_step"],
+        rank=case["rank"],
+        magnitudes=case["method"] == "dora",
+    )
+    model = facts_of(case["shape"])
+    planned = pack_bytes(shape, model=model, precision="bfloat16", targets=TARGETS)
+    expected = planned + before * LEFT_BY_EARLIER_PACK
+    assert expected == pytest.approx(result["peak_memory_bytes"], rel=0.05)
+
+
+SMALL = PackShape(num_slots=8, tokens_per_step=4096, rank=16)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_slots": 9},
+        {"tokens_per_step": 4160},
+        {"rank": 24},
+        {"corrected": True},
+        {"magnitudes": True},
+        {"dropout": True},
+    ],
+)
+def test_whatever_a_pack_has_more_of_takes_memory(more: dict[str, Any]):
+    def needed(shape: PackShape) -> int:
+        return pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS)
+
+    assert needed(replace(SMALL, **more)) > needed(SMALL)
+    assert needed(replace(SMALL, gradient_checkpointing=True)) < needed(SMALL)
+
+
+@pytest.mark.parametrize("gibibytes", [2, 3, 4, 8, 16, 80])
+def test_a_planned_pack_fits_the_memory_it_was_planned_for(gibibytes: int):
+    data, model = random_data(40), facts_of("135m")
+    one = replace(tiny_trial(data, batch_size=4), targets=TARGETS)
+    trials = [replace(one, trial_id=f"trial-{number}") for number in range(64)]
+    long_rows = replace(data.facts, max_row_tokens=512, num_tokens=40 * 256)
+    shape = plan_pack(trials, model=model, data=[long_rows], memory_bytes=gibibytes * 2**30)
+    needed = pack_bytes(shape, model=model, precision=trials[0].precision, targets=TARGETS)
+    assert needed <= SHARE_OF_MEMORY * gibibytes * 2**30
+    assert shape.tokens_per_step >= 512

@@ -1,0 +1,329 @@
+"""`evaluate` and `score` on a tiny model: parity with lm-evaluation-harness, resume, re-grading."""
+
+import importlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratune import api, cli
+from loratune.errors import EvaluationError, ModelError
+from loratune.evaluation import generate
+from loratune.store.database import open_store
+from tiny_models import save_tiny
+
+GSM8K = [
+    {"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"}
+    for n in range(1, 13)
+]
+WORDS = ("a", "to", "red", "wood", "apple", "seven", "train", "station", "because", "mornings")
+DRAW = random.Random(3)
+PIQA = [
+    {
+        "goal": f"Which {n}?",
+        "sol1": " ".join(DRAW.choices(WORDS, k=DRAW.randint(1, 5))),
+        "sol2": " ".join(DRAW.choices(WORDS, k=DRAW.randint(1, 5))),
+        "label": n % 2,
+    }
+    for n in range(24)
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("model"), "llama"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    """A results folder with two adapters, each scored on GSM8K's format."""
+    folder = tmp_path_factory.mktemp("trained")
+    questions = write(folder / "test.jsonl", GSM8K)
+    # Answers learned by heart, some of which will be right.
+    rows = write(
+        folder / "train.jsonl",
+        [{"q": row["question"], "a": row["answer"].partition("\n")[2]} for row in GSM8K],
+    )
+    (folder / "study.yaml").write_text(
+        f"""\
+study: scored
+model: {model}
+precision: float32
+data:
+  train: {rows}
+  prompt: q
+  response: a
+  template: "Question: {{prompt}}\\nAnswer:"
+  max_tokens: 64
+  validation: {{rows: 1}}
+protocol: {{kind: fixed_samples, epochs: 60}}
+methods: [lora]
+rank: 8
+alpha: rank
+targets: all-linear
+batch_size: [2]
+learning_rate: [1e-2, 2e-2]
+seeds: 1
+schedule: {{kind: cosine}}
+evaluate: {{tasks: [{{name: gsm8k, data: {questions}, max_new_tokens: 8}}], when: all}}
+keep_adapters: all
+""",
+        encoding="utf-8",
+    )
+    api.run(api.load_study(folder / "study.yaml"), out=folder / "out", device="cpu", quiet=True)
+    shutil.copytree(folder / "out", folder / "copy")
+    return folder / "out"
+
+
+def adapters(trained: Path) -> list[Path]:
+    return sorted((trained / "adapters").iterdir())
+
+
+def test_an_adapters_own_base_is_used_and_the_account_is_whole(tmp_path, trained, model):
+    questions = write(tmp_path / "test.jsonl", GSM8K)
+    (one,) = api.evaluate(
+        adapters(trained)[0], tasks=["gsm8k"], data=questions, max_new_tokens=6, device="cpu"
+    )
+    assert one.model == model
+    assert one.adapter == str(adapters(trained)[0])
+    assert one.score.total == len(GSM8K)
+    assert 0 <= one.low <= one.score.accuracy <= one.high <= 1
+    (bare,) = api.evaluate(
+        model, tasks=["gsm8k"], data=questions, max_new_tokens=6, device="cpu", questions=5
+    )
+    assert (bare.adapter, bare.score.total) == (None, 5)
+
+
+def test_kept_answers_are_gone_on_with_and_another_adapter_has_its_own(
+    tmp_path, trained, monkeypatch
+):
+    questions = write(tmp_path / "test.jsonl", GSM8K)
+    file = tmp_path / "answers.jsonl"
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": questions,
+        "max_new_tokens": 6,
+        "device": "cpu",
+        "answers": file,
+    }
+    first = api.evaluate(adapters(trained)[0], **asked)
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == len(GSM8K)
+    # Killed while it wrote: half a line, and the last questions missing.
+    file.write_text("".join(lines[:7]) + lines[7][:20])
+    counted = list[int]()
+    real = generate.generate_answers
+
+    def counting(base: Any, prompt_ids: Any, **options: Any) -> Any:
+        counted.append(len(prompt_ids))
+        return real(base, prompt_ids, **options)
+
+    monkeypatch.setattr("loratune.evaluation.score.generate_answers", counting)
+    assert api.evaluate(adapters(trained)[0], **asked) == first
+    assert counted == [len(GSM8K) - 7]
+    assert sorted(file.read_text().splitlines()) == sorted(line.strip() for line in lines)
+    counted.clear()
+    api.evaluate(adapters(trained)[0], **asked, grader="pissa")  # No model is asked.
+    assert counted == []
+    api.evaluate(adapters(trained)[1], **asked)
+    assert counted == [len(GSM8K)]
+
+
+def test_what_is_no_adapter_model_or_file_of_answers_is_refused(tmp_path, trained, model):
+    with pytest.raises(EvaluationError, match="are its study's"):
+        api.evaluate(trained, tasks=["gsm8k"], prompt="{prompt}", device="cpu")
+    with pytest.raises(EvaluationError, match="is a results folder"):
+        api.evaluate_by_harness(trained, tasks=["gsm8k"], device="cpu")
+    with pytest.raises(EvaluationError, match="no task is named"):
+        api.evaluate(model, tasks=[], device="cpu")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="names no base; give --model"):
+        api.evaluate(tmp_path, tasks=["demo"], device="cpu")
+    other = tmp_path / "notes.jsonl"
+    other.write_text("hello\n")
+    with pytest.raises(EvaluationError, match="line 1: no answer of"):
+        api.evaluate(
+            model, tasks=["demo"], questions=2, max_new_tokens=4, device="cpu", answers=other
+        )
+
+
+def test_kept_answers_are_graded_anew_without_a_model_and_old_scores_stay(
+    tmp_path, trained, monkeypatch, capsys
+):
+    def no_model(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("loratune.models.load.load_base", no_model)
+    with open_store(trained / "loratune.db", create=False) as store:
+        before = store.all_scores("scored")
+    made = api.score(trained, grader="pissa")
+    assert len(made) == 2
+    assert all(one.after.total == len(GSM8K) for one in made)
+    assert {one.after.grader for one in made} == {"pissa"}
+    assert all(one.after.decoding == one.before.decoding for one in made)
+    with open_store(trained / "loratune.db", create=False) as store:
+        assert store.all_scores("scored")[: len(before)] == before
+        assert len(store.all_scores("scored")) == len(before) + 2
+    assert api.score(trained, grader="pissa") == ()  # They stand.
+    # The study's own choice is shown as before.
+    assert set(api.results(trained)["gsm8k_total"]) == {len(GSM8K)}
+    monkeypatch.setattr("sys.argv", ["loratune", "score", str(trained), "--grader", "pissa"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    assert "0 scores added" in capsys.readouterr().err
+
+
+def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, trained):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "six.jsonl", GSM8K[:6]),
+        "max_new_tokens": 8,
+        "device": "cpu",
+    }
+    found = api.evaluate(folder, **asked)
+    assert [one.score.total for one in found] == [6, 6]
+    with open_store(folder / "loratune.db", create=False) as store:
+        count = len(store.all_scores("scored"))
+        (record, *_) = [one for one in store.all_scores("scored") if one.score.total == 6]
+        assert len(store.predictions(record.score_id)) == 6
+    assert api.evaluate(folder, **asked) == found
+    with open_store(folder / "loratune.db", create=False) as store:
+        assert len(store.all_scores("scored")) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grader": "strict", "tasks": ["svamp"]}, "none of the study's test tasks"),
+        ({"grader": "plain", "tasks": ["gsm8k"]}, "is not judged by grader plain"),
+        ({"grader": "pissa", "data": {"gsm8k": "other.jsonl"}}, "not those that were asked"),
+    ],
+)
+def test_what_cannot_be_graded_anew_is_refused(tmp_path, trained, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "other.jsonl", [*GSM8K[:-1], {"question": "Another?", "answer": "#### 1"}])
+    with pytest.raises(EvaluationError, match=message):
+        api.score(trained.parent / "copy", **options)
+
+
+# What PEFT, datasets and the harness warn of is theirs.
+@pytest.mark.filterwarnings("default")
+def test_lm_evaluation_harness_gives_the_same_scores(tmp_path, trained, model):
+    """Its own Hugging Face model, the same prompts: greedy answers, and acc and acc_norm."""
+    harness: Any = importlib.import_module("lm_eval")
+    models: Any = importlib.import_module("lm_eval.models.huggingface")
+    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager
+
+    questions, choices = write(tmp_path / "g.jsonl", GSM8K), write(tmp_path / "p.jsonl", PIQA)
+    for name, file, body in (
+        (
+            "ours_gsm8k",
+            questions,
+            """\
+output_type: generate_until
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{answer.split('#### ')[-1]}}"
+generation_kwargs: {until: ["\\n\\n"], do_sample: false, max_gen_toks: 8}
+filter_list:
+  - name: strict
+    filter: [{function: regex, regex_pattern: "#### (\\\\-?[0-9]+)"}, {function: take_first}]
+metric_list: [{metric: exact_match}]
+""",
+        ),
+        (
+            "ours_piqa",
+            choices,
+            """\
+output_type: multiple_choice
+doc_to_text: "Question: {{goal}}\\nAnswer:"
+doc_to_target: label
+doc_to_choice: "{{[sol1, sol2]}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+        ),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"""\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+num_fewshot: 0
+{body}""",
+            encoding="utf-8",
+        )
+    seen = set[float]()
+    for adapter in adapters(trained):
+        theirs: Any = harness.simple_evaluate(
+            model=models.HFLM(
+                pretrained=model, peft=str(adapter), device="cpu", dtype="float32", batch_size=4
+            ),
+            tasks=["ours_gsm8k", "ours_piqa"],
+            task_manager=manager(include_path=str(tmp_path), include_defaults=False),
+            bootstrap_iters=0,
+        )
+        found = theirs["results"]
+        ours: dict[str, float] = {}
+        (gsm8k,) = api.evaluate(
+            adapter, tasks=["gsm8k"], data=questions, max_new_tokens=8, device="cpu"
+        )
+        ours["gsm8k"] = gsm8k.score.accuracy
+        for grader in ("plain", "normalised"):
+            (piqa,) = api.evaluate(
+                adapter,
+                tasks=["piqa"],
+                data=choices,
+                grader=grader,  # type: ignore[arg-type]
+                device="cpu",
+            )
+            ours[grader] = piqa.score.accuracy
+        assert ours == pytest.approx(
+            {
+                "gsm8k": found["ours_gsm8k"]["exact_match,strict"],
+                "plain": found["ours_piqa"]["acc,none"],
+                "normalised": found["ours_piqa"]["acc_norm,none"],
+            }
+        )
+        # The bridge: its tasks, asked of our base and adapter.
+        bridged = api.evaluate_by_harness(
+            adapter, tasks=["ours_gsm8k", "ours_piqa"], include_path=tmp_path, device="cpu"
+        )
+        for name, metrics in bridged.items():
+            for metric in ("exact_match,strict", "acc,none", "acc_norm,none"):
+                assert metrics.get(metric) == found[name].get(metric)
+        assert ours["plain"] != ours["normalised"]
+        seen |= set(ours.values())
+    # Neither all right nor all wrong, so that equal scores say something.
+    assert not seen & {0.0, 1.0}
+
+
+def test_the_harness_has_no_such_task_and_a_task_that_samples_is_refused(tmp_path, model):
+    with pytest.raises(EvaluationError, match="is none of lm-evaluation-harness's"):
+        api.evaluate_by_harness(model, tasks=["no_such_task"], device="cpu")
+    (tmp_path / "sampled.yaml").write_text(
+        f"""\
+task: sampled
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {write(tmp_path / "g.jsonl", GSM8K)}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{until: ["\\n"], do_sample: true, temperature: 0.7}}
+metric_list: [{{metric: exact_match}}]
+""",
+        encoding="utf-8",
+    )
+    with pytest.raises(EvaluationError, match="task sampled samples"):
+        api.evaluate_by_harness(model, tasks=["sampled"], include_path=tmp_path, device="cpu")
