@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loratune.engine.grouped import GroupedProducts
-from loratune.engine.routing import CHUNK, Routing, route
+from loratune.engine.routing import TOKENS_SUMMED_AT_ONCE, Routing, route
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 # Tokens of each slot: none (first, in the middle, last), one, less and more than a tile, more than
 # a chunk; filler behind them.
-COUNTS = (0, 5, 70, 0, 1, CHUNK + 65, 0)
+COUNTS = (0, 5, 70, 0, 1, TOKENS_SUMMED_AT_ONCE + 65, 0)
 FILLER = 77
 NUM_TOKENS = sum(COUNTS) + FILLER
 # Largest error over the largest number: sums in float32 of exact operands; one rounding to 16 bits,

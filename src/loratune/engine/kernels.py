@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loratune.engine.memory import sent
 from loratune.engine.optimizer import RowUpdate, settings_table
-from loratune.engine.routing import CHUNK, TILE, Routing
+from loratune.engine.routing import TILE, TOKENS_SUMMED_AT_ONCE, Routing
 from loratune.engine.slots import Slots
 
 SHRINK = {"BN": 64, "num_warps": 4, "num_stages": 4}
@@ -529,7 +529,9 @@ class TritonProducts:
             y, into, part = y_MN[:, outputs], into_MN[:, outputs], parts[:, outputs]
             gain, inverse = gain_AN[:, outputs], inverse_norm_AN[:, outputs]
             num_n_blocks = triton.cdiv(grad.shape[1], RESCALE["BN"])
-            _rescale_gradient[(num_n_blocks, num_chunks + triton.cdiv(num_tokens, CHUNK))](
+            _rescale_gradient[
+                (num_n_blocks, num_chunks + triton.cdiv(num_tokens, TOKENS_SUMMED_AT_ONCE))
+            ](
                 grad,
                 y,
                 into,
@@ -550,7 +552,7 @@ class TritonProducts:
                 part.stride(0),
                 gain.stride(0),
                 inverse.stride(0),
-                SIZE=CHUNK,
+                SIZE=TOKENS_SUMMED_AT_ONCE,
                 **RESCALE,
             )
         _add_magnitudes[(triton.cdiv(num_features, 512), num_slots)](
