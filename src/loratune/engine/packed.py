@@ -396,8 +396,6 @@ class _Session:
                 else None
             )
             linears = block_linears(self.base.model)
-            weights = {name: linears[name].weight.detach() for name in self.targets}
-            self.gains = DoraGains(self.slots, weights) if shape.magnitudes else None
             with installed(
                 self.base.model,
                 self.slots,
@@ -406,6 +404,9 @@ class _Session:
                 compile_blocks=self.compile_blocks,
                 gradient_checkpointing=shape.gradient_checkpointing,
             ) as model:
+                # Now, or the weights would be kept where they lay before they were laid together.
+                weights = {name: linears[name].weight.detach() for name in self.targets}
+                self.gains = DoraGains(self.slots, weights) if shape.magnitudes else None
                 self.model = model
                 began = True
                 while True:
