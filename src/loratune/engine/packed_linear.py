@@ -294,7 +294,7 @@ class _PackedLinears(torch.autograd.Function):
                 group,
                 x if x_adapter is None else x_adapter,
                 h if correction.numel() == 0 else h.float() + correction,
-                before,
+                _before_gain(group, rescaled, ctx.routing) if ctx.is_scaled else rescaled,
                 grads,
             )
         grad_x, grad_seen = packed_linear_backward(
@@ -318,6 +318,12 @@ class _PackedLinears(torch.autograd.Function):
             group.segments,
         )
         return grad_x, None if x_adapter is None else grad_seen, None
+
+
+def _before_gain(group: "PackedGroup", y_ME: Tensor, routing: Sequence[Tensor]) -> Tensor:
+    """What DoRA's gain multiplied, from what it made of it."""
+    assert group.gain_AE is not None
+    return y_ME / of_tokens(group.gain_AE, Routing(*routing))
 
 
 def of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
