@@ -35,10 +35,10 @@ def facts_of(shape: str) -> ModelFacts:
 
 
 def recorded() -> list[Any]:
-    """Every measured pack, with the number of packs before it in its process."""
+    """Every measured pack of today's engine, with the packs before it whose workspaces stayed."""
     tables = json.loads((ROOT / "docs" / "log" / "throughput-h100.json").read_text())
     cases = list[Any]()
-    for table in ("first_table", "second_table"):
+    for table in ("first_table", "second_table", "third_table"):
         packs = [one for one in tables[table]["results"] if one["case"]["what"] == "packed"]
         before = 0
         for one in packs:
@@ -47,9 +47,12 @@ def recorded() -> list[Any]:
             before += one["tokens_per_step"] < asked
             name = "{shape}, {num_adapters} x {batch_size}, rank {rank}, {method}, {rows}"
             label = name.format(**one["case"])
-            cases.append(pytest.param(one, before, id=f"{table}: {label}"))
+            left = 0 if table == "third_table" else before
+            # Before its kernels were fused, DoRA kept more than it does now.
+            if one["case"]["method"] != "dora" or table == "third_table":
+                cases.append(pytest.param(one, left, id=f"{table}: {label}"))
             before += 1
-    assert len(cases) == 12
+    assert len(cases) == 13
     return cases
 
 

@@ -140,8 +140,9 @@ def token_bytes(
 
     A block keeps the inputs of its two norms and their outputs, queries, keys and values before and
     after their rotation, the attention's output, and gate, up and their product; and A x of every
-    adapted layer, twice where a correction is taken. With `magnitudes` (DoRA) every layer
-    also keeps its output before it is rescaled; with `dropout` every adapted layer keeps what is
+    adapted layer, twice where a correction is taken. With `magnitudes` (DoRA) the outputs are kept
+    that nothing else reads again: of the joined queries, keys and values, of o_proj and down_proj;
+    beside a dropout what was rescaled is kept of every layer, because no output tells it; with `dropout` every adapted layer keeps what is
     left of its input, and which features are (there queries and keys before their rotation are
     not kept in most families: counted nevertheless). Checkpointed, a block keeps its input, and
     one block at a time keeps all of it.
@@ -156,7 +157,7 @@ def token_bytes(
     kept = element * (4 * hidden + qkv + rotated + width + 3 * ffn)
     kept += element * directions * (2 if shape.corrected else 1)
     if shape.magnitudes:
-        kept += element * outputs
+        kept += element * (outputs if shape.dropout else qkv + 2 * hidden)
     if shape.dropout:
         kept += (element + 1) * sum(one.in_features * one.count for one in linears) / num_layers
     of_blocks = num_layers * kept
@@ -166,8 +167,8 @@ def token_bytes(
     # gated product's own gradient takes the place of the product).
     backward = element * (hidden + 2 * ffn)
     if shape.magnitudes:
-        # The widest group's gains and its rescaled outputs, in float32.
-        backward += 4 * 2 * (2 * ffn)
+        # The widest group's gradient before the gain.
+        backward += element * 2 * ffn
     # Embedded tokens, the last block's output, hidden states, their gradient twice. The last norm
     # is not compiled: its input in float32, and five more such while it goes backward.
     ends = element * 5 * hidden + 4 * 6 * hidden
