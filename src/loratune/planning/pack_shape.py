@@ -140,12 +140,12 @@ def token_bytes(
 
     A block keeps the inputs of its two norms and their outputs, queries, keys and values before and
     after their rotation, the attention's output, and gate, up and their product; and A x of every
-    adapted layer, twice where a correction is taken. With `magnitudes` (DoRA) the outputs are kept
-    that nothing else reads again: of the joined queries, keys and values, of o_proj and down_proj;
-    beside a dropout what was rescaled is kept of every layer, because no output tells it; with `dropout` every adapted layer keeps what is
-    left of its input, and which features are (there queries and keys before their rotation are
-    not kept in most families: counted nevertheless). Checkpointed, a block keeps its input, and
-    one block at a time keeps all of it.
+    adapted layer, twice where a correction is taken. With `magnitudes` (DoRA) it also keeps what
+    else nothing reads again: the outputs of o_proj and down_proj, and the joined queries, keys and
+    values; beside a dropout, what was rescaled of every layer, because no output tells it. With
+    `dropout` every adapted layer keeps what is left of its input, and which features are (there
+    queries and keys before their rotation are not kept in most families: counted nevertheless).
+    Checkpointed, a block keeps its input, and one block at a time keeps all of it.
     """
     linears = matched_linears(model, targets)
     num_layers, element = model.num_layers, BYTES[precision]
