@@ -1,7 +1,7 @@
 """Random packs, planned for random parts of the device's memory, and what they then take.
 
     python benchmarks/random_packs.py --json packs.json --minutes 9     # again, to go on
-    python benchmarks/random_packs.py --json second.json --part 2/2     # beside 1/2 on another device
+    python benchmarks/random_packs.py --json second.json --part 2/2     # beside 1/2 elsewhere
     python benchmarks/random_packs.py --json packs.json --join second.json
 
 Every pack draws its trials (methods, batch sizes, ranks, dropout, rows), whether blocks are
