@@ -15,6 +15,8 @@ from tiny_trials import random_data, tiny_base, tiny_trial
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # torch's compiler instantiates an autograd function to trace it, and warns of that itself.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 
