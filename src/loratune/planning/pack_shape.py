@@ -127,9 +127,8 @@ def slot_bytes(
     whole = 16 * factors + element * halves * factors + frozen
     if shape.magnitudes:
         outputs = sum(one.out_features * one.count for one in linears)
-        # m, its gradient and moments; m / norm and 1 / norm; and where all slots update at once, a
-        # copy of all parameters while the norms are worked out.
-        whole += (16 + 8) * outputs + 4 * (factors + outputs)
+        # m, its gradient and moments; m / norm and 1 / norm.
+        whole += (16 + 8) * outputs
     return whole
 
 
