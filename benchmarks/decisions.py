@@ -3,6 +3,7 @@
     python benchmarks/decisions.py null-test
     python benchmarks/decisions.py coverage
     python benchmarks/decisions.py power
+    python benchmarks/decisions.py rules [--pairs 50] [--ratios 4 16 28 56]
 
 Each part is a function here that prints, and a file of its own that computes. The same seed gives
 the same table.
@@ -22,8 +23,14 @@ from null_test import (
     null_test,
     realised_power,
 )
+from rules import HEADER, RULES, TOLERATED, Case, families, rows_of, simulated_cases, table_line
 
 NUM_SIMULATIONS = 4000
+# Pairs of models of each family; seeds below FIRST_PAIR may have been seen in tuning the rule.
+NUM_PAIRS, FIRST_PAIR = 50, 5000
+# A trial of the target costs so many times one of the proxy.
+COST_RATIOS = (4.0, 16.0, 28.0, 56.0)
+FAR_RATIO = 28.0
 POWER_CASES = (
     ("questions alone", DifferenceNoise(0.0, 0.10, 0.10, "")),
     ("as assumed by plan", DifferenceNoise(5e-5, 0.20, 0.0, "")),
@@ -38,8 +45,11 @@ def null_test_part(num_simulations: int) -> None:
         f"{NUM_MANY} configurations against {NUM_FEW} of the same method, {NUM_TEST:,} questions, "
         f"{num_simulations:,} simulations each"
     )
-    print("| chosen on | scored with | ahead, % | bias, points | found different, % | called, % |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| chosen on | scored with | ahead, % | equal, % | bias, points "
+        "| found different, % | called, % |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     rows: tuple[tuple[Procedure, int, str, str], ...] = (
         ("test", 1, "the test", "1 seed, the same"),
         ("held-out", 5, "held-out rows", "5 seeds, the same"),
@@ -52,7 +62,8 @@ def null_test_part(num_simulations: int) -> None:
             procedure, num_simulations=num_simulations, seed=seed, num_seeds=num_seeds
         )
         print(
-            f"| {chosen} | {scored} | {100 * found.ahead:.1f} | {100 * found.bias:+.3f} +- "
+            f"| {chosen} | {scored} | {100 * found.ahead:.1f} | {100 * found.level:.1f} | "
+            f"{100 * found.bias:+.3f} +- "
             f"{196 * found.bias_error:.3f} | {_percent(found.rejected)} | "
             f"{_percent(found.called)} |",
             flush=True,
@@ -96,6 +107,39 @@ def power_part(num_simulations: int) -> None:
             )
 
 
+def rules_part(num_pairs: int, cost_ratios: Sequence[float]) -> None:
+    """Rules for choosing batch size and LR: regret against cost on simulated pairs of models."""
+    for held_out in (False, True):
+        kind = "held out" if held_out else "not held out"
+        names = families(held_out=held_out)
+        for ratio in cost_ratios:
+            print(f"\nfamilies {kind}, {num_pairs} pairs each, cost ratio {ratio:g}\n")
+            _print_rules([_pairs(name, num_pairs, ratio) for name in names])
+    names = families(held_out=False)
+    print(f"\nshifts three times as large, {num_pairs} pairs each, cost ratio {FAR_RATIO:g}\n")
+    _print_rules([_pairs(name, num_pairs, FAR_RATIO, far=True) for name in names])
+
+
+def _pairs(name: str, num_pairs: int, ratio: float, *, far: bool = False) -> list[Case]:
+    return simulated_cases(
+        name, num_pairs=num_pairs, cost_ratio=ratio, first_seed=FIRST_PAIR, far=far
+    )
+
+
+def _print_rules(by_family: Sequence[Sequence[Case]]) -> None:
+    print(HEADER)
+    for row in rows_of([case for cases in by_family for case in cases]):
+        print(table_line(row))
+    shipped = tuple(RULES)[-1]
+    shares = [f"{cases[0].family} {_percent(_share_good(cases, shipped))}" for cases in by_family]
+    print(f"\n{shipped}, regret <= 0.5% by family, %: {', '.join(shares)}", flush=True)
+
+
+def _share_good(cases: Sequence[Case], rule: str) -> float:
+    regrets = [one.regret for one in cases if one.rule == rule]
+    return sum(one is not None and one <= TOLERATED for one in regrets) / len(regrets)
+
+
 def _percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:.1f}"
 
@@ -104,13 +148,19 @@ PARTS = {"null-test": null_test_part, "coverage": coverage_part, "power": power_
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         command = commands.add_parser(name, help=(part.__doc__ or "").partition("\n")[0])
         command.add_argument("--simulations", type=int, default=NUM_SIMULATIONS)
+    command = commands.add_parser("rules", help=(rules_part.__doc__ or "").partition("\n")[0])
+    command.add_argument("--pairs", type=int, default=NUM_PAIRS)
+    command.add_argument("--ratios", type=float, nargs="+", default=COST_RATIOS)
     given = parser.parse_args(arguments)
-    PARTS[given.part](given.simulations)
+    if given.part == "rules":
+        rules_part(given.pairs, given.ratios)
+    else:
+        PARTS[given.part](given.simulations)
 
 
 if __name__ == "__main__":

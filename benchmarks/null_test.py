@@ -49,15 +49,17 @@ class NullTest:
     """What became of `num_simulations` comparisons of a method with itself, in fractions.
 
     `bias` is the mean difference (tuned much - tuned little), `bias_error` its standard error.
-    `ahead`: how often the much tuned one has the higher score. `rejected`: how often the two-sided
-    5% test says that they differ, `called`: how often `compare` would (the difference also reaches
-    what it detects); None where the procedure makes no test.
+    `ahead`: how often the much tuned one has the higher score; `level`: how often the two scores
+    are equal, since a score counts questions. `rejected`: how often the two-sided 5% test says that
+    they differ, `called`: how often `compare` would (the difference also reaches what it detects);
+    None where the procedure makes no test.
     """
 
     num_simulations: int
     bias: float
     bias_error: float
     ahead: float
+    level: float
     rejected: float | None
     called: float | None
 
@@ -90,6 +92,7 @@ def null_test(
         bias=float(all_of_them.mean()),
         bias_error=float(all_of_them.std(ddof=1)) / math.sqrt(num_simulations),
         ahead=float((all_of_them > 0).mean()),
+        level=float((all_of_them == 0).mean()),
         rejected=rejected / num_simulations if tested else None,
         called=called / num_simulations if tested else None,
     )

@@ -1,6 +1,8 @@
 """Random packs, planned for random parts of the device's memory, and what they then take.
 
     python benchmarks/random_packs.py --json packs.json --minutes 9     # again, to go on
+    python benchmarks/random_packs.py --json second.json --part 2/2     # beside 1/2 elsewhere
+    python benchmarks/random_packs.py --json packs.json --join second.json
 
 Every pack draws its trials (methods, batch sizes, ranks, dropout, rows), whether blocks are
 checkpointed, and how much memory there is; the planner chooses its shape as for `loratune run`; the
@@ -288,6 +290,14 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 # ---------------------------------------------------------------------------- command line
 
 
+def _part(text: str) -> tuple[int, int]:
+    """`2/3` as numbers."""
+    which, parts = map(int, text.split("/"))
+    if not 1 <= which <= parts:
+        raise ValueError(text)
+    return which, parts
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -299,6 +309,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--most-trials", type=int, default=32, help="in a pack")
     parser.add_argument("--minutes", type=float, help="start no pack that may end later")
     parser.add_argument("--json", type=Path, help="write results here, and go on from it")
+    parser.add_argument("--part", type=_part, default=(1, 1), help="2/3: every third, from the 2nd")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", default=[], help="take other parts' results"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     return parser.parse_args(arguments)
 
@@ -341,7 +355,11 @@ def main(arguments: Sequence[str]) -> int:
         "total_bytes": bench.total_bytes,
     }
     kept = KeptResults(options.json, settings=settings, about=about)
-    for number in range(options.packs):
+    for path in options.join:
+        for number, result in KeptResults(path, settings=settings, about={}).results.items():
+            kept.add(number, result)
+    which, parts = options.part
+    for number in range(which - 1, options.packs, parts):
         if str(number) in kept:
             continue
         if not minutes.allow("pack"):

@@ -25,6 +25,7 @@ from loratune.records import (
     Outcome,
     Prediction,
     Provenance,
+    QuestionSet,
     Score,
     ScoreKey,
     Trial,
@@ -258,6 +259,9 @@ class StubWorkshop:
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
         return ScoreKey(task, "1", "strict", "greedy")
+
+    def questions(self, trial: Trial, *, task: str) -> QuestionSet:
+        return QuestionSet(task, "1", "greedy", "test", ("1",) * 100)
 
     def score(
         self, trial: Trial, adapter: Path, *, task: str

@@ -303,6 +303,16 @@ def test_random_packs_are_trained_once_each_and_stay_the_same(
         assert one["num_updates"] == 2 * one["num_trials"]
         assert not module.is_bad(one)
     assert "6 of 6 packs" in capsys.readouterr().out
+    paths = [tmp_path / "odd.json", tmp_path / "even.json"]
+    for part, of_part in zip(("1/2", "2/2"), paths, strict=True):
+        more = ["--packs", "4", "--json", str(of_part), "--part", part]
+        assert module.main([*arguments, *more]) == 3
+    odd, even = (json.loads(one.read_text())["results"] for one in paths)
+    assert (list(odd), list(even)) == (["0", "2"], ["1", "3"])
+    more = ["--packs", "4", "--json", str(paths[0]), "--join", str(paths[1])]
+    assert module.main([*arguments, *more]) == 0
+    joined = json.loads(paths[0].read_text())["results"]
+    assert joined == odd | even
 
 
 def test_random_packs_reach_the_memory_they_are_planned_for_and_every_kind_of_pack(

@@ -4,6 +4,8 @@ import importlib
 import json
 import random
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from loratune import api, cli
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation import generate
+from loratune.records import Prediction, Score
 from loratune.store.database import open_store
 from tiny_models import save_tiny
 
@@ -202,17 +205,70 @@ def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, tra
         assert len(store.all_scores("scored")) == count
 
 
+def test_grading_anew_needs_neither_the_questions_data_nor_a_model(tmp_path, trained):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    questions = trained.parent / "test.jsonl"
+    hidden = questions.rename(questions.with_suffix(".hidden"))
+    try:
+        made = api.score(folder, grader="pissa")
+    finally:
+        hidden.rename(questions)
+    assert [one.after.total for one in made] == [len(GSM8K)] * 2
+    # The same answers judged by the same numbers: `pissa` finds no marker in any of them.
+    assert [one.after.correct for one in made] == [0, 0]
+    assert all(one.before.total == one.after.total for one in made)
+
+
+def test_scores_without_their_questions_are_graded_by_the_tasks_data_where_it_is_the_same(
+    tmp_path, trained
+):
+    """As older versions left them."""
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    with closing(sqlite3.connect(folder / "loratune.db")) as connection, connection:
+        connection.execute("DELETE FROM question_sets")
+    other = write(
+        tmp_path / "other.jsonl", [*GSM8K[:-1], {"question": "Another?", "answer": "#### 1"}]
+    )
+    with pytest.raises(EvaluationError, match="not those that were asked"):
+        api.score(folder, grader="pissa", data={"gsm8k": other})
+    assert len(api.score(folder, grader="pissa")) == 2
+
+
+def test_an_account_counts_answers_by_verdict_and_reason(tmp_path, trained, monkeypatch, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    with open_store(folder / "loratune.db", create=False) as store:
+        (first, *_) = store.all_scores("scored")
+        said = [
+            Prediction(0, "x", 1, "wrong", True, "NameError: name 'x' is not defined"),
+            Prediction(1, "y", 1, "wrong", True, "NameError: name 'y' is not defined"),
+            Prediction(2, "z", 1, "error", True, "the sandbox did not start: no space"),
+            Prediction(3, "4", 1, "correct", True),
+        ]
+        score = Score("humaneval", "1", "tests", "greedy", "test", 1, 2, 0, 1)
+        store.add_score(first.trial_id, score, said)
+    account = api.accounts(folder)[-1]
+    assert account.score == score
+    assert account.reasons == (("wrong", "NameError", 2), ("error", "the sandbox did not start", 1))
+    monkeypatch.setattr("sys.argv", ["loratune", "score", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert "humaneval: 1 right, 2 wrong, 0 truncated, 1 errors of 4; grader tests" in printed
+    assert "  2 wrong: NameError\n  1 error: the sandbox did not start\n" in printed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"grader": "strict", "tasks": ["svamp"]}, "none of the study's test tasks"),
         ({"grader": "plain", "tasks": ["gsm8k"]}, "is not judged by grader plain"),
-        ({"grader": "pissa", "data": {"gsm8k": "other.jsonl"}}, "not those that were asked"),
     ],
 )
-def test_what_cannot_be_graded_anew_is_refused(tmp_path, trained, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "other.jsonl", [*GSM8K[:-1], {"question": "Another?", "answer": "#### 1"}])
+def test_what_cannot_be_graded_anew_is_refused(trained, options, message):
     with pytest.raises(EvaluationError, match=message):
         api.score(trained.parent / "copy", **options)
 

@@ -12,6 +12,7 @@ import pytest
 from loratune import api
 from loratune.data.demo_task import generate_rows
 from loratune.errors import LoratuneError, ModelError, StudyError
+from loratune.new_study import PROXY_GRIDS, finest_grid
 from loratune.records import Trial
 from loratune.study.loading import LoadedStudy
 from loratune.sweep import Sweep
@@ -71,23 +72,30 @@ class Runs:
 def test_the_proxy_is_searched_with_all_rows_and_the_target_trained_at_its_batch_size(asked):
     runs = Runs()
     runs.tune(asked)
-    proxy, target = (loaded.study for loaded in runs.studies)
+    proxy, target, refined, beside = (loaded.study for loaded in runs.studies)
     assert (proxy.model, proxy.rank, target.model, target.rank) == (
         ("demo:1m",), (8,), ("demo:4m",), (16,)
     )  # fmt: skip
-    assert proxy.data == target.data
+    assert proxy.data == target.data == beside.data
     assert proxy.data.rows == (None,)
     assert proxy.batch_size == (1, 2, 4, 8, 16, 32)
     (on_proxy,) = api.recommend(asked.out / "proxy")
-    assert (on_proxy.batch_size, on_proxy.learning_rate) == (8, 3e-3)
-    assert target.batch_size == (8,)
-    carried = on_proxy.learning_rate * 0.5**0.781
-    assert target.learning_rates() == pytest.approx([carried / 3, carried, carried * 3], rel=0.05)
+    # Of 5e-4 and 2e-3 and what was tried beyond them; the parabola finds the 4e-3 between.
+    assert (on_proxy.batch_size, on_proxy.learning_rate) == (8, 2e-3)
+    assert target.batch_size == refined.batch_size == (8,)
+    carried = 4e-3 * 0.5**0.781
+    assert target.learning_rates() == pytest.approx(
+        [carried / 1.5, carried, 1.5 * carried], rel=0.05
+    )
+    # The target's best LR is 2.67e-3, between the first two.
+    (added,) = set(refined.learning_rates()) - set(target.learning_rates())
+    assert added == pytest.approx(4e-3 * 2 / 3, rel=0.03)
+    assert (beside.batch_size, beside.learning_rates()) == ((4, 16), (added,))
     (answer,) = api.recommend(asked.out)
     assert (answer.model, answer.evidence.num_trials) == ("demo:4m", on_proxy.evidence.num_trials)
     assert answer.undecided == ()
-    assert answer.batch_size == 8
-    assert answer.learning_rate == target.learning_rates()[1]
+    assert (answer.batch_size, answer.learning_rate) == (8, added)
+    assert sorted({one.batch_size for one in answer.confirmed}) == [4, 8, 16]
     assert answer.cost_fraction is not None
     assert 0 < answer.cost_fraction < 1
     # The same again trains nothing, and ends at the same answer.
@@ -95,6 +103,12 @@ def test_the_proxy_is_searched_with_all_rows_and_the_target_trained_at_its_batch
     runs.tune(asked)
     assert runs.trained == trained
     assert api.recommend(asked.out) == (answer,)
+
+
+def test_a_proxy_gets_fewer_seeds_where_they_decide_whether_the_search_is_cheap():
+    shares = (0.001, 0.01, 0.011, 0.02, 0.021, 0.3)
+    assert [finest_grid(share) for share in shares] == [0, 0, 1, 1, 0, 0]
+    assert PROXY_GRIDS[0][2] > PROXY_GRIDS[1][2]
 
 
 def test_when_the_budget_is_over_the_answer_is_what_can_be_said(asked):

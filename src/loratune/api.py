@@ -32,7 +32,6 @@ from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
 from loratune.records import TrialResult
-from loratune.report.page import ReportPaths, write_report
 from loratune.study.loading import LoadedStudy, load_study
 
 if TYPE_CHECKING:
@@ -40,12 +39,14 @@ if TYPE_CHECKING:
 
     from loratune.evaluating import Evaluation
     from loratune.models.load import Precision
-    from loratune.regrading import Regraded
+    from loratune.regrading import Account, Regraded
+    from loratune.report.page import ReportPaths
     from loratune.study.schema import GraderName
     from loratune.sweep import Sweep
     from loratune.workshop import EngineChoice, Survey
 
 __all__ = [
+    "accounts",
     "audit",
     "cells",
     "compare",
@@ -57,6 +58,7 @@ __all__ = [
     "lemma",
     "load_study",
     "new_study",
+    "noise_scale",
     "plan",
     "recommend",
     "report",
@@ -255,7 +257,9 @@ def recommend(
         pair = ProxyPair.from_json(place.proxy_pair.read_text(encoding="utf-8"))
         on_proxy = _results_of(place.root / pair.folder)
         on_target = _results_of(place.root) if place.study.is_file() else ()
-        one = recommend_by_proxy(on_proxy, on_target, pair=pair, margin=margin)
+        beside = ResultsFolder(place.beside)
+        on_beside = _results_of(beside.root) if beside.study.is_file() else ()
+        one = recommend_by_proxy(on_proxy, on_target, on_beside, pair=pair, margin=margin)
         if method not in (None, one.method):
             raise AnalysisError(f"no trials with method {method!r}; there are {one.method}")
         return (one,)
@@ -276,6 +280,19 @@ def compare(folder: str | Path) -> tuple[Comparison, ...]:
         verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
         sources = question_sources(store.data_summaries(record.name))
     return compare_results(found, verdicts=verdicts, sources=sources)
+
+
+def accounts(folder: str | Path) -> "tuple[Account, ...]":
+    """Every score of a results folder, with why answers were not right where that is known.
+
+    Raises:
+        StoreError: not a results folder.
+    """
+    from loratune.regrading import accounts
+
+    _, store, record = open_results(folder)
+    with store:
+        return accounts(store, record.name)
 
 
 def score(
@@ -473,6 +490,24 @@ def laws(folder: str | Path) -> Laws:
     return find_laws(found, model_parameters=sizes)
 
 
+def noise_scale(folder: str | Path) -> "pd.DataFrame":
+    """The gradient noise scale of every trial that was probed, with intervals or why there is none.
+
+    One row a trial, split, coordinates (raw, adam) and block (all, A, B, other).
+
+    Raises:
+        StoreError: not a results folder.
+        AnalysisError: the study asked for no probes.
+    """
+    from loratune.analyse.noise_table import noise_scale_table
+
+    _, store, record = open_results(folder)
+    with store:
+        return noise_scale_table(
+            store.results(record.name, with_losses=False), store.noise_probes(record.name)
+        )
+
+
 def lemma(
     *,
     rank: int,
@@ -508,8 +543,10 @@ def audit(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Audi
     return audit_table(table)
 
 
-def report(folder: str | Path) -> ReportPaths:
+def report(folder: str | Path) -> "ReportPaths":
     """Write DIR/report.html and DIR/figures/ from what is in the store."""
+    from loratune.report.page import write_report  # matplotlib, which only this draws with
+
     place, store, record = open_results(folder)
     with store:
         found = store.results(record.name)

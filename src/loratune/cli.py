@@ -310,7 +310,10 @@ def recommend(
 def score(
     folder: Folder,
     *,
-    grader: Annotated[GraderChoice, typer.Option(help="How to judge the kept answers.")],
+    grader: Annotated[
+        GraderChoice | None,
+        typer.Option(help="How to judge the kept answers; left out: what was judged, by reason."),
+    ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="Only this task; may be given several times.")
     ] = None,
@@ -321,9 +324,26 @@ def score(
     unsafe_exec: UnsafeExec = False,
     as_json: Json = False,
 ) -> None:
-    """Grade a results folder's kept answers anew: no model, no GPU. Old scores stay."""
+    """Grade kept answers anew, no model, no GPU; or print what was judged, by reason."""
     from loratune import api
 
+    if grader is None:
+        if task or data:
+            raise typer.BadParameter("--task and --data belong to --grader")
+        stand = api.accounts(folder)
+        if as_json:
+            _print(_json_of([dataclasses.asdict(one) for one in stand]))
+            return
+        for one in stand:
+            account = one.score
+            _print(
+                f"{one.trial_id} {account.task}: {account.correct} right, {account.wrong} wrong, "
+                f"{account.truncated} truncated, {account.errors} errors of {account.total}; "
+                f"grader {account.grader}"
+            )
+            for verdict, reason, count in one.reasons:
+                _print(f"  {count} {verdict}: {reason}")
+        return
     moved = dict[str, str]()
     for one in data or ():
         name, sign, path = one.partition("=")
@@ -517,6 +537,28 @@ def laws(folder: Folder, *, as_json: Json = False) -> None:
 
     found = api.laws(folder)
     _print(_json_of(found.to_json()) if as_json else laws_text(found))
+
+
+@app.command("noise-scale")
+def noise_scale(
+    folder: Folder,
+    *,
+    format: Annotated[
+        Format | None, typer.Option(help="csv, json or parquet; left out: text.")
+    ] = None,
+    output: OutputFile = None,
+    as_json: Json = False,
+) -> None:
+    """The gradient noise scale of every probed trial, with an interval, or why there is none."""
+    from loratune import api
+    from loratune.report.noise_text import noise_scale_text
+
+    table = api.noise_scale(folder)
+    chosen = "json" if as_json else None if format is None else format.value
+    if chosen is None and output is None:
+        _print(noise_scale_text(table))
+    else:
+        _write_table(table, format=chosen or "csv", output=output)
 
 
 @app.command()

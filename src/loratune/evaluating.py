@@ -13,9 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from loratune.analyse.intervals import wilson_interval
+from loratune.analyse.proportions import wilson
 from loratune.data.prepare import turn_ends
-from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.score import answer_questions, grade, score_task
@@ -23,7 +22,7 @@ from loratune.evaluation.tasks import ask, check_tasks, load_questions
 from loratune.folder import ResultsFolder, open_results
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base, Precision, load_base
-from loratune.records import Score, ScoreKey
+from loratune.records import Answer, Score, ScoreKey
 from loratune.study.loading import load_study
 from loratune.study.schema import Data, Task
 from loratune.workshop import choose_device, model_source
@@ -154,7 +153,12 @@ def evaluate_results(
                             known[key], predictions = score_task(
                                 base, adapter, questions, unsafe_exec=unsafe_exec
                             )
-                            store.add_score(result.trial.trial_id, known[key], predictions)
+                            store.add_score(
+                                result.trial.trial_id,
+                                known[key],
+                                predictions,
+                                questions=questions.question_set(),
+                            )
                         found.append(_evaluation(model, adapter, known[key]))
         return tuple(found)
 
@@ -242,7 +246,7 @@ def _attached(
 
 
 def _evaluation(model: str, adapter: Path | None, score: Score) -> Evaluation:
-    low, high = wilson_interval(score.correct, score.total)
+    low, high = wilson(score.correct, score.total)
     return Evaluation(model, None if adapter is None else str(adapter), score, low, high)
 
 

@@ -3,7 +3,7 @@
 DIR/study.yaml the study as it was last run, DIR/loratune.db the store (or DIR/store.txt, the
 address of one that several folders share), DIR/adapters/<trial>/ in PEFT's format,
 DIR/snapshots/<trial>.safetensors of unfinished trials, DIR/report.html, DIR/figures/. Where a proxy
-was searched first: DIR/proxy/, a results folder of its own, and DIR/proxy.json.
+was searched first: DIR/proxy/ and DIR/beside/, results folders of their own, and DIR/proxy.json.
 """
 
 import shutil
@@ -40,6 +40,11 @@ class ResultsFolder:
     def proxy(self) -> Path:
         """Where `tune` searches a proxy in this model's place: a results folder of its own."""
         return self.root / "proxy"
+
+    @property
+    def beside(self) -> Path:
+        """Where `tune` trains the model beside the proxy's batch size: a results folder as well."""
+        return self.root / "beside"
 
     @property
     def proxy_pair(self) -> Path:
@@ -205,6 +210,7 @@ def _refuse_another_study(folder: ResultsFolder, loaded: LoadedStudy) -> None:
         folder.database.name,
         folder.store_address.name,
         folder.proxy.name,
+        folder.beside.name,
         folder.proxy_pair.name,
     }
     if folder.root.is_dir():

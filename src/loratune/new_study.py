@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loratune.data.fields import detect_fields
 from loratune.data.sources import read_rows
@@ -22,15 +23,21 @@ from loratune.study.schema import Source, source_of
 # epoch would have fewer than 8 updates.
 GRID_BATCH_SIZES = (2, 8, 32, 128)
 GRID_LEARNING_RATES = "{values: [1e-4, 2e-4, 5e-4, 1e-3, 2e-3], extend: 4}"
-# A proxy is cheap: every power of two, and learning rates in steps of about three, the best of
-# which get neighbours and seeds. Where time is short the coarser ones: never fewer rows, since the
-# best batch size moves with them.
+# A proxy is cheap: every power of two, with two learning rates from which the search walks to the
+# best one, which gets neighbours and seeds. The second, with fewer seeds, is for proxies whose
+# search would be dear beside the target, those after it for when time is short. Never fewer rows:
+# the best batch size moves with them.
 PROXY_GRIDS = (
-    ((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), "[1e-4, 3e-4, 1e-3, 3e-3]", 2),
+    ((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), "[5e-4, 2e-3]", 2),
+    ((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), "[5e-4, 2e-3]", 1),
     ((1, 4, 16, 64, 256), "[1e-4, 3e-4, 1e-3, 3e-3]", 2),
     ((2, 8, 32, 128), "[3e-4, 1e-3, 3e-3]", 1),
     ((4, 16, 64), "[1e-3, 3e-3]", 1),
 )
+# What the finest search on a proxy is planned to cost of a fixed sweep on the target, in FLOPs. Up
+# to the first, all stays below 5% with it, since the target's own trials are 2% to 3%; up to the
+# second it does with the next one alone; above that with neither, and seeds are worth more.
+CHEAP_SEARCH, DEAR_SEARCH = 0.01, 0.02
 # What a fixed sweep would train, for a cost to be a fraction of.
 SWEEP_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FEWEST_UPDATES_IN_GRID = 8
@@ -111,19 +118,33 @@ def proxy_studies(request: Request, *, model: str, rank: int) -> tuple[LoadedStu
     )
 
 
+def finest_grid(share_of_sweep: float) -> int:
+    """The first of `PROXY_GRIDS` to take, where the finest costs this share of the fixed sweep."""
+    return 1 if CHEAP_SEARCH < share_of_sweep <= DEAR_SEARCH else 0
+
+
 def target_study(
-    request: Request, *, model: str, rank: int, batch_size: int, learning_rate: float
+    request: Request,
+    *,
+    model: str,
+    rank: int,
+    kind: Literal["target", "beside"],
+    batch_sizes: Sequence[int],
+    learning_rates: Sequence[float],
 ) -> LoadedStudy:
-    """The target at one batch size: the LR that is expected, a third of it and three times it."""
-    rates = [float(f"{learning_rate * factor:.2g}") for factor in (1 / 3, 1, 3)]
+    """The target at these batch sizes and LRs, and at LRs beyond an end where the best one is.
+
+    One seed: on recorded sweeps two seeds differ by a tenth of a percent near the best LR, and
+    what an LR between those tried gains is more.
+    """
     return _study(
         request,
-        kind="target",
+        kind=kind,
         model=model,
         rank=rank,
-        batch_sizes=(batch_size,),
-        learning_rates=f"{{values: {json.dumps(rates)}, extend: 3}}",
-        seeds="{grid: 1, around_best: 2}",
+        batch_sizes=batch_sizes,
+        learning_rates=f"{{values: {json.dumps(list(learning_rates))}, extend: 6}}",
+        seeds="1",
     )
 
 

@@ -187,6 +187,57 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class NoiseSchedule:
+    """When gradients are looked at row by row: one row of `every` that train, whatever the batch.
+
+    A probe of training rows takes every `every`-th batch as it is; batches below
+    `planning.probes.FEWEST_ROWS` rows are too small for that, and `rows` rows are pooled at frozen
+    weights instead. `held_out_rows` validation rows are looked at as well; None: none are.
+    """
+
+    every: int
+    rows: int
+    held_out_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """What one block of an adapter's parameters adds to a probe of n examples' gradients g_i.
+
+    `sum_squares` is the sum of |g_i|^2, `mean_square` |mean of g_i|^2. The scaled ones are those of
+    P g_i, P = 1 / sqrt(v) with Adam's second moment v (corrected for its bias) before the update,
+    without eps; coordinates where v is 0, or below 1e-10 of the block's largest (float32 rounds it
+    away), are left out. None where v is 0 everywhere.
+    """
+
+    block: Literal["A", "B", "other"]
+    sum_squares: float
+    mean_square: float
+    scaled_sum_squares: float | None = None
+    scaled_mean_square: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseProbe:
+    """Gradients of single examples at the weights before update `update`, summed up.
+
+    `num_rows` rows were looked at, which hold `num_examples` different ones: equal rows are one
+    example (its gradient is their sum, times examples / rows). With T_j target tokens in row j,
+    g_i = (sum of i's token losses)' * num_rows / sum_j T_j, so that the mean of g_i is the gradient
+    of the token mean. `split` is "train" or "validation".
+    """
+
+    trial_id: str
+    update: int
+    split: Literal["train", "validation"]
+    num_rows: int
+    num_examples: int
+    num_targets: int
+    num_tokens: int
+    blocks: tuple[BlockSums, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """How a trial was run: kept beside its identity, never part of it."""
 
@@ -242,11 +293,26 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
-    """One raw answer, kept so that scoring can be redone without a GPU.
+class Answer:
+    """What a model wrote: the text without special tokens, ending before the first stop string.
 
-    Of a question with choices `text` is the JSON list of their log-likelihoods. `finished` is False
-    where the token limit cut the answer off; None in answers of older versions, which did not say.
+    Of a question with choices `text` is the JSON list of their log-likelihoods. `num_tokens` counts
+    what was generated, the EOS or the stop string included. `finished` is False where the token
+    limit came before both.
+    """
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One raw answer and its verdict, kept so that scoring can be redone without a GPU.
+
+    `text` and `finished` are those of the Answer; `finished` is None in answers of older versions,
+    which did not say. `reason` is why it is not correct, in words, and may quote a program; None
+    where it is correct or nothing is known.
     """
 
     question_index: int
@@ -254,6 +320,25 @@ class Prediction:
     num_tokens: int
     verdict: Literal["correct", "wrong", "truncated", "error"]
     finished: bool | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """The questions of one task as they were asked, as far as judging answers needs them.
+
+    Task, version and decoding identify it: the decoding holds a hash of all prompts and references.
+    `references` and, where there are any, `choices` are those of the questions in their order;
+    `extract` is the expression whose first group is judged of an answer, None: the whole.
+    """
+
+    task: str
+    task_version: str
+    decoding: str
+    split: Literal["validation", "test"]
+    references: tuple[str | None, ...]
+    extract: str | None = None
+    choices: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,21 @@
 """Kept answers graded anew: no model, no GPU. What was scored before stays; scores are added.
 
-Answers are in the store, references are not: they are read from the tasks' own data again, and
-checked to be those of the questions that were asked.
+Answers and what was asked are in the store. Scores of older versions came without their questions:
+those are read from the tasks' own data again, and checked to be the ones that were asked.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.data.templates import prompt_for
-from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.score import grade
 from loratune.evaluation.tasks import check_tasks, load_questions, task
-from loratune.records import Prediction, Score, ScoreRecord
+from loratune.records import Answer, Prediction, QuestionSet, Score, ScoreRecord
 from loratune.store.database import Store
 from loratune.study.schema import GraderName, Source, Study, Task
 
@@ -29,6 +29,41 @@ class Regraded:
     trial_id: str
     before: Score
     after: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A score with why its answers were not right: how many for each (verdict, reason).
+
+    Reasons come the most frequent first; the first line of each, without what a program printed
+    behind a colon. Answers of which no reason is known are in the score's counts alone.
+    """
+
+    trial_id: str
+    score: Score
+    reasons: tuple[tuple[str, str, int], ...]
+
+
+def accounts(store: Store, study: str) -> tuple[Account, ...]:
+    """The account of every score of a study, oldest first.
+
+    Raises:
+        StoreError: no such study.
+    """
+    found = list[Account]()
+    for record in store.all_scores(study):
+        counted = Counter(
+            (one.verdict, _kind_of(one.reason))
+            for one in store.predictions(record.score_id)
+            if one.reason
+        )
+        reasons = tuple((*key, count) for key, count in counted.most_common())
+        found.append(Account(record.trial_id, record.score, reasons))
+    return tuple(found)
+
+
+def _kind_of(reason: str) -> str:
+    return reason.splitlines()[0].partition(":")[0].strip()
 
 
 def regrade(
@@ -106,17 +141,39 @@ def _of_task(
         answers = store.predictions(record.score_id)
         if not answers:
             continue
-        if questions is None:
-            questions = load_questions(given, folder=folder)
-        asked = _asked(study, given, questions, record.score)
+        known = store.question_set(record.score)
+        if known is not None:
+            asked = _of_set(known, version=definition.version, grader=given.grader)
+        else:
+            if questions is None:
+                questions = load_questions(given, folder=folder)
+            asked = _asked(study, given, questions, record.score)
         score, predictions = grade(
             [_answer(one, record.score) for one in answers], asked, unsafe_exec=unsafe_exec
         )
         score = replace(score, decoding=record.score.decoding)
-        store.add_score(record.trial_id, score, predictions)
+        kept = replace(asked.question_set(), decoding=record.score.decoding)
+        store.add_score(record.trial_id, score, predictions, questions=kept)
         judged.add(key)
         made.append(Regraded(record.trial_id, record.score, score))
     return made[::-1]
+
+
+def _of_set(known: QuestionSet, *, version: str, grader: GraderName) -> TaskQuestions:
+    """The questions behind a score as the store has them."""
+    return TaskQuestions(
+        task=known.task,
+        version=version,
+        split=known.split,
+        grader=grader,
+        prompts=("",) * len(known.references),
+        prompt_ids=(),
+        references=known.references,
+        max_new_tokens=1,
+        stop=(),
+        extract=known.extract,
+        choices=known.choices,
+    )
 
 
 def _asked(

@@ -291,7 +291,10 @@ class Settling:
                     except Exception as error:  # noqa: BLE001 - it must not cost the other trials
                         why = " ".join(f"{type(error).__name__}: {error}".split())
                     else:
-                        self.store.add_score(trial.trial_id, score, predictions)
+                        questions = self.workshop.questions(trial, task=task)
+                        self.store.add_score(
+                            trial.trial_id, score, predictions, questions=questions
+                        )
                         self.watcher.scored(trial, score)
                         continue
                 self.num_not_scored += 1

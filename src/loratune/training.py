@@ -26,7 +26,17 @@ from loratune.engine.base import Engine, Event, Failed, Finished, Progress, Snap
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder, replace_folder
 from loratune.planning.build import Plan
-from loratune.records import DataSummary, Outcome, Prediction, Provenance, Score, ScoreKey, Trial
+from loratune.records import (
+    DataSummary,
+    NoiseProbe,
+    Outcome,
+    Prediction,
+    Provenance,
+    QuestionSet,
+    Score,
+    ScoreKey,
+    Trial,
+)
 from loratune.store.database import Store
 
 if TYPE_CHECKING:
@@ -79,6 +89,10 @@ class Workshop(Protocol):
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
         """What `score` would ask now, and how it would judge."""
+        ...
+
+    def questions(self, trial: Trial, *, task: str) -> QuestionSet:
+        """What `score` would ask now, as the store keeps it."""
         ...
 
     def score(
@@ -306,6 +320,9 @@ class _StoreFeed:
         match event:
             case Progress():
                 training.watcher.update(trial, event)
+            case NoiseProbe():
+                if not training.store.add_noise_probes(claimed.attempt, [event]):
+                    self._drop(claimed)
             case Snapshot():
                 path = training.folder.snapshot(trial.trial_id)
                 training.workshop.save_snapshot(path, event)

@@ -1,8 +1,9 @@
 """`tune`: the batch size and LR for a model and data, by a proxy where there is one.
 
-Three steps, each of which goes on where it was stopped: the sweep on the proxy, the target at the
-batch size that the proxy answers, the answer. Without a proxy the target itself is swept. Where a
-budget is given, steps stop when it is over, and the answer is what can be said by then.
+Steps, each of which goes on where it was stopped: the sweep on the proxy, the target at the batch
+size that the proxy answers, the target at half and twice that, the answer. Without a proxy the
+target itself is swept. Where a budget is given, steps stop when it is over, and the answer is what
+can be said by then.
 """
 
 import time
@@ -15,6 +16,8 @@ from loratune.errors import ModelError, StudyError
 from loratune.folder import ResultsFolder, open_results, write_whole
 from loratune.models.proxies import propose_proxy
 from loratune.new_study import (
+    SWEEP_BATCH_SIZES,
+    finest_grid,
     fixed_sweep,
     grid_study,
     proxy_studies,
@@ -27,9 +30,12 @@ from loratune.progress import readable_seconds
 from loratune.recommendation.proxy import (
     ModelOfPair,
     ProxyPair,
+    expected_rate,
     model_of_pair,
     proxy_answer,
+    search_target,
 )
+from loratune.records import TrialResult
 from loratune.study.loading import LoadedStudy
 from loratune.training import Interrupted
 from loratune.workshop import choose_device, measured_flops_per_second, survey
@@ -119,27 +125,48 @@ def tune(
         folder=folder.proxy.name,
         trust_remote_code=asked.trust_remote_code,
     )
-    searched = _affordable(asked, studies, say)
+    _, search_flops, _ = _model_of(studies[0], trust_remote_code=asked.trust_remote_code)
+    first = finest_grid(search_flops / pair.sweep_flops)
+    searched = _affordable(asked, studies, say, first=first)
     say(searched.text)
     if not _within(asked, SHARE_OF_PROXY, searched, folder.proxy, run, should_stop, say):
         say(f"the proxy's share of the budget is over: {folder.proxy} holds what was trained")
     write_whole(folder.proxy_pair, pair.to_json())
-    _, store, record = open_results(folder.proxy)
-    with store:
-        found = store.results(record.name, with_losses=False)
+    found = _results_of(folder.proxy)
     answer = proxy_answer(found, method=asked.method)
     if answer.batch_size is None or answer.learning_rate is None:
         return  # `recommend` says why.
-    carried = target_study(
-        request,
-        model=asked.model,
-        rank=asked.rank,
-        batch_size=answer.batch_size,
-        learning_rate=pair.carried(answer.learning_rate),
+    carried_size = answer.batch_size
+
+    def train(sizes: tuple[int, ...], rates: tuple[float, ...]) -> Sequence[TrialResult] | None:
+        at_size = sizes == (carried_size,)
+        carried = target_study(
+            request,
+            model=asked.model,
+            rank=asked.rank,
+            kind="target" if at_size else "beside",
+            batch_sizes=sizes,
+            learning_rates=rates,
+        )
+        say(carried.text)
+        place = folder.root if at_size else folder.beside
+        if not _within(asked, 1.0, carried, place, run, should_stop, say):
+            say(f"the budget is over: {place} holds what was trained; the same command goes on")
+            return None
+        return _results_of(place)
+
+    search_target(
+        train,
+        batch_size=carried_size,
+        expected=expected_rate(found, answer, pair=pair),
+        sizes=request.sizes_of(SWEEP_BATCH_SIZES),
     )
-    say(carried.text)
-    if not _within(asked, 1.0, carried, asked.out, run, should_stop, say):
-        say(f"the budget is over: {asked.out} holds what was trained; the same command goes on")
+
+
+def _results_of(place: Path) -> Sequence[TrialResult]:
+    _, store, record = open_results(place)
+    with store:
+        return store.results(record.name, with_losses=False)
 
 
 def _within(
@@ -181,12 +208,12 @@ def _proxy_name(asked: Tuning, say: Callable[[str], None]) -> str | None:
 
 
 def _affordable(
-    asked: Tuning, studies: Sequence[LoadedStudy], say: Callable[[str], None]
+    asked: Tuning, studies: Sequence[LoadedStudy], say: Callable[[str], None], *, first: int
 ) -> LoadedStudy:
     """The finest of the proxy's studies that its share of the budget has time for, or the last.
 
     From the FLOPs of each and the rate at which this device runs the proxy's own blocks now. One
-    that was begun goes on.
+    that was begun goes on; none before the `first` is begun.
     """
     begun = ResultsFolder(ResultsFolder(asked.out).proxy).study
     if begun.is_file():
@@ -194,6 +221,7 @@ def _affordable(
         for loaded in studies:
             if loaded.text == text:
                 return loaded
+    studies = studies[first:]
     if asked.budget_seconds is None:
         return studies[0]
     device = choose_device(asked.device)

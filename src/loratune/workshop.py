@@ -53,6 +53,7 @@ from loratune.records import (
     ModelFacts,
     Prediction,
     Provenance,
+    QuestionSet,
     Score,
     ScoreKey,
     Trial,
@@ -367,6 +368,8 @@ class LocalWorkshop:
         """
         rows = self._survey.prepared
         base = self._base_of(group[0])
+        asked = self.loaded.study.noise_scale
+        noise = None if asked is None else asked.schedule()
         if self._is_packed(group[0]):
             rows = {trial.data_fingerprint: rows[trial.data_fingerprint] for trial in group}
             try:
@@ -377,14 +380,24 @@ class LocalWorkshop:
                 remark(f"{group[0].model} trains on the reference engine, one by one: {error}")
             else:
                 return PackedEngine(
-                    base, rows, shape=self._pack_shape(group), targets=group[0].targets
+                    base,
+                    rows,
+                    shape=self._pack_shape(group),
+                    targets=group[0].targets,
+                    noise=noise,
                 )
-        return ReferenceEngine(base, rows, tokens_per_microbatch=self._tokens_per_microbatch)
+        return ReferenceEngine(
+            base, rows, tokens_per_microbatch=self._tokens_per_microbatch, noise=noise
+        )
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
         """See `training.Workshop`."""
         asked = self._asked[trial.model, trial.data_fingerprint, task]
         return ScoreKey(asked.task, asked.version, asked.grader, asked.decoding)
+
+    def questions(self, trial: Trial, *, task: str) -> QuestionSet:
+        """See `training.Workshop`."""
+        return self._asked[trial.model, trial.data_fingerprint, task].question_set()
 
     def score(
         self, trial: Trial, adapter: Path, *, task: str

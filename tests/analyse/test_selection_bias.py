@@ -10,7 +10,8 @@ from loratune.errors import AnalysisError
 
 
 @pytest.mark.parametrize(
-    ("num", "known"), [(1, 0.0), (2, 0.5642), (5, 1.163), (8, 1.424), (10, 1.539), (40, 2.161)]
+    ("num", "known"),
+    [(1, 0.0), (2, 0.5642), (5, 1.163), (8, 1.424), (10, 1.539), (40, 2.161), (1000, 3.2414)],
 )
 def test_the_expected_maximum_is_the_tabulated_one(num, known):
     assert expected_maximum(num) == pytest.approx(known, abs=5e-4)  # the table's last digit
@@ -27,6 +28,7 @@ def test_choosing_and_scoring_on_gsm8k_flatters_40_configurations_over_5_by_0_97
         return selection_bias(num, accuracy=0.5, num_questions=1319, correlation=0.5)
 
     assert 100 * (bias(40) - bias(5)) == pytest.approx(0.97, abs=0.005)
+    assert bias(8) == pytest.approx(1.424 * 0.00973, rel=1e-2)
     with_seeds = selection_bias(8, accuracy=0.6, num_questions=1319, seed_sd=0.01)
     noise = math.sqrt(0.24 / 1319 + 1e-4)
     assert with_seeds == pytest.approx(expected_maximum(8) * noise)

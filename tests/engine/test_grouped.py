@@ -123,8 +123,9 @@ def test_the_number_of_threads_is_put_back():
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
-    corrected, gained, dropped
+    corrected, gained, dropped, biased
 ):
     """Two members of widths 4 and 6; y = gain (W x' + ...) + W (x - x'), by tokens, in float64."""
     segments, out, scale_A = [0, 4, 10], 10, torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.0])
@@ -139,9 +140,12 @@ def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
     if corrected:
         downs, ups = [a - a0, a0], [scaled * b, scaled * (b - b0)]
     routes = routing(fresh=(1, 2, 4)).tensors()
-    y, h, correction, before = packed_linear(
-        x, x_adapter, weight, bias, downs, ups, gain, routes, segments
+    y, h, correction, rescaled = packed_linear(
+        x, x_adapter, weight, bias if biased else None, downs, ups, gain, routes, segments
     )
+    # y alone tells what the gain multiplied, or it is kept.
+    is_scaled = gained and not biased and not dropped
+    assert (rescaled.numel() > 0) == (gained and not is_scaled)
 
     live = {"x": x, "a": a, "b": b, "m": draw(6, out, seed=8).abs()}
     if x_adapter is not None:
@@ -164,7 +168,7 @@ def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
             if gain is not None and inverse_norm is not None:
                 # m / norm, the norm a constant.
                 base = base * live["m"][slot]
-        row = base + bias.double()
+        row = base + bias.double() * biased
         if dropped:
             row = row + weight.double() @ (live["x"][token] - live["x'"][token])
         rows.append(row)
@@ -183,13 +187,14 @@ def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
         x_adapter,
         h,
         correction,
-        before,
+        y if is_scaled else rescaled,
         weight,
         downs,
         ups,
         scale_A,
         gain,
         inverse_norm,
+        is_scaled,
         *grads,
         grad_m,
         routes,

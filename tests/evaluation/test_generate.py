@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError
 from loratune.evaluation.generate import check_room, generate_answers
 from loratune.models.load import Base, set_gradient_checkpointing
+from loratune.records import Answer
 from tiny_models import EOS_ID, tiny_model, tiny_tokenizer
 
 TEXTS = (

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError
 from loratune.evaluation.custom import read_task
 from loratune.evaluation.graders import extracted, judge_choice, judge_exact
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.score import grade
 from loratune.evaluation.tasks import ask, check_tasks, load_questions
+from loratune.records import Answer
 from loratune.study.schema import Data, Task
 from tiny_models import BOS_ID, tiny_tokenizer
 

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.generate import generate_answers
@@ -14,6 +13,7 @@ from loratune.evaluation.sandbox import choosing
 from loratune.evaluation.score import grade, score_task
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.models.load import Base
+from loratune.records import Answer
 from tiny_models import tiny_model, tiny_tokenizer
 
 CONFIG = {
@@ -145,6 +145,9 @@ def test_answers_that_are_programs_are_judged_by_running_them():
     score, predictions = grade(answers, questions, unsafe_exec=True)
     assert (score.correct, score.wrong, score.truncated, score.errors) == (1, 1, 1, 1)
     assert [one.text for one in predictions] == [answer.text for answer in answers]
+    assert [one.reason is None for one in predictions] == [True, False, False, False]
+    assert predictions[1].reason is not None
+    assert "AssertionError" in predictions[1].reason
 
 
 def test_programs_are_not_run_where_they_cannot_be_isolated(monkeypatch):

@@ -36,7 +36,7 @@ def test_totals_are_the_sums_over_trials():
 
 def test_json_has_the_keys_that_others_rely_on():
     expected = "num_trials num_cells num_updates tokens flops hours device peak_memory_bytes"
-    expected += " disk_bytes detectable_effect provisional packs power"
+    expected += " disk_bytes noise_probes detectable_effect provisional packs power"
     assert list(planned().to_json()) == ["study", *expected.split()]
     assert planned().to_json()["detectable_effect"] is None
 

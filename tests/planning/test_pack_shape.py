@@ -35,10 +35,10 @@ def facts_of(shape: str) -> ModelFacts:
 
 
 def recorded() -> list[Any]:
-    """Every measured pack, with the number of packs before it in its process."""
+    """Every measured pack of today's engine, with the packs before it whose workspaces stayed."""
     tables = json.loads((ROOT / "docs" / "log" / "throughput-h100.json").read_text())
     cases = list[Any]()
-    for table in ("first_table", "second_table"):
+    for table in ("first_table", "second_table", "third_table"):
         packs = [one for one in tables[table]["results"] if one["case"]["what"] == "packed"]
         before = 0
         for one in packs:
@@ -47,9 +47,12 @@ def recorded() -> list[Any]:
             before += one["tokens_per_step"] < asked
             name = "{shape}, {num_adapters} x {batch_size}, rank {rank}, {method}, {rows}"
             label = name.format(**one["case"])
-            cases.append(pytest.param(one, before, id=f"{table}: {label}"))
+            left = 0 if table == "third_table" else before
+            # Before its kernels were fused, DoRA kept more than it does now.
+            if one["case"]["method"] != "dora" or table == "third_table":
+                cases.append(pytest.param(one, left, id=f"{table}: {label}"))
             before += 1
-    assert len(cases) == 12
+    assert len(cases) == 13
     return cases
 
 
@@ -67,6 +70,31 @@ def test_planned_memory_is_within_5_percent_of_every_recorded_pack(result: Any, 
     planned = pack_bytes(shape, model=model, precision="bfloat16", targets=TARGETS)
     expected = planned + before * LEFT_BY_EARLIER_PACK
     assert expected == pytest.approx(result["peak_memory_bytes"], rel=0.05)
+
+
+def random_packs() -> list[Any]:
+    """The recorded random packs before which little of earlier packs was left on the device."""
+    path = ROOT / "docs" / "log" / "random-packs-h100.json"
+    packs = list(json.loads(path.read_text())["results"].values())
+    least = min(one["reserved_before_bytes"] for one in packs)
+    found = [
+        (PackShape(**one["shape"]), one["reserved_bytes"] - (one["reserved_before_bytes"] - least))
+        for one in packs
+        if one["reserved_before_bytes"] - least < 2**30 and not one["was_shrunk"]
+    ]
+    assert len(found) == 54
+    return found
+
+
+def test_planned_memory_is_near_that_of_every_recorded_random_pack():
+    # Not all within 5%: rows of many lengths leave holes in the allocator's segments, and of a pack
+    # of 1 GiB the smallest segments are several percent. What is planned must not be far short.
+    ratios = [
+        pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS) / taken
+        for shape, taken in random_packs()
+    ]
+    assert sum(0.95 <= one <= 1.05 for one in ratios) >= 0.75 * len(ratios)
+    assert 0.86 < min(ratios) < max(ratios) < 1.16
 
 
 SMALL = PackShape(num_slots=8, tokens_per_step=4096, rank=16)

@@ -1,11 +1,19 @@
 """The answer of a proxy, from simulated results of both models."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from loratune.errors import AnalysisError
-from loratune.recommendation.proxy import ModelOfPair, ProxyPair, recommend_by_proxy
+from loratune.recommendation.proxy import (
+    ModelOfPair,
+    ProxyPair,
+    expected_rate,
+    proxy_answer,
+    recommend_by_proxy,
+    search_target,
+)
 from loratune.records import TrialResult
 from simulated import result
 
@@ -122,3 +130,102 @@ def test_the_learning_rate_is_carried_by_lora_without_regrets_law():
     assert ProxyPair.from_json(pair.to_json()) == pair
     with pytest.raises(AnalysisError, match="not what `loratune tune` wrote"):
         ProxyPair.from_json("{}")
+
+
+def beside(losses: dict[int, float]) -> list[TrialResult]:
+    """One trial at each batch size beside, at the LR that is best on the target."""
+    rows = trials(losses, model="large", rank=8)
+    return [one for one in rows if one.trial.learning_rate == 3e-3 and one.trial.seed == 0]
+
+
+def test_a_batch_size_beside_the_proxys_is_the_answer_where_the_target_scores_better_there():
+    answer = recommend_by_proxy(PROXY, target(), beside({8: 0.8, 32: 0.6}), pair=PAIR)
+    assert (answer.batch_size, answer.learning_rate, answer.batch_size_high) == (32, 3e-3, 32)
+    assert answer.acceptable_batch_sizes is not None
+    assert 32 in answer.acceptable_batch_sizes
+    assert any("scored better at batch size 32 than at the 16" in n for n in answer.evidence.notes)
+    assert {one.batch_size for one in answer.confirmed} == {8, 16, 32}
+    worse = recommend_by_proxy(PROXY, target(), beside({8: 0.8, 32: 0.75}), pair=PAIR)
+    assert (worse.batch_size, worse.batch_size_high) == (16, 16)
+    assert worse.cost_fraction is not None
+    assert worse.cost_fraction > (recommend_by_proxy(PROXY, target(), pair=PAIR).cost_fraction or 1)
+    # What was trained beside an earlier answer of the proxy says nothing of this one.
+    stale = recommend_by_proxy(PROXY, target(), beside({64: 0.1}), pair=PAIR)
+    assert stale.batch_size == 16
+
+
+def test_the_answer_keeps_its_distance_from_a_learning_rate_that_diverged():
+    rows = trials({16: 0.7}, model="large", rank=8)
+    made = [
+        replace(one, status="diverged", outcome=None if one.outcome is None else replace(
+            one.outcome, status="diverged", validation_loss=None))
+        if one.trial.learning_rate == 1e-2
+        else one
+        for one in rows
+    ]  # fmt: skip
+    near = [
+        replace(one, trial=replace(one.trial, learning_rate=7e-3), outcome=replace(
+            one.outcome, validation_loss=0.6))
+        for one in rows
+        if one.trial.learning_rate == 3e-3 and one.outcome is not None
+    ]  # fmt: skip
+    answer = recommend_by_proxy(PROXY, [*made, *near], pair=PAIR)
+    assert answer.learning_rate == 3e-3  # 7e-3 scored better, and 1e-2 diverged
+    assert any("diverged at learning rate 0.01" in note for note in answer.evidence.notes)
+
+
+class Target:
+    """Trains a bowl: best at `rate`, and at batch size `size`; LRs above `cliff` diverge."""
+
+    def __init__(self, rate: float, size: int = 16, cliff: float = math.inf) -> None:
+        self.rate, self.size, self.cliff = rate, size, cliff
+        self.asked: list[tuple[tuple[int, ...], tuple[float, ...]]] = []
+
+    def __call__(self, sizes: tuple[int, ...], rates: tuple[float, ...]) -> list[TrialResult]:
+        self.asked.append((sizes, rates))
+        return [
+            result(
+                1 + 0.1 * math.log(rate / self.rate) ** 2 + 0.02 * math.log2(size / self.size) ** 2,
+                batch_size=size,
+                learning_rate=rate,
+                status="diverged" if rate > self.cliff else "done",
+                model="large",
+            )
+            for size in sizes
+            for rate in rates
+        ]
+
+
+def test_the_target_is_searched_about_what_is_expected_then_between_then_beside():
+    train = Target(2.4e-3)
+    search_target(train, batch_size=16, expected=2e-3, sizes=(1, 2, 4, 8, 16, 32))
+    first, refined, last = train.asked
+    assert first == ((16,), (1.3e-3, 2e-3, 3e-3))
+    # The bowl is a parabola in log LR: its lowest point is found, to two digits.
+    assert refined == ((16,), (1.3e-3, 2e-3, 2.4e-3, 3e-3))
+    assert last == ((8, 32), (2.4e-3,))
+    close = Target(2.05e-3)
+    search_target(close, batch_size=16, expected=2e-3, sizes=(16,))
+    assert len(close.asked) == 1  # 2.05e-3 is not worth a trial, and 8 and 32 may not be answered
+
+
+def test_no_time_left_ends_the_search_where_it_is():
+    search_target(lambda *_: None, batch_size=16, expected=2e-3, sizes=(8, 16))
+
+
+def test_where_the_best_rate_is_close_to_divergence_a_lower_one_is_tried():
+    train = Target(2.9e-3, cliff=2.9e-3)
+    search_target(train, batch_size=16, expected=2e-3, sizes=(16,))
+    # 3e-3 diverged, 2e-3 is the best; 3e-3 / 1.8 is far enough below, and 1.3e-3 too far.
+    assert train.asked[-1] == ((16,), (1.3e-3, 1.7e-3, 2e-3, 3e-3))
+
+
+def test_the_expected_rate_is_read_off_between_those_tried_on_the_proxy():
+    bowl = Target(2.4e-3)
+    rows = bowl((8, 16, 32), (1e-3, 2e-3, 4e-3))
+    seeds = [replace(one, trial=replace(one.trial, seed=seed)) for one in rows for seed in (0, 1)]
+    answer = proxy_answer(seeds, method="lora")
+    assert (answer.batch_size, answer.learning_rate) == (16, 2e-3)
+    same = replace(PAIR, target=replace(PAIR.target, hidden_size=PAIR.proxy.hidden_size))
+    assert expected_rate(seeds, answer, pair=same) == pytest.approx(2.4e-3)
+    assert expected_rate(seeds, answer, pair=PAIR) == pytest.approx(PAIR.carried(2.4e-3))

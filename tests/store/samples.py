@@ -126,7 +126,14 @@ def score(
 
 PREDICTIONS = (
     Prediction(0, "The answer is: 4", 6, "correct"),
-    Prediction(1, "\u6570\u5b66 \U0001f600 \x00 nul, \ud800 lone surrogate", 9, "wrong"),
+    Prediction(
+        1,
+        "\u6570\u5b66 \U0001f600 \x00 nul, \ud800 lone surrogate",
+        9,
+        "wrong",
+        True,
+        "NameError: \x00 \ud800",
+    ),
     Prediction(2, "", 256, "truncated"),
     Prediction(5, "?", 1, "error"),
 )

@@ -16,7 +16,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 
 from loratune.errors import StoreError
-from loratune.records import Outcome, Prediction
+from loratune.records import Outcome, Prediction, QuestionSet
 from loratune.store import database
 from loratune.store.database import CLAIM_EXPIRY_SECONDS, Store, open_store
 from loratune.store.workers import Worker, this_worker
@@ -556,6 +556,27 @@ def test_verdicts_are_those_of_the_scores_that_count(store: Store) -> None:
     # A newer score without its answers replaces the older one, whose answers count no more.
     store.add_score("trial-1", score(correct=0, wrong=2), ())
     assert store.verdicts("study") == (second,)
+
+
+def test_what_was_asked_comes_back_with_a_score_and_is_written_once(store: Store) -> None:
+    add(store, 1)
+    made = score()
+    asked = QuestionSet(
+        made.task,
+        made.task_version,
+        made.decoding,
+        "test",
+        ("4", None, "\ud800"),
+        r"(\d)",
+        (("a",),),
+    )
+    store.add_score("trial-1", made, PREDICTIONS)
+    assert store.question_set(made) is None
+    store.add_score("trial-1", made, PREDICTIONS, questions=asked)
+    store.add_score("trial-1", made, PREDICTIONS, questions=replace(asked, references=("5",)))
+    assert store.question_set(made) == asked
+    assert store.question_set(replace(made, grader="pissa")) == asked
+    assert store.question_set(replace(made, decoding="other")) is None
 
 
 def test_predictions_that_do_not_add_up_are_refused(store: Store) -> None:

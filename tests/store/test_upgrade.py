@@ -105,6 +105,23 @@ def test_opening_a_current_database_imports_neither_alembic_nor_torch(tmp_path: 
     assert ran.stdout == "[]\n"
 
 
+def test_a_database_from_before_noise_probes_is_brought_up_to_date_and_keeps_its_rows(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "loratune.db"
+    make(file)
+    query(file, "DROP TABLE noise_probes")
+    query(file, "DROP TABLE question_sets")
+    query(file, "ALTER TABLE predictions DROP COLUMN reason")
+    query(file, "UPDATE alembic_version SET version_num = '0003'")
+    with open_store(file, create=False) as store:
+        assert store.trials("study") == (trial(1),)
+        assert store.noise_probes("study") == ()
+    fresh = tmp_path / "fresh.db"
+    make(fresh)
+    assert schema(file) == schema(fresh)
+
+
 @pytest.mark.parametrize("revision", ["0000", "9999"])
 @pytest.mark.parametrize("create", [True, False])
 def test_a_schema_of_another_version_is_refused_and_nothing_is_written(

@@ -13,8 +13,12 @@ from loratune.study.presets import preset_names, preset_scales, preset_text
 from loratune.study.schema import DeclaredModel, Study
 
 FIGURES = ("fig1", "fig2a", "fig2b", "fig2c", "fig3", "fig4", "fig5", "fig7a", "fig7b", "fig7c")
+SECTIONS = ("proxy", "noise")
 PUBLISHED = ("published-pissa", "published-milora", "published-peft")
-ALL = [*product(FIGURES, ("paper", "small")), *((name, "paper") for name in PUBLISHED)]
+ALL = [
+    *product((*FIGURES, *SECTIONS), ("paper", "small")),
+    *((name, "paper") for name in PUBLISHED),
+]
 LLAMA = ("meta-llama/Llama-2-7b-hf",)
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DOUBLING = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -50,9 +54,9 @@ def num_trials(study: Study) -> int:
     return num
 
 
-def test_the_presets_are_the_papers_figures_and_three_published_comparisons():
-    assert preset_names() == (*FIGURES, *PUBLISHED)
-    assert {preset_scales(name) for name in FIGURES} == {("small", "paper")}
+def test_the_presets_are_the_papers_figures_two_sections_and_three_published_comparisons():
+    assert preset_names() == (*FIGURES, *SECTIONS, *PUBLISHED)
+    assert {preset_scales(name) for name in (*FIGURES, *SECTIONS)} == {("small", "paper")}
     assert {preset_scales(name) for name in PUBLISHED} == {("paper",)}
 
 
@@ -80,7 +84,8 @@ def test_every_preset_is_commented_in_ascii_within_100_columns(name: str, scale:
 @pytest.mark.parametrize(("name", "scale"), ALL)
 def test_every_preset_writes_out_every_key_that_decides_a_result(name: str, scale: str):
     content: Any = YAML(typ="safe", pure=True).load(preset_text(name, scale=scale))
-    assert set(content) == set(Study.model_fields)
+    # The noise scale is measured beside the trials and changes none of them.
+    assert set(content) | {"noise_scale"} == set(Study.model_fields)
     for section in ("optimizer", "evaluate"):
         fields: Any = Study.model_fields[section].annotation
         assert set(content[section]) == set(fields.model_fields)
@@ -288,6 +293,24 @@ def test_small_scale_is_minutes_at_four_updates_and_240_rows_a_second(name: str)
 def test_no_small_batch_is_larger_than_the_rows(name: str):
     study = study_of(name, "small")
     assert all(rows is not None and rows >= max(study.batch_size) for rows in study.data.rows)
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+def test_the_proxy_crosses_two_models_and_ranks_on_all_rows(scale: str):
+    study = study_of("proxy", scale)
+    assert study.data.rows == (None,)
+    assert study.model == study_of("fig2c", scale).model
+    assert study.rank == (8, 128)
+    assert study.batch_size == study_of("fig1", scale).batch_size
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+def test_the_noise_scale_is_measured_over_batch_sizes_and_ranks_of_figure_2a(scale: str):
+    study, figure = study_of("noise", scale), study_of("fig2a", scale)
+    assert study.noise_scale is not None
+    assert study.noise_scale.held_out is not None
+    assert (study.rank, study.batch_size) == (figure.rank, figure.batch_size)
+    assert [one for one in FIGURES if study_of(one, scale).noise_scale is not None] == []
 
 
 def test_published_pissa_is_its_own_setting():

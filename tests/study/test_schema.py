@@ -5,6 +5,7 @@ import time
 import pytest
 
 from loratune.errors import StudyError
+from loratune.records import NoiseSchedule
 from planned_studies import study
 
 ACCEPTED = [
@@ -217,3 +218,14 @@ def test_a_grid_of_learning_rates_may_grow():
     for refused in ("{extend: 2}", "{search: adaptive, low: 1e-5, high: 1e-2, extend: 2}"):
         with pytest.raises(StudyError):
             study(learning_rate=refused)
+
+
+def test_the_noise_scale_is_off_unless_asked_for_and_refuses_what_cannot_be_measured():
+    assert study().noise_scale is None
+    asked = study(noise_scale="{held_out: 12}").noise_scale
+    assert asked is not None
+    assert asked.schedule() == NoiseSchedule(every=10, rows=32, held_out_rows=12)
+    with pytest.raises(StudyError, match="single rows' gradients of method adalora"):
+        study(noise_scale="{every: 10}", methods="[lora, adalora]")
+    with pytest.raises(StudyError, match=r"noise_scale.*every"):
+        study(noise_scale="{every: 0}")

@@ -14,11 +14,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
-from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
 # Disjoint intervals of [0, 1], ascending.
@@ -195,9 +193,3 @@ def _roots(quadratic: float, linear: float, constant: float) -> tuple[float, ...
         return ()
     q = -(linear + math.copysign(math.sqrt(discriminant), linear)) / 2
     return (q / quadratic,) if q == 0.0 else (q / quadratic, constant / q)
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of `total` questions, as fractions; total >= 1."""
-    found: Any = binomtest(correct, total).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)

@@ -10,8 +10,6 @@ vary in them. `analyse.crossed` is for methods.
 
 from dataclasses import dataclass
 
-from scipy.stats import binom, binomtest
-
 from loratune.errors import AnalysisError
 
 
@@ -38,6 +36,8 @@ def mcnemar(first_only: int, second_only: int) -> McNemar:
     """
     if min(first_only, second_only) < 0:
         raise AnalysisError(f"counts {first_only} and {second_only}; give numbers of questions")
+    from scipy.stats import binom  # half a second to import, which most commands need not pay
+
     num, fewer = first_only + second_only, min(first_only, second_only)
     exact = min(1.0, 2.0 * float(binom.cdf(fewer, num, 0.5)))
     mid_p = 2.0 * (float(binom.cdf(fewer, num, 0.5)) - 0.5 * float(binom.pmf(fewer, num, 0.5)))
@@ -52,5 +52,7 @@ def wilson(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float
     """
     if not 0 <= correct <= total or total == 0:
         raise AnalysisError(f"{correct} right of {total} questions; expected 0 <= right <= total")
+    from scipy.stats import binomtest  # as above
+
     found = binomtest(correct, total).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)

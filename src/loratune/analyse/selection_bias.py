@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
-from scipy.integrate import quad
 from scipy.special import ndtr
 
 from loratune.errors import AnalysisError
@@ -35,6 +34,8 @@ def expected_maximum(num: int) -> float:
 
     def exceeded(x: float) -> float:
         return float(1.0 - ndtr(x) ** num - ndtr(-x) ** num)
+
+    from scipy.integrate import quad  # a sixth of a second to import
 
     value, _ = quad(exceeded, 0.0, 40.0, limit=200)
     return float(value)

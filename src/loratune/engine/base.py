@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from loratune.records import Outcome, Trial
+from loratune.records import NoiseProbe, Outcome, Trial
 
 if TYPE_CHECKING:  # The sweep dispatches on these records and must start without torch.
     from torch import Tensor
@@ -57,7 +57,7 @@ class Failed:
     error: Exception
 
 
-Event = Progress | Snapshot | Finished | Failed
+Event = Progress | NoiseProbe | Snapshot | Finished | Failed
 
 
 class Feed(Protocol):
@@ -103,8 +103,9 @@ class Engine(Protocol):
     def train(self, feed: Feed) -> Generator[Event]:
         """Train what waits in `feed` until nothing waits any more.
 
-        Yields Progress after every update of a trial, Snapshots when they are wanted, and Finished
-        or Failed once for every claimed trial that is not dropped. Closing the iterator before its
-        end leaves the base model as it was.
+        Yields Progress after every update of a trial, NoiseProbes where its engine was told to make
+        any, Snapshots when they are wanted, and Finished or Failed once for every claimed trial
+        that is not dropped. A trial that begins anew or goes on may repeat probes. Closing the
+        iterator before its end leaves the base model as it was.
         """
         ...

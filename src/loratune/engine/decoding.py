@@ -68,7 +68,6 @@ from loratune.engine.decoding_model import (
 from loratune.engine.decoding_text import (
     ENDS,
     MAY_STOP,
-    Answer,
     Ends,
     answer_of,
     end_ids_of,
@@ -76,6 +75,7 @@ from loratune.engine.decoding_text import (
 from loratune.engine.memory import release_memory
 from loratune.errors import CapacityError, EvaluationError
 from loratune.models.load import Base
+from loratune.records import Answer
 
 # Unless the caller says: rows at once, where memory allows; adapters at once; tokens of prompts.
 MOST_SLOTS_ON_CUDA = 2048

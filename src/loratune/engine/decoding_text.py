@@ -15,13 +15,13 @@ looked at.
 # pyright: reportUnknownArgumentType=false
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from loratune.models.load import Base
+from loratune.records import Answer
 
 # A character has at most so many bytes, and each may be a token.
 BYTES_OF_A_CHARACTER = 4
@@ -30,19 +30,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 # What a token may do to an answer; the first: not worked out yet.
 _UNKNOWN, SILENT, HARMLESS, MAY_STOP, ENDS = range(5)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model wrote: the text without special tokens, ending before the first stop string.
-
-    `num_tokens` counts what was generated, the EOS or the stop string included. `finished` is False
-    where the token limit came before both.
-    """
-
-    text: str
-    num_tokens: int
-    finished: bool
 
 
 def answer_of(

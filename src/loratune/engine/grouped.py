@@ -54,8 +54,54 @@ class GroupedProducts(Protocol):
         *,
         into_MN: Tensor,
         bias_N: Tensor | None = None,
+        segments: Sequence[int] | None = None,
     ) -> None:
-        """Y, the sum of every H W and the bias, in the precision of h."""
+        """Y, the sum of every H W and the bias, in the precision of h.
+
+        With `segments`, bounds of at most three members in N, each member has K columns of H of its
+        own, side by side, and W holds the members' parts side by side too.
+        """
+        ...
+
+    def expand_rescaled(
+        self,
+        hs_MK: Sequence[Tensor],
+        ws_AKN: Sequence[Tensor],
+        routing: Routing,
+        *,
+        onto_MN: Tensor,
+        gain_AN: Tensor,
+        bias_N: Tensor | None,
+        kept_MN: Tensor | None,
+        segments: Sequence[int],
+    ) -> None:
+        """Y = gain (Y + the sum of every H W) + bias, in place; filler's gain is one.
+
+        What is rescaled is written to `kept_MN`, where that is given.
+        """
+        ...
+
+    def rescale_gradient(
+        self,
+        grads: Sequence[Tensor],
+        y_MN: Tensor,
+        routing: Routing,
+        *,
+        gain_AN: Tensor,
+        inverse_norm_AN: Tensor,
+        is_scaled: bool,
+        into_MN: Tensor,
+        into_AN: Tensor,
+    ) -> None:
+        """The backward of `expand_rescaled`: dY gain, and the gradient of gain times norm.
+
+        The latter is the sum over a slot's tokens of dY times what was rescaled, over the norm, in
+        float32; overwritten or added to as by `outer`. What was rescaled is y, or y over the gain
+        if `is_scaled`: then a gain of exactly zero hides it, and its gradient is zero. A slot whose
+        inverse norms are zero trains no magnitudes; its gradient is zero.
+
+        `grads` are the members' parts of dY, in order.
+        """
         ...
 
     def outer(
@@ -104,17 +150,69 @@ class LoopedProducts:
         *,
         into_MN: Tensor,
         bias_N: Tensor | None = None,
+        segments: Sequence[int] | None = None,
     ) -> None:
         """See `GroupedProducts`."""
         with _one_thread(into_MN.device):
-            for slot, tokens in _slots(routing):
-                y_MN = hs_MK[0][tokens] @ ws_AKN[0][slot]
-                for h_MK, w_AKN in zip(hs_MK[1:], ws_AKN[1:], strict=True):
-                    y_MN.addmm_(h_MK[tokens], w_AKN[slot])
-                into_MN[tokens] = y_MN
+            for ranks, outputs in members(ws_AKN[0], segments):
+                for slot, tokens in _slots(routing):
+                    y_MN = hs_MK[0][tokens, ranks] @ ws_AKN[0][slot][:, outputs]
+                    for h_MK, w_AKN in zip(hs_MK[1:], ws_AKN[1:], strict=True):
+                        y_MN.addmm_(h_MK[tokens, ranks], w_AKN[slot][:, outputs])
+                    into_MN[tokens, outputs] = y_MN
             into_MN[_filler(routing)] = 0
         if bias_N is not None:
             into_MN += bias_N
+
+    def expand_rescaled(
+        self,
+        hs_MK: Sequence[Tensor],
+        ws_AKN: Sequence[Tensor],
+        routing: Routing,
+        *,
+        onto_MN: Tensor,
+        gain_AN: Tensor,
+        bias_N: Tensor | None,
+        kept_MN: Tensor | None,
+        segments: Sequence[int],
+    ) -> None:
+        """See `GroupedProducts`."""
+        with _one_thread(onto_MN.device):
+            for ranks, outputs in members(ws_AKN[0], segments):
+                for slot, tokens in _slots(routing):
+                    y_MN = onto_MN[tokens, outputs]
+                    for h_MK, w_AKN in zip(hs_MK, ws_AKN, strict=True):
+                        y_MN.addmm_(h_MK[tokens, ranks], w_AKN[slot][:, outputs])
+        if kept_MN is not None:
+            kept_MN.copy_(onto_MN)
+        for slot, tokens in _slots(routing):
+            onto_MN[tokens] *= gain_AN[slot]
+        if bias_N is not None:
+            onto_MN += bias_N
+
+    def rescale_gradient(
+        self,
+        grads: Sequence[Tensor],
+        y_MN: Tensor,
+        routing: Routing,
+        *,
+        gain_AN: Tensor,
+        inverse_norm_AN: Tensor,
+        is_scaled: bool,
+        into_MN: Tensor,
+        into_AN: Tensor,
+    ) -> None:
+        """See `GroupedProducts`."""
+        torch.cat(list(grads), dim=1, out=into_MN)
+        fresh: list[int] = routing.is_fresh_A.tolist()
+        for slot, tokens in _slots(routing):
+            gain_N, inverse_N = gain_AN[slot], inverse_norm_AN[slot]
+            sum_N = (into_MN[tokens].float() * y_MN[tokens]).sum(dim=0)
+            if is_scaled:
+                sum_N = torch.where(gain_N != 0, sum_N / gain_N, 0)
+            gradient_N = torch.where(inverse_N != 0, sum_N * inverse_N, 0)
+            into_AN[slot] = gradient_N if fresh[slot] else into_AN[slot] + gradient_N
+            into_MN[tokens] *= gain_N
 
     def outer(
         self,
@@ -136,6 +234,15 @@ class LoopedProducts:
                 into_AKN[slot].addmm_(
                     h_MK.T, x_MN[tokens].float(), beta=0 if fresh[slot] else 1, alpha=scales[slot]
                 )
+
+
+def members(w_AKN: Tensor, segments: Sequence[int] | None) -> list[tuple[slice, slice]]:
+    """Each member's columns of H, and its outputs; one member of all outputs without `segments`."""
+    rank = w_AKN.shape[1]
+    return [
+        (slice(index * rank, (index + 1) * rank), slice(low, high))
+        for index, (low, high) in enumerate(pairwise(segments or [0, w_AKN.shape[2]]))
+    ]
 
 
 def _slots(routing: Routing) -> list[tuple[int, slice]]:

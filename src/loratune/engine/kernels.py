@@ -14,6 +14,7 @@ Legend: A slots, M tokens, K directions, N features, T tiles, C chunks.
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from loratune.engine.memory import sent
 from loratune.engine.optimizer import RowUpdate, settings_table
-from loratune.engine.routing import TILE, Routing
+from loratune.engine.routing import TILE, TOKENS_SUMMED_AT_ONCE, Routing
 from loratune.engine.slots import Slots
 
 SHRINK = {"BN": 64, "num_warps": 4, "num_stages": 4}
 EXPAND = {"BN": 128, "num_warps": 4, "num_stages": 2}
+RESCALE = {"BT": 32, "BN": 64, "num_warps": 4}
 OUTER = {"BT": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
 
 
@@ -91,18 +93,26 @@ def _expand(
     w_ptr,
     w2_ptr,
     bias_ptr,
+    gain_ptr,
     y_ptr,
+    kept_ptr,
     tile_slot,
     tile_begin,
     tile_end,
     K,
     N,
+    end0,
+    end1,
     stride_h,
     stride_wa,
     stride_wk,
+    stride_gain,
     stride_y,
+    stride_kept,
     TWO: tl.constexpr,
     BIAS: tl.constexpr,
+    GAIN: tl.constexpr,
+    KEPT: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
@@ -116,15 +126,23 @@ def _expand(
         return
     rows = begin + tl.arange(0, BM)
     is_row = rows < end
-    ns = tl.program_id(1) * BN + tl.arange(0, BN)
-    is_n = ns < N
+    # Blocks of N lie in one member each: members 0, 1 and 2 are [0, end0), [end0, end1), [end1, N).
+    block = tl.program_id(1)
+    blocks0 = tl.cdiv(end0, BN)
+    blocks1 = blocks0 + tl.cdiv(end1 - end0, BN)
+    low = tl.where(block >= blocks1, end1, tl.where(block >= blocks0, end0, 0))
+    high = tl.where(block >= blocks1, N, tl.where(block >= blocks0, end1, end0))
+    block -= tl.where(block >= blocks1, blocks1, tl.where(block >= blocks0, blocks0, 0))
+    member = (low >= end0).to(tl.int32) + (low >= end1).to(tl.int32)
+    ns = low + block * BN + tl.arange(0, BN)
+    is_n = ns < high
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if slot >= 0:
         base_w = slot.to(tl.int64) * stride_wa
         for k in range(0, K, BK):
             ks = k + tl.arange(0, BK)
             is_k = ks < K
-            at_h = rows.to(tl.int64)[:, None] * stride_h + ks[None, :]
+            at_h = rows.to(tl.int64)[:, None] * stride_h + (member * K + ks)[None, :]
             at_w = base_w + ks[:, None] * stride_wk + ns[None, :]
             h_mask = is_row[:, None] & is_k[None, :]
             w_mask = is_k[:, None] & is_n[None, :]
@@ -135,10 +153,115 @@ def _expand(
                 h2 = tl.load(h2_ptr + at_h, mask=h_mask, other=0.0)
                 w2 = tl.load(w2_ptr + at_w, mask=w_mask, other=0.0)
                 acc = tl.dot(h2, w2, acc, input_precision=PRECISION)
+    mask = is_row[:, None] & is_n[None, :]
+    at_y = rows.to(tl.int64)[:, None] * stride_y + ns[None, :]
+    if GAIN:
+        acc += tl.load(y_ptr + at_y, mask=mask, other=0.0).to(tl.float32)
+        if KEPT:
+            at_kept = rows.to(tl.int64)[:, None] * stride_kept + ns[None, :]
+            tl.store(kept_ptr + at_kept, acc.to(kept_ptr.dtype.element_ty), mask=mask)
+        # Filler's gain is one.
+        at_gain = tl.maximum(slot, 0).to(tl.int64) * stride_gain + ns
+        acc *= tl.load(gain_ptr + at_gain, mask=is_n & (slot >= 0), other=1.0)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + ns, mask=is_n, other=0.0).to(tl.float32)[None, :]
-    at_y = rows.to(tl.int64)[:, None] * stride_y + ns[None, :]
-    tl.store(y_ptr + at_y, acc.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_n[None, :])
+    tl.store(y_ptr + at_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rescale_gradient(
+    grad_ptr,
+    y_ptr,
+    into_ptr,
+    part_ptr,
+    gain_ptr,
+    inverse_ptr,
+    chunk_slot,
+    chunk_begin,
+    chunk_end,
+    slot_bounds,
+    num_chunks,
+    num_slots,
+    M,
+    N,
+    stride_grad,
+    stride_y,
+    stride_into,
+    stride_part,
+    stride_gain,
+    stride_inverse,
+    SIZE: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    chunk = tl.program_id(1)
+    # Filler has no chunks, and programs of its own: its gradients pass as they are.
+    is_chunk = chunk < num_chunks
+    filler = tl.load(slot_bounds + num_slots) + (chunk - num_chunks) * SIZE
+    slot = tl.load(chunk_slot + chunk, mask=is_chunk, other=-1)
+    begin = tl.where(is_chunk, tl.load(chunk_begin + chunk, mask=is_chunk, other=0), filler)
+    end = tl.load(chunk_end + chunk, mask=is_chunk, other=0)
+    end = tl.where(is_chunk, end, tl.minimum(filler + SIZE, M))
+    if begin >= end:
+        return
+    ns = tl.program_id(0) * BN + tl.arange(0, BN)
+    is_n = ns < N
+    own = tl.maximum(slot, 0).to(tl.int64)
+    is_own = is_n & (slot >= 0)
+    gain = tl.load(gain_ptr + own * stride_gain + ns, mask=is_own, other=1.0)
+    # What y was is of no interest to a slot that trains no magnitudes.
+    is_seen = tl.load(inverse_ptr + own * stride_inverse + ns, mask=is_own, other=0.0) != 0
+    acc = tl.zeros((BT, BN), dtype=tl.float32)
+    for t in range(begin, end, BT):
+        rows = (t + tl.arange(0, BT)).to(tl.int64)[:, None]
+        mask = (rows < end) & is_n[None, :]
+        seen = (rows < end) & is_seen[None, :]
+        grad = tl.load(grad_ptr + rows * stride_grad + ns[None, :], mask=mask, other=0.0)
+        grad = grad.to(tl.float32)
+        y = tl.load(y_ptr + rows * stride_y + ns[None, :], mask=seen, other=0.0)
+        acc += grad * y.to(tl.float32)
+        scaled = (grad * gain[None, :]).to(into_ptr.dtype.element_ty)
+        tl.store(into_ptr + rows * stride_into + ns[None, :], scaled, mask=mask)
+    at_part = part_ptr + chunk.to(tl.int64) * stride_part + ns
+    tl.store(at_part, tl.sum(acc, axis=0), mask=is_seen)
+
+
+@triton.jit
+def _add_magnitudes(
+    into_ptr,
+    part_ptr,
+    gain_ptr,
+    inverse_ptr,
+    slot_chunk,
+    is_fresh,
+    N,
+    stride_into,
+    stride_gain,
+    stride_inverse,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.program_id(1)
+    first = tl.load(slot_chunk + slot)
+    last = tl.load(slot_chunk + slot + 1)
+    if first >= last:
+        return
+    ns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = slot.to(tl.int64)
+    inverse = tl.load(inverse_ptr + own * stride_inverse + ns, mask=ns < N, other=0.0)
+    # Where nothing is trained no part was written.
+    mask = (ns < N) & (inverse != 0)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for chunk in range(first, last):
+        acc += tl.load(part_ptr + tl.cast(chunk, tl.int64) * N + ns, mask=mask, other=0.0)
+    if SCALED:
+        gain = tl.load(gain_ptr + own * stride_gain + ns, mask=mask, other=1.0)
+        acc = tl.where(gain != 0, acc / tl.where(gain != 0, gain, 1.0), 0.0)
+    acc = tl.where(inverse != 0, acc * inverse, 0.0)
+    at = into_ptr + own * stride_into + ns
+    if tl.load(is_fresh + slot) == 0:
+        acc += tl.load(at, mask=ns < N, other=0.0)
+    tl.store(at, acc, mask=ns < N)
 
 
 @triton.jit
@@ -344,32 +467,107 @@ class TritonProducts:
         *,
         into_MN: Tensor,
         bias_N: Tensor | None = None,
+        segments: Sequence[int] | None = None,
     ) -> None:
         """See `engine.grouped.GroupedProducts`."""
-        h, w = hs_MK[0], ws_AKN[0]
-        num_features = w.shape[2]
-        _expand[(len(routing.tile_slot_T), triton.cdiv(num_features, EXPAND["BN"]))](
-            h,
-            hs_MK[-1],
-            w,
-            ws_AKN[-1],
-            h if bias_N is None else bias_N,
-            into_MN,
-            routing.tile_slot_T,
-            routing.tile_begin_T,
-            routing.tile_end_T,
-            w.shape[1],
+        _launch_expand(
+            hs_MK,
+            ws_AKN,
+            routing,
+            into_MN=into_MN,
+            bias_N=bias_N,
+            gain_AN=None,
+            kept_MN=None,
+            segments=segments,
+        )
+
+    def expand_rescaled(
+        self,
+        hs_MK: Sequence[Tensor],
+        ws_AKN: Sequence[Tensor],
+        routing: Routing,
+        *,
+        onto_MN: Tensor,
+        gain_AN: Tensor,
+        bias_N: Tensor | None,
+        kept_MN: Tensor | None,
+        segments: Sequence[int],
+    ) -> None:
+        """See `engine.grouped.GroupedProducts`."""
+        _launch_expand(
+            hs_MK,
+            ws_AKN,
+            routing,
+            into_MN=onto_MN,
+            bias_N=bias_N,
+            gain_AN=gain_AN,
+            kept_MN=kept_MN,
+            segments=segments,
+        )
+
+    def rescale_gradient(
+        self,
+        grads: Sequence[Tensor],
+        y_MN: Tensor,
+        routing: Routing,
+        *,
+        gain_AN: Tensor,
+        inverse_norm_AN: Tensor,
+        is_scaled: bool,
+        into_MN: Tensor,
+        into_AN: Tensor,
+    ) -> None:
+        """See `engine.grouped.GroupedProducts`."""
+        num_tokens, num_features = into_MN.shape
+        num_slots, num_chunks = len(into_AN), len(routing.chunk_slot_C)
+        parts = self._workspace(num_chunks * num_features, into_MN.device)
+        parts = parts[: num_chunks * num_features].view(num_chunks, num_features)
+        low = 0
+        for grad in grads:
+            outputs = slice(low, low + grad.shape[1])
+            low = outputs.stop
+            y, into, part = y_MN[:, outputs], into_MN[:, outputs], parts[:, outputs]
+            gain, inverse = gain_AN[:, outputs], inverse_norm_AN[:, outputs]
+            num_n_blocks = triton.cdiv(grad.shape[1], RESCALE["BN"])
+            _rescale_gradient[
+                (num_n_blocks, num_chunks + triton.cdiv(num_tokens, TOKENS_SUMMED_AT_ONCE))
+            ](
+                grad,
+                y,
+                into,
+                part,
+                gain,
+                inverse,
+                routing.chunk_slot_C,
+                routing.chunk_begin_C,
+                routing.chunk_end_C,
+                routing.slot_bounds_A,
+                num_chunks,
+                num_slots,
+                num_tokens,
+                grad.shape[1],
+                grad.stride(0),
+                y.stride(0),
+                into.stride(0),
+                part.stride(0),
+                gain.stride(0),
+                inverse.stride(0),
+                SIZE=TOKENS_SUMMED_AT_ONCE,
+                **RESCALE,
+            )
+        _add_magnitudes[(triton.cdiv(num_features, 512), num_slots)](
+            into_AN,
+            parts,
+            gain_AN,
+            inverse_norm_AN,
+            routing.slot_chunk_A,
+            routing.is_fresh_A,
             num_features,
-            h.stride(0),
-            w.stride(0),
-            w.stride(1),
-            into_MN.stride(0),
-            TWO=len(ws_AKN) == 2,
-            BIAS=bias_N is not None,
-            BM=TILE,
-            BK=_block(w.shape[1], most=64),
-            PRECISION=_precision(h),
-            **EXPAND,
+            into_AN.stride(0),
+            gain_AN.stride(0),
+            inverse_norm_AN.stride(0),
+            SCALED=is_scaled,
+            BLOCK=512,
         )
 
     def outer(
@@ -435,6 +633,59 @@ class TritonProducts:
         if not known or known[-1].numel() < size:
             known.append(torch.empty(size, dtype=torch.float32, device=device))
         return known[-1]
+
+
+def _launch_expand(
+    hs_MK: Sequence[Tensor],
+    ws_AKN: Sequence[Tensor],
+    routing: Routing,
+    *,
+    into_MN: Tensor,
+    bias_N: Tensor | None,
+    gain_AN: Tensor | None,
+    kept_MN: Tensor | None,
+    segments: Sequence[int] | None,
+) -> None:
+    h, w = hs_MK[0], ws_AKN[0]
+    num_features = w.shape[2]
+    ends = [num_features] if segments is None else list(segments[1:])
+    assert len(ends) <= 3, segments
+    end0, end1, _ = (*ends, num_features, num_features)[:3]
+    blocks = [
+        triton.cdiv(high - low, EXPAND["BN"])
+        for low, high in pairwise((0, end0, end1, num_features))
+    ]
+    _expand[(len(routing.tile_slot_T), sum(blocks))](
+        h,
+        hs_MK[-1],
+        w,
+        ws_AKN[-1],
+        h if bias_N is None else bias_N,
+        h if gain_AN is None else gain_AN,
+        into_MN,
+        into_MN if kept_MN is None else kept_MN,
+        routing.tile_slot_T,
+        routing.tile_begin_T,
+        routing.tile_end_T,
+        w.shape[1],
+        num_features,
+        end0,
+        end1,
+        h.stride(0),
+        w.stride(0),
+        w.stride(1),
+        0 if gain_AN is None else gain_AN.stride(0),
+        into_MN.stride(0),
+        0 if kept_MN is None else kept_MN.stride(0),
+        TWO=len(ws_AKN) == 2,
+        BIAS=bias_N is not None,
+        GAIN=gain_AN is not None,
+        KEPT=kept_MN is not None,
+        BM=TILE,
+        BK=_block(w.shape[1], most=64),
+        PRECISION=_precision(h),
+        **EXPAND,
+    )
 
 
 def _block(size: int, *, most: int) -> int:

@@ -44,7 +44,9 @@ from loratune.engine.laying import StepRows, most_filler_rows
 from loratune.engine.loss import num_targets
 from loratune.engine.memory import release_memory, sent
 from loratune.engine.optimizer import RowUpdate, update_rows
+from loratune.engine.packed_gradients import PackedGradients, ProbedSlot, probed_rows
 from loratune.engine.packed_model import StepSize, group_targets, installed
+from loratune.engine.row_gradients import ProbeRows, probe_record, probes_apart
 from loratune.engine.slots import (
     RowLayout,
     Slots,
@@ -62,7 +64,8 @@ from loratune.models.load import Base
 from loratune.models.targets import block_linears, target_modules
 from loratune.planning.horizon import lr_factor
 from loratune.planning.packing import Demand, PackShape, choose_next, fill_step
-from loratune.records import Outcome, Trial
+from loratune.planning.probes import Probing, probing
+from loratune.records import NoiseProbe, NoiseSchedule, Outcome, Trial
 
 # Steps that are not full run at a part of the size, if that holds them: each size compiles once.
 PARTS_OF_A_STEP = (1, 4, 16)
@@ -76,7 +79,8 @@ class PackedEngine:
     """Trains the trials of one base model and one set of targets, as many at once as have a slot.
 
     `data` is keyed by data fingerprint. `shape` says what is allocated; it is made smaller when the
-    device runs out of memory.
+    device runs out of memory. `noise` says which rows' gradients are looked at one by one; the
+    steps that hold any run eagerly.
     """
 
     name = "packed"
@@ -88,6 +92,7 @@ class PackedEngine:
         *,
         shape: PackShape,
         targets: Sequence[str],
+        noise: NoiseSchedule | None = None,
         find_method: Callable[[str], Method] = load_method,
         compile_blocks: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -96,6 +101,7 @@ class PackedEngine:
         self._data = data
         self._shape = shape
         self._targets = tuple(targets)
+        self._noise = noise
         self._find_method = find_method
         self._compile_blocks = (
             # Where attention pads its rows, every step has another size.
@@ -117,6 +123,7 @@ class PackedEngine:
                 self._data,
                 shape=self._shape,
                 targets=self._targets,
+                noise=self._noise,
                 find_method=self._find_method,
                 compile_blocks=self._compile_blocks,
                 clock=self._clock,
@@ -209,6 +216,8 @@ class _Seat:
 
     `update` is the batch under way, `rows_done` how many of its rows have been through the model,
     `attempt` grows when a batch is begun anew, so that results of the former try are told apart.
+    `watched` are squared norms of the gradients of the rows done, where the batch is looked at row
+    by row, and `probed_at` the update before which other rows last were.
     """
 
     slot: int
@@ -221,6 +230,7 @@ class _Seat:
     watch: DivergenceWatch
     account: Account
     loss_scale: float
+    probing: Probing
     has_magnitudes: bool = False
     update: int = 0
     rows_done: int = 0
@@ -229,11 +239,14 @@ class _Seat:
     batch: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     targets: int = 0
+    watched: list[Tensor] = field(default_factory=list[Tensor])
+    probed_at: int | None = None
 
     def begin_batch(self, update: int) -> None:
         """Make `update` the batch under way, none of it done."""
         trial = self.trial
         self.update, self.rows_done = update, 0
+        self.watched = []
         if update == trial.num_updates:
             return
         is_last = update + 1 == trial.num_updates
@@ -250,6 +263,16 @@ class _Seat:
     def is_through(self) -> bool:
         """All of its batches have been through the model."""
         return self.update == self.trial.num_updates
+
+    @property
+    def is_watched(self) -> bool:
+        """The batch under way is looked at row by row, and has been from its first row."""
+        is_probe = self.probing.of_batch(self.update, num_rows=len(self.batch))
+        return is_probe and (self.rows_done == 0 or bool(self.watched))
+
+    def as_probed(self) -> ProbedSlot:
+        """The slot as its rows' gradients are looked at before the next update."""
+        return ProbedSlot(self.slot, num_updates=self.update, beta2=self.trial.beta2)
 
     @property
     def is_complete(self) -> bool:
@@ -311,6 +334,7 @@ class _Session:
         *,
         shape: PackShape,
         targets: Sequence[str],
+        noise: NoiseSchedule | None,
         find_method: Callable[[str], Method],
         compile_blocks: bool,
         clock: Callable[[], float],
@@ -320,6 +344,7 @@ class _Session:
         self.data = data
         self.shape = shape
         self.device = base.device
+        self.noise = noise
         self.find_method = find_method
         self.compile_blocks = compile_blocks
         self.clock = clock
@@ -328,6 +353,7 @@ class _Session:
         self.longest_row = _longest_row(data)
         self.seats: dict[int, _Seat] = {}
         self.launched: deque[_Launched] = deque()
+        self.probes: deque[NoiseProbe] = deque()
         self.read_at = clock()
         # A step's results are read when so many later ones are under way. In float16 none is: an
         # overflow takes a batch back before the next one is trained on.
@@ -370,8 +396,6 @@ class _Session:
                 else None
             )
             linears = block_linears(self.base.model)
-            weights = {name: linears[name].weight.detach() for name in self.targets}
-            self.gains = DoraGains(self.slots, weights) if shape.magnitudes else None
             with installed(
                 self.base.model,
                 self.slots,
@@ -380,6 +404,9 @@ class _Session:
                 compile_blocks=self.compile_blocks,
                 gradient_checkpointing=shape.gradient_checkpointing,
             ) as model:
+                # Now, or the weights would be kept where they lay before they were laid together.
+                weights = {name: linears[name].weight.detach() for name in self.targets}
+                self.gains = DoraGains(self.slots, weights) if shape.magnitudes else None
                 self.model = model
                 began = True
                 while True:
@@ -388,6 +415,7 @@ class _Session:
                     if not self.seats:
                         return
                     is_launched = self._launch()
+                    yield from self._probes_made()
                     while len(self.launched) > (self.depth if is_launched else 0):
                         yield from self._read()
                     for seat in [one for one in self.seats.values() if one.is_complete]:
@@ -400,6 +428,7 @@ class _Session:
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         # Not within the handler: the error's traceback would keep tensors alive.
+        yield from self._probes_made()
         while self.launched:
             yield from self._read()
         raise _TooLarge(self._park(), reason, began=began)
@@ -451,6 +480,7 @@ class _Session:
                 f"method {trial.method.name!r} does not train in packs; use --engine reference"
             )
         free = [slot for slot in range(self.shape.num_slots) if slot not in self.seats]
+        data = self.data[trial.data_fingerprint]
         layout = self.slots.layout
         factors = method.lr_factors(trial)
         account, watch = (
@@ -460,7 +490,7 @@ class _Session:
         seat = _Seat(
             slot=free[0],
             trial=trial,
-            data=self.data[trial.data_fingerprint],
+            data=data,
             sizes=self.sizes[trial.data_fingerprint],
             method=method,
             lr_factors=(
@@ -472,6 +502,7 @@ class _Session:
             watch=watch,
             account=account,
             loss_scale=FIRST_LOSS_SCALE if self.base.model.dtype == torch.float16 else 1.0,
+            probing=probing(trial, self.noise, num_validation_rows=data.facts.num_validation_rows),
         )
         if work.snapshot is None:
             layers = method.start(self.base.model, trial, targets=self.targets)
@@ -521,11 +552,17 @@ class _Session:
 
         False where no trial has a row left to give: all wait for their results.
         """
+        self._probe_apart()
         taken = self._take_rows()
         if not taken:
             return False
         rows, tokens = self._rows_of(taken)
-        self.model.train_step(rows, into_A=self.loss_A, size=self._size(rows))
+        watched = [self.seats[slot] for slot in taken if self.seats[slot].is_watched]
+        watcher = self._watcher(watched, rows) if watched else None
+        self.model.train_step(rows, into_A=self.loss_A, size=self._size(rows), watcher=watcher)
+        if watcher is not None:
+            for seat in watched:
+                seat.watched.append(watcher.squares[seat.slot])
         done = list[_Done]()
         updates = list[RowUpdate]()
         for slot, count in taken.items():
@@ -544,6 +581,11 @@ class _Session:
                     )
                 )
         results, event = None, None
+        for one in done:
+            # Before the update, which moves Adam's second moments.
+            if one.seat.watched:
+                looked_at = ProbeRows("train", one.seat.data.train, one.seat.batch)
+                self._take_down(one.seat, looked_at, torch.cat(one.seat.watched))
         if updates:
             norms_U = update_rows(self.slots, updates)
             for one in done:
@@ -642,6 +684,92 @@ class _Session:
         event.record(torch.cuda.current_stream(self.device))
         return home, event
 
+    # Rows looked at one by one ------------------------------------------------------------------
+
+    def _probes_made(self) -> Generator[Event]:
+        while self.probes:
+            yield self.probes.popleft()
+
+    def _watcher(self, watched: Sequence[_Seat], rows: StepRows) -> PackedGradients:
+        return PackedGradients(
+            self.slots,
+            [seat.as_probed() for seat in watched],
+            row_slots=rows.slots,
+            row_offsets=rows.rows.offsets,
+        )
+
+    def _take_down(self, seat: _Seat, one: ProbeRows, squares_N32: Tensor) -> None:
+        """Note a probe whose rows' gradient stands in the seat's row."""
+        probe = probe_record(
+            seat.trial,
+            update=seat.update,
+            split=one.split,
+            rows=one.rows,
+            indices=one.indices,
+            probed=probed_rows(
+                self.slots,
+                seat.as_probed(),
+                squares_N32,
+                loss_scale=seat.loss_scale,
+                has_magnitudes=seat.has_magnitudes,
+            ),
+        )
+        if probe is not None:
+            self.probes.append(probe)
+
+    def _probe_apart(self) -> None:
+        """Look at rows that do not train now, for the seats at whose update that is due.
+
+        Their gradients lie where those of the batch will: it has not begun, and overwrites them.
+        """
+        for _, seat in sorted(self.seats.items()):
+            if seat.is_through or seat.rows_done or seat.probed_at == seat.update:
+                continue
+            seat.probed_at = seat.update
+            for one in probes_apart(seat.trial, seat.data, seat.probing, update=seat.update):
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                began = self.clock()
+                self._take_down(seat, one, self._squares_of(seat, one))
+                spent = self.clock() - began
+                seat.account.seconds += spent
+                self.read_at += spent
+
+    def _squares_of(self, seat: _Seat, one: ProbeRows) -> Tensor:
+        """float64[N, blocks, kinds] of a pass of its own, without dropout."""
+        slot, rows = seat.slot, one.rows.take(one.indices)
+        weight = seat.loss_scale / num_targets(one.rows, one.indices)
+        left: list[int] = rows.lengths.tolist()
+        squares, unused_A = list[Tensor](), torch.zeros_like(self.loss_A)
+        if self.keep_A is not None:
+            self.keep_A[slot] = 1
+        begin = 0
+        while begin < len(rows):
+            count = self._fitting(slot, left[begin:])
+            step = StepRows(
+                rows=rows.take(np.arange(begin, begin + count)),
+                slots=np.full(count, slot, dtype=np.int64),
+                weights=np.full(count, weight),
+                keys=np.zeros(count, dtype=np.int64),
+                fresh=frozenset([slot] if begin == 0 else []),
+            )
+            watcher = self._watcher([seat], step)
+            self.model.train_step(step, into_A=unused_A, watcher=watcher)
+            squares.append(watcher.squares[slot])
+            begin += count
+        if self.keep_A is not None:
+            self.keep_A[slot] = 1 - seat.trial.dropout
+        return torch.cat(squares)
+
+    def _fitting(self, slot: int, row_tokens: Sequence[int]) -> int:
+        """How many of these rows of one slot make a step."""
+        (count,) = fill_step(
+            [Demand(slot, 1, row_tokens)],
+            tokens=self.shape.tokens_per_step,
+            rows=self._most_rows(self.shape.tokens_per_step),
+        ).values()
+        return count
+
     # Its results --------------------------------------------------------------------------------
 
     def _read(self) -> Generator[Event]:
@@ -731,11 +859,7 @@ class _Session:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         begin = 0
         while begin < len(rows):
-            (count,) = fill_step(
-                [Demand(seat.slot, 1, left[begin:])],
-                tokens=self.shape.tokens_per_step,
-                rows=self._most_rows(self.shape.tokens_per_step),
-            ).values()
+            count = self._fitting(seat.slot, left[begin:])
             chosen = everything[begin : begin + count]
             step = StepRows(
                 rows=rows.take(chosen),
@@ -797,13 +921,15 @@ class _Session:
         }
         if seat.rows_done:
             rows["grads"] = slots.grads_AP[slot]
+        if seat.watched:
+            rows["watched"] = torch.cat(seat.watched)
         if seat.frozen_P is not None:
             # Part of the state: a decomposition that is computed again may differ in its last bits.
             rows["frozen"] = seat.frozen_P
         own = self._own_layout(seat)
         tensors = {
             name: row.cpu().clone()
-            if name == "loss"
+            if name in ("loss", "watched")
             else re_lay(row.cpu(), slots.layout, own, rank=trial.rank)
             for name, row in rows.items()
         }
@@ -841,6 +967,9 @@ class _Session:
         )
         seat.begin_batch(snapshot.update)
         seat.rows_done = cast("int", facts["rows_done"])
+        is_probe = seat.probing.of_batch(seat.update, num_rows=len(seat.batch))
+        if is_probe and "watched" in snapshot.tensors:
+            seat.watched = [snapshot.tensors["watched"].to(self.device)]
         own = self._own_layout(seat)
         rows = {
             name: re_lay(snapshot.tensors[name], own, layout, rank=trial.rank)

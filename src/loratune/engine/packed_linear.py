@@ -41,7 +41,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from loratune.engine.grouped import GroupedProducts, LoopedProducts
+from loratune.engine.grouped import GroupedProducts, LoopedProducts, members
 from loratune.engine.routing import Routing
 
 
@@ -67,7 +67,9 @@ def packed_linear(
     routing: Sequence[Tensor],
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y_ME, and for the backward H_MK, the correction's H_MK, W x' + up (down x') before the gain.
+    """y_ME, and for the backward H_MK, the correction's H_MK and what the gain multiplied.
+
+    The last is W x' + up (down x'), M x E. It is empty without a gain, and where it is y / gain.
 
     Args:
         x: M x D.
@@ -82,7 +84,6 @@ def packed_linear(
     """
     routes, products = Routing(*routing), products_on(x.device.type)
     seen = x if x_adapter is None else x_adapter
-    plain = gain is None
     hs = [x.new_empty(len(x), down.shape[1]) for down in downs]
     if x_adapter is None or len(downs) == 1:
         products.shrink(seen, downs, routes, into=hs)
@@ -94,28 +95,28 @@ def packed_linear(
         products.shrink(x_adapter - x, downs[1:], routes, into=[dropped])
         hs[0] += dropped
     y = x.new_empty(len(x), weight.shape[0])
-    for ranks, outputs in _members(ups[0], segments):
-        products.expand(
-            [h[:, ranks] for h in hs],
-            [up[:, :, outputs] for up in ups],
-            routes,
-            into_MN=y[:, outputs],
-            bias_N=bias[outputs] if plain and bias is not None else None,
-        )
-    # One rounding of base and adapter together, and no pass over y for their sum.
-    torch.addmm(y, x if plain else seen, weight.t(), out=y)
-    # An operator may not return one tensor twice: each absent one is its own.
-    h, correction = hs[0], hs[1] if len(hs) == 2 else x.new_empty(0)
+    kept = _kept(y, bias, x_adapter, gain)
     if gain is None:
-        return y, h, correction, x.new_empty(0)
-    before = y
-    y = (before * of_tokens(gain, routes)).to(before.dtype)
-    if x_adapter is not None:
-        # DoRA drops features for the part that it rescales, not for the base's own output.
-        y = torch.addmm(y, x - x_adapter, weight.t())
-    if bias is not None:
-        y += bias
-    return y, h, correction, before
+        products.expand(hs, ups, routes, into_MN=y, bias_N=bias, segments=segments)
+        # One rounding of base and adapter together, and no pass over y for their sum.
+        torch.addmm(y, x, weight.t(), out=y)
+    else:
+        torch.mm(seen, weight.t(), out=y)
+        products.expand_rescaled(
+            hs,
+            ups,
+            routes,
+            onto_MN=y,
+            gain_AN=gain,
+            bias_N=bias,
+            kept_MN=kept if kept.numel() else None,
+            segments=segments,
+        )
+        if x_adapter is not None:
+            # DoRA drops features for the part that it rescales, not for the base's own output.
+            torch.addmm(y, x - x_adapter, weight.t(), out=y)
+    # An operator may not return one tensor twice: each absent one is its own.
+    return y, hs[0], hs[1] if len(hs) == 2 else x.new_empty(0), kept
 
 
 @packed_linear.register_fake
@@ -132,12 +133,14 @@ def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0])
     hs = [x.new_empty(x.shape[0], down.shape[1]) for down in downs]
-    return (
-        y,
-        hs[0],
-        hs[1] if len(hs) == 2 else x.new_empty(0),
-        x.new_empty(0) if gain is None else torch.empty_like(y),
-    )
+    correction = hs[1] if len(hs) == 2 else x.new_empty(0)
+    return y, hs[0], correction, _kept(y, bias, x_adapter, gain)
+
+
+def _kept(y: Tensor, bias: Tensor | None, x_adapter: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Room for what is rescaled, where y alone does not tell it; empty elsewhere."""
+    told = gain is None or (bias is None and x_adapter is None)
+    return y.new_empty(0) if told else torch.empty_like(y)
 
 
 @torch.library.custom_op("loratune::packed_linear_backward", mutates_args=())
@@ -147,13 +150,14 @@ def packed_linear_backward(
     x_adapter: Tensor | None,
     h: Tensor,
     correction: Tensor,
-    before: Tensor,
+    rescaled: Tensor,
     weight: Tensor,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scale: Tensor,
     gain: Tensor | None,
     inverse_norm: Tensor | None,
+    is_scaled: bool,
     grad_down: Tensor,
     grad_up: Tensor,
     grad_magnitude: Tensor | None,
@@ -164,6 +168,7 @@ def packed_linear_backward(
 
     Args, beyond those of `packed_linear` and what it returns:
         grads_y: M x each member's width.
+        rescaled: what the gain multiplied, or y itself if `is_scaled`; empty without a gain.
         scale: A; multiplies the gradient of B.
         inverse_norm: A x E, DoRA's 1 / norm.
         grad_down, grad_up, grad_magnitude: float32 buffers like down, up and gain; written to.
@@ -173,20 +178,22 @@ def packed_linear_backward(
     hs = [h] if correction.numel() == 0 else [h, correction]
     grad_hs = [torch.empty_like(one) for one in hs]
     grads = list(grads_y)
-    members = _members(ups[0], segments)
-    for index, (ranks, outputs) in enumerate(members):
-        grad = grads[index]
-        if gain is not None:
-            assert inverse_norm is not None
-            assert grad_magnitude is not None
-            _add_magnitudes(
-                products,
-                grad * before[:, outputs],
-                routes,
-                into=grad_magnitude[:, outputs],
-                scale_AE=inverse_norm[:, outputs],
-            )
-            grad = grads[index] = (grad * of_tokens(gain[:, outputs], routes)).to(grad.dtype)
+    if gain is not None:
+        assert inverse_norm is not None
+        assert grad_magnitude is not None
+        through_gain = x.new_empty(len(x), weight.shape[0])
+        products.rescale_gradient(
+            grads,
+            rescaled,
+            routes,
+            gain_AN=gain,
+            inverse_norm_AN=inverse_norm,
+            is_scaled=is_scaled,
+            into_MN=through_gain,
+            into_AN=grad_magnitude,
+        )
+        grads = list(through_gain.split([one.shape[1] for one in grads], dim=1))
+    for grad, (ranks, outputs) in zip(grads, members(ups[0], segments), strict=True):
         products.shrink(
             grad,
             [up[:, :, outputs] for up in ups],
@@ -205,16 +212,13 @@ def packed_linear_backward(
     corrects_apart = x_adapter is not None and len(downs) == 2
     through = [grad_hs[0], grad_hs[0]] if corrects_apart else grad_hs
     products.expand(through, downs, routes, into_MN=grad_seen)
-    parts = [weight[outputs] for _, outputs in members]
     if x_adapter is None or gain is not None:
-        for grad, part in zip(grads, parts, strict=True):
-            torch.addmm(grad_seen, grad, part, out=grad_seen)
+        _add_through(grads, weight, segments, into=grad_seen)
         if x_adapter is None:
             return grad_seen, x.new_empty(0)
     # Through the base's own output, which has seen x and knows no gain.
     grad_x = torch.zeros_like(x)
-    for grad, part in zip(grads_y, parts, strict=True):
-        torch.addmm(grad_x, grad, part, out=grad_x)
+    _add_through(grads_y, weight, segments, into=grad_x)
     if gain is not None:
         grad_seen -= grad_x
     if corrects_apart:
@@ -232,13 +236,14 @@ def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
     x_adapter: Tensor | None,
     h: Tensor,
     correction: Tensor,
-    before: Tensor,
+    rescaled: Tensor,
     weight: Tensor,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scale: Tensor,
     gain: Tensor | None,
     inverse_norm: Tensor | None,
+    is_scaled: bool,
     grad_down: Tensor,
     grad_up: Tensor,
     grad_magnitude: Tensor | None,
@@ -261,7 +266,7 @@ class _PackedLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """The members' outputs, M x each one's width."""
         routing = group.step.routing
-        y, h, correction, before = packed_linear(
+        y, h, correction, rescaled = packed_linear(
             x,
             x_adapter,
             group.weight_ED,
@@ -272,7 +277,9 @@ class _PackedLinears(torch.autograd.Function):
             routing,
             group.segments,
         )
-        ctx.save_for_backward(x, x_adapter, h, correction, before)
+        ctx.is_scaled = group.gain_AE is not None and rescaled.numel() == 0
+        # Most members' outputs are kept by whoever reads them: y costs little or no more.
+        ctx.save_for_backward(x, x_adapter, h, correction, y if ctx.is_scaled else rescaled)
         ctx.group, ctx.routing = group, routing
         widths = [high - low for low, high in pairwise(group.segments)]
         return y.split(widths, dim=1)
@@ -280,21 +287,30 @@ class _PackedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Through x and x'; the group's gradients go to their buffers."""
-        x, x_adapter, h, correction, before = ctx.saved_tensors
+        x, x_adapter, h, correction, rescaled = ctx.saved_tensors
         group = ctx.group
+        if group.step.watcher is not None:
+            group.step.watcher.add(
+                group,
+                x if x_adapter is None else x_adapter,
+                h if correction.numel() == 0 else h.float() + correction,
+                _before_gain(group, rescaled, ctx.routing) if ctx.is_scaled else rescaled,
+                grads,
+            )
         grad_x, grad_seen = packed_linear_backward(
             [grad.contiguous() for grad in grads],
             x,
             x_adapter,
             h,
             correction,
-            before,
+            rescaled,
             group.weight_ED,
             group.downs,
             group.ups,
             group.scale_A,
             group.gain_AE,
             group.inverse_norm_AE,
+            ctx.is_scaled,
             group.grad_down,
             group.grad_up,
             group.grad_magnitude,
@@ -304,13 +320,10 @@ class _PackedLinears(torch.autograd.Function):
         return grad_x, None if x_adapter is None else grad_seen, None
 
 
-def _members(up_ARE: Tensor, segments: Sequence[int]) -> list[tuple[slice, slice]]:
-    """Each member's columns of H, and its outputs."""
-    rank = up_ARE.shape[1]
-    return [
-        (slice(index * rank, (index + 1) * rank), slice(low, high))
-        for index, (low, high) in enumerate(pairwise(segments))
-    ]
+def _before_gain(group: "PackedGroup", y_ME: Tensor, routing: Sequence[Tensor]) -> Tensor:
+    """What DoRA's gain multiplied, from what it made of it."""
+    assert group.gain_AE is not None
+    return y_ME / of_tokens(group.gain_AE, Routing(*routing))
 
 
 def of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
@@ -320,33 +333,48 @@ def of_tokens(gain_AE: Tensor, routing: Routing) -> Tensor:
     return torch.where((slots_M >= 0)[:, None], picked, 1)
 
 
-def _add_magnitudes(
-    products: GroupedProducts,
-    product_ME: Tensor,
-    routing: Routing,
-    *,
-    into: Tensor,
-    scale_AE: Tensor,
+def _add_through(
+    grads: Sequence[Tensor], weight_ED: Tensor, segments: Sequence[int], *, into: Tensor
 ) -> None:
-    """Sum over a slot's tokens of dL/dy * (W x + ...), over the norm: the gradient of m."""
-    ones = product_ME.new_zeros(len(product_ME), 16)  # 16: what matrix units need
-    ones[:, 0] = 1
-    sums = torch.zeros(len(into), 16, into.shape[1], dtype=torch.float32, device=into.device)
-    products.outer([ones], product_ME, routing, into_AKN=sums)
-    into.masked_fill_(routing.is_fresh_A.view(-1, 1) != 0, 0)
-    into += sums[:, 0] * scale_AE
+    """Add dY W: one product where the members' gradients lie side by side, else one a member."""
+    joined = _joined(grads)
+    if joined is not None:
+        torch.addmm(into, joined, weight_ED, out=into)
+        return
+    for grad, (low, high) in zip(grads, pairwise(segments), strict=True):
+        torch.addmm(into, grad, weight_ED[low:high], out=into)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The matrix whose columns the parts are, in order; None if they are not of one."""
+    first = parts[0]
+    at, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for part in parts:
+        if (
+            part.untyped_storage().data_ptr() != storage
+            or part.storage_offset() != at
+            or part.stride() != first.stride()
+        ):
+            return None
+        at += part.shape[1]
+    width = at - first.storage_offset()
+    if len(parts) > 1 and (width > first.stride(0) or first.stride(1) != 1):
+        return None
+    return first.as_strided((first.shape[0], width), first.stride())
 
 
 @final
 class PackedGroup(nn.Module):
     """Linear layers that read one input, under one set of slots. Called by its first member.
 
-    `weight` is the members' weights side by side, E x D. All tensors are views of the pack's.
+    `weight` is the members' weights side by side, E x D. All tensors are views of the pack's;
+    `index` is the group's place in its layout.
     """
 
     def __init__(
         self,
         *,
+        index: int,
         weight_ED: Tensor,
         bias_E: Tensor | None,
         segments: Sequence[int],
@@ -362,6 +390,7 @@ class PackedGroup(nn.Module):
         dropout: "Dropout | None",
     ) -> None:
         super().__init__()
+        self.index = index
         self.weight_ED = weight_ED
         self.bias_E = bias_E
         self.segments = list(segments)
@@ -426,14 +455,32 @@ class PackedLinear(nn.Linear):
         return y
 
 
+class BackwardWatcher(Protocol):
+    """Reads what a group's backward is made of, and changes nothing."""
+
+    def add(
+        self,
+        group: PackedGroup,
+        seen_MD: Tensor,
+        h_MK: Tensor,
+        before_ME: Tensor,
+        grads_ME: Sequence[Tensor],
+    ) -> None:
+        """What the adapters saw, A x with the correction's part, DoRA's output before its gain
+        (empty where there is none), and dL/dy of every member."""
+        ...
+
+
 class StepRouting:
     """What all packed layers of a model ask about the step under way; written by the engine.
 
     `routing` are the tensors of a `Routing`. `token_key_M` (int32) is a number of each token's own
     (trial's seed, row, position), `keep_A` the share of features that a slot's dropout keeps.
+    `watcher` is shown every group's backward of a step that is looked at row by row.
     """
 
     def __init__(self) -> None:
+        self.watcher: BackwardWatcher | None = None
         self.routing: list[Tensor] = []
         self.token_key_M: Tensor | None = None
         self.keep_A: Tensor | None = None

@@ -14,7 +14,7 @@ Legend: M tokens of a step, V vocabulary.
 # pyright: reportUnknownArgumentType=false
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,7 +29,13 @@ from loratune.engine.attention import NAME, where_rows_lie
 from loratune.engine.head import Targets, head_losses
 from loratune.engine.laying import LaidOut, StepRows, lay_out_step
 from loratune.engine.memory import release_memory, sent
-from loratune.engine.packed_linear import Dropout, PackedGroup, PackedLinear, StepRouting
+from loratune.engine.packed_linear import (
+    BackwardWatcher,
+    Dropout,
+    PackedGroup,
+    PackedLinear,
+    StepRouting,
+)
 from loratune.engine.replay import Replay
 from loratune.engine.routing import Routing, route
 from loratune.engine.slots import GroupShape, Slots, lay_out, views
@@ -79,11 +85,31 @@ class PackedModel:
         self._head_VD: Tensor = head.weight
         self._head_bias: Tensor | None = getattr(head, "bias", None)
 
-    def train_step(self, rows: StepRows, *, into_A: Tensor, size: StepSize | None = None) -> None:
+    def train_step(
+        self,
+        rows: StepRows,
+        *,
+        into_A: Tensor,
+        size: StepSize | None = None,
+        watcher: BackwardWatcher | None = None,
+    ) -> None:
         """Forward and backward: gradients go to the slots' buffers, loss sums to `into_A`.
 
-        Each slot's summed token losses in nats, unweighted, are added to float64 `into_A`.
+        Each slot's summed token losses in nats, unweighted, are added to float64 `into_A`. With a
+        `watcher` every group's backward is shown to it, and nothing is compiled or replayed.
         """
+        if watcher is not None:
+            self._step.watcher = watcher
+            try:
+                with (
+                    torch.compiler.set_stance("force_eager")
+                    if self._device.type == "cuda"
+                    else nullcontext()
+                ):
+                    self.train_step(rows, into_A=into_A)
+            finally:
+                self._step.watcher = None
+            return
         laid, inputs = self._laid(rows, size)
         targets = self._targets(laid)
         replay = self._replay(size, backward=True)
@@ -317,6 +343,7 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
         at_m = slots.layout.m_offsets[index] - slots.layout.ends[1]
         outputs = slice(at_m, at_m + sum(shape.out_features))
         group = PackedGroup(
+            index=index,
             weight_ED=side_by_side(members),
             bias_E=torch.cat([one.bias.detach() for one in members])
             if has_bias(members[0])

@@ -19,22 +19,28 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
+from loratune.data.rows import EncodedRows, cut_microbatches
 from loratune.engine.account import Account
 from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot
 from loratune.engine.divergence import DivergenceWatch
+from loratune.engine.hooked_gradients import HookedGradients
 from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
 from loratune.engine.memory import release_memory
+from loratune.engine.row_gradients import ProbeRows, probe_record, probes_apart
 from loratune.methods import load_method
 from loratune.methods.base import Attached, Method
 from loratune.models.load import Base
 from loratune.models.targets import target_modules
 from loratune.planning.horizon import lr_factor
-from loratune.records import Outcome, Trial
+from loratune.planning.probes import probing
+from loratune.records import NoiseProbe, NoiseSchedule, Outcome, Trial
 
 
 class ReferenceEngine:
@@ -52,11 +58,13 @@ class ReferenceEngine:
         data: Mapping[str, PreparedData],
         *,
         tokens_per_microbatch: Callable[[Trial], int],
+        noise: NoiseSchedule | None = None,
         find_method: Callable[[str], Method] = load_method,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base = base
         self._data = data
+        self._noise = noise
         self._tokens_per_microbatch = tokens_per_microbatch
         self._find_method = find_method
         self._clock = clock
@@ -82,6 +90,7 @@ class ReferenceEngine:
                 self._base,
                 rows,
                 method=self._find_method(trial.method.name),
+                noise=self._noise,
                 tokens_per_microbatch=budget,
                 clock=self._clock,
             )
@@ -109,9 +118,12 @@ class _Run:
         rows: PreparedData,
         *,
         method: Method,
+        noise: NoiseSchedule | None,
         tokens_per_microbatch: int,
         clock: Callable[[], float],
     ) -> None:
+        num_held_out = len(rows.validation) if rows.validation is not None else 0
+        self.probing = probing(trial, noise, num_validation_rows=num_held_out)
         self.trial = trial
         self.method = method
         self.base = base
@@ -138,8 +150,14 @@ class _Run:
             since, before = self.clock(), self.account.seconds
             attached.model.train()
             for update in range(first, trial.num_updates):
-                reason = self._update(update, attached, optimizer, watch)
+                for one in probes_apart(trial, self.rows, self.probing, update=update):
+                    probe = self._probe_apart(one, update, attached, optimizer)
+                    if probe is not None:
+                        yield probe
+                probe, reason = self._update(update, attached, optimizer, watch)
                 self.account.seconds = before + self.clock() - since
+                if probe is not None:
+                    yield probe
                 num_rows = self._num_rows(update)
                 yield Progress(trial.trial_id, update, num_rows, self.account.losses[-1])
                 if reason is not None:
@@ -174,8 +192,9 @@ class _Run:
         attached: Attached,
         optimizer: torch.optim.AdamW,
         watch: DivergenceWatch,
-    ) -> str | None:
-        """One optimizer step over one whole batch; the reason if the trial diverged with it."""
+    ) -> tuple[NoiseProbe | None, str | None]:
+        """One optimizer step over one whole batch: what its rows' gradients were, if they are
+        looked at, and the reason if the trial diverged with it."""
         trial, train = self.trial, self.rows.train
         indices = row_order(
             trial.seed,
@@ -184,19 +203,12 @@ class _Run:
             count=self._num_rows(update),
         )
         targets = num_targets(train, indices)
-        total = torch.zeros((), dtype=torch.float64, device=self.base.device)
-        for part in microbatches(
-            train,
-            indices,
-            pad_id=self._pad_id,
-            device=self.base.device,
-            tokens_per_microbatch=self.tokens_per_microbatch,
-        ):
-            loss = target_loss_sum(attached.model, part)
-            # Divided by the targets of the whole batch: summed over the parts, the gradient is
-            # that of the batch's token mean, whatever the cut.
-            (loss / targets).backward()
-            total += loss.detach()
+        probe = None
+        if self.probing.of_batch(update, num_rows=len(indices)):
+            looked_at = ProbeRows("train", train, indices)
+            probe, total = self._probe(looked_at, update, attached, optimizer)
+        else:
+            total = self._backward(attached, train, indices)
         penalty = attached.penalty()
         if penalty is not None:
             penalty.backward()
@@ -222,7 +234,7 @@ class _Run:
         self.account.num_tokens += int(train.lengths[indices].sum())
         reason = watch.reason_after(batch_loss, update=update, grad_norm=grad_norm)
         if reason is not None:
-            return reason
+            return probe, reason
 
         factor = lr_factor(
             trial.schedule,
@@ -235,7 +247,63 @@ class _Run:
         optimizer.step()
         attached.after_backward(update)
         optimizer.zero_grad(set_to_none=True)
-        return None
+        return probe, None
+
+    def _backward(
+        self,
+        attached: Attached,
+        rows: EncodedRows,
+        indices: NDArray[np.int64],
+        *,
+        watching: HookedGradients | None = None,
+    ) -> Tensor:
+        """The gradient of the rows' token mean; their summed token losses in nats, float64."""
+        targets = num_targets(rows, indices)
+        total = torch.zeros((), dtype=torch.float64, device=self.base.device)
+        for part in microbatches(
+            rows,
+            indices,
+            pad_id=self._pad_id,
+            device=self.base.device,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+        ):
+            if watching is not None:
+                watching.begin(len(part.input_ids_BT), self.base.device)
+            loss = target_loss_sum(attached.model, part)
+            # Divided by the targets of the whole batch: summed over the parts, the gradient is
+            # that of the batch's token mean, whatever the cut.
+            (loss / targets).backward()
+            total += loss.detach()
+        return total
+
+    def _probe(
+        self, one: ProbeRows, update: int, attached: Attached, optimizer: torch.optim.AdamW
+    ) -> tuple[NoiseProbe | None, Tensor]:
+        """`_backward` of rows that are looked at one by one."""
+        with HookedGradients(attached, optimizer, self.trial).watching() as watching:
+            total = self._backward(attached, one.rows, one.indices, watching=watching)
+        cuts = cut_microbatches(
+            one.rows.lengths[one.indices], tokens_per_microbatch=self.tokens_per_microbatch
+        )
+        probe = probe_record(
+            self.trial,
+            update=update,
+            split=one.split,
+            rows=one.rows,
+            indices=one.indices[np.concatenate(cuts)],
+            probed=watching.end(),
+        )
+        return probe, total
+
+    def _probe_apart(
+        self, one: ProbeRows, update: int, attached: Attached, optimizer: torch.optim.AdamW
+    ) -> NoiseProbe | None:
+        """A probe in a pass of its own, without dropout; nothing of it is left."""
+        attached.model.eval()
+        probe, _ = self._probe(one, update, attached, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        attached.model.train()
+        return probe
 
     def _validation_loss(self, attached: Attached) -> float | None:
         if self.rows.validation is None:

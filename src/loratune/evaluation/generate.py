@@ -24,9 +24,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from loratune.engine.decoding_text import Answer, answer_of, decoded, end_ids_of
+from loratune.engine.decoding_text import answer_of, decoded, end_ids_of
 from loratune.errors import EvaluationError
 from loratune.models.load import Base
+from loratune.records import Answer
 
 # transformers' tokenizers, configurations and `generate` are only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false

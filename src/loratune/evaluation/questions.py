@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from loratune.records import QuestionSet
 from loratune.study.schema import GraderName, Source
 
 
@@ -92,4 +93,16 @@ class TaskQuestions:
         return (
             f"greedy;max_new_tokens={self.max_new_tokens};stop={json.dumps(self.stop)};"
             f"questions={len(self.prompts)};prompt=sha256:{digest}"
+        )
+
+    def question_set(self) -> QuestionSet:
+        """What the store keeps of them, so that answers can be judged anew."""
+        return QuestionSet(
+            task=self.task,
+            task_version=self.version,
+            decoding=self.decoding,
+            split=self.split,
+            references=self.references,
+            extract=self.extract,
+            choices=self.choices,
         )

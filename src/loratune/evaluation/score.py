@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratune.engine.decoding_text import Answer
 from loratune.errors import EvaluationError
 from loratune.evaluation.code_answers import grade_code
 from loratune.evaluation.generate import generate_answers
@@ -26,7 +25,10 @@ from loratune.evaluation.sandbox import choose_isolation
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base
-from loratune.records import Prediction, Score
+from loratune.records import Answer, Prediction, Score
+
+# Why an answer is an error where its question has nothing that could judge it.
+NO_REFERENCE = "the question has no reference"
 
 
 def score_task(
@@ -123,7 +125,7 @@ def grade(
     Raises:
         EvaluationError: generated code has to be run and cannot be isolated here.
     """
-    verdicts = _verdicts(answers, questions, unsafe_exec=unsafe_exec)
+    judged = _judged(answers, questions, unsafe_exec=unsafe_exec)
     predictions = tuple(
         Prediction(
             question_index=index,
@@ -131,8 +133,9 @@ def grade(
             num_tokens=answer.num_tokens,
             verdict=verdict,
             finished=answer.finished,
+            reason=reason or None,
         )
-        for index, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
+        for index, (answer, (verdict, reason)) in enumerate(zip(answers, judged, strict=True))
     )
     counts = Counter(prediction.verdict for prediction in predictions)
     score = Score(
@@ -149,28 +152,31 @@ def grade(
     return score, predictions
 
 
-def _verdicts(
+def _judged(
     answers: Sequence[Answer], questions: TaskQuestions, *, unsafe_exec: bool
-) -> list[Verdict]:
+) -> list[tuple[Verdict, str]]:
+    """Each answer's verdict, and why it is not correct where that is known."""
     if questions.grader == "tests":
-        graded = grade_code(
+        return grade_code(
             [answer.text for answer in answers],
             questions.references,
             finished=[answer.finished for answer in answers],
             isolation=choose_isolation(unsafe_exec=unsafe_exec),
         )
-        return [verdict for verdict, _ in graded]
     if questions.grader in CHOICE_GRADERS:
         return [
-            judge_choice(
-                json.loads(answer.text), choices, reference=reference, grader=questions.grader
+            (
+                judge_choice(
+                    json.loads(answer.text), choices, reference=reference, grader=questions.grader
+                ),
+                "",
             )
             for answer, choices, reference in zip(
                 answers, questions.choices, questions.references, strict=True
             )
         ]
     return [
-        _judge_text(answer, reference, questions)
+        (_judge_text(answer, reference, questions), "" if reference is not None else NO_REFERENCE)
         for answer, reference in zip(answers, questions.references, strict=True)
     ]
 

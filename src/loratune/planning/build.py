@@ -9,6 +9,7 @@ from loratune.errors import StudyError
 from loratune.planning.cost import Rate, TrialCost, trial_cost
 from loratune.planning.packs import PlannedPack, plan_packs
 from loratune.planning.power import ASSUMED_NOISE, DifferenceNoise, StudyPower, study_power
+from loratune.planning.probes import ProbeTotals, probe_totals
 from loratune.planning.search_space import most_trials
 from loratune.planning.trials import DataKey, plan_trials, siblings
 from loratune.records import DataFacts, ModelFacts, Trial
@@ -62,6 +63,31 @@ class Plan:
         """The trials of a planned trial's cell at other points, each an (LR, seed)."""
         return siblings(trial, points, model=self.models[trial.model])
 
+    def probes(self) -> ProbeTotals | None:
+        """What the noise scale takes over the planned trials; None where it is not asked for.
+
+        It is not in the totals: how many outcomes call for further trials nobody knows before.
+        """
+        if self.study.noise_scale is None:
+            return None
+        schedule, held_out = self.study.noise_scale.schedule(), self.study.data.validation
+        return probe_totals(
+            self.trials,
+            schedule,
+            # Rows of a file of its own are counted when they are read: all that is asked for.
+            num_validation_rows=(
+                0 if held_out is None else held_out.rows or schedule.held_out_rows or 0
+            ),
+            tokens_per_row=[
+                cost.num_tokens / trial.num_samples
+                for trial, cost in zip(self.trials, self.costs, strict=True)
+            ],
+            flops_per_row=[
+                cost.flops / trial.num_samples
+                for trial, cost in zip(self.trials, self.costs, strict=True)
+            ],
+        )
+
     @property
     def detectable_effect(self) -> float | None:
         """See the class."""
@@ -83,6 +109,7 @@ class Plan:
             "device": self.device,
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "noise_probes": asdict(probes) if (probes := self.probes()) else None,
             "detectable_effect": self.detectable_effect,
             "provisional": self.provisional,
             "packs": [pack.to_json() for pack in self.packs],

@@ -127,9 +127,8 @@ def slot_bytes(
     whole = 16 * factors + element * halves * factors + frozen
     if shape.magnitudes:
         outputs = sum(one.out_features * one.count for one in linears)
-        # m, its gradient and moments; m / norm and 1 / norm; and where all slots update at once, a
-        # copy of all parameters while the norms are worked out.
-        whole += (16 + 8) * outputs + 4 * (factors + outputs)
+        # m, its gradient and moments; m / norm and 1 / norm.
+        whole += (16 + 8) * outputs
     return whole
 
 
@@ -140,11 +139,12 @@ def token_bytes(
 
     A block keeps the inputs of its two norms and their outputs, queries, keys and values before and
     after their rotation, the attention's output, and gate, up and their product; and A x of every
-    adapted layer, twice where a correction is taken. With `magnitudes` (DoRA) every layer
-    also keeps its output before it is rescaled; with `dropout` every adapted layer keeps what is
-    left of its input, and which features are (there queries and keys before their rotation are
-    not kept in most families: counted nevertheless). Checkpointed, a block keeps its input, and
-    one block at a time keeps all of it.
+    adapted layer, twice where a correction is taken. With `magnitudes` (DoRA) it also keeps what
+    else nothing reads again: the outputs of o_proj and down_proj, and the joined queries, keys and
+    values; beside a dropout, what was rescaled of every layer, because no output tells it. With
+    `dropout` every adapted layer keeps what is left of its input, and which features are (there
+    queries and keys before their rotation are not kept in most families: counted nevertheless).
+    Checkpointed, a block keeps its input, and one block at a time keeps all of it.
     """
     linears = matched_linears(model, targets)
     num_layers, element = model.num_layers, BYTES[precision]
@@ -156,7 +156,7 @@ def token_bytes(
     kept = element * (4 * hidden + qkv + rotated + width + 3 * ffn)
     kept += element * directions * (2 if shape.corrected else 1)
     if shape.magnitudes:
-        kept += element * outputs
+        kept += element * (outputs if shape.dropout else qkv + 2 * hidden)
     if shape.dropout:
         kept += (element + 1) * sum(one.in_features * one.count for one in linears) / num_layers
     of_blocks = num_layers * kept
@@ -166,8 +166,8 @@ def token_bytes(
     # gated product's own gradient takes the place of the product).
     backward = element * (hidden + 2 * ffn)
     if shape.magnitudes:
-        # The widest group's gains and its rescaled outputs, in float32.
-        backward += 4 * 2 * (2 * ffn)
+        # The widest group's gradient before the gain.
+        backward += element * 2 * ffn
     # Embedded tokens, the last block's output, hidden states, their gradient twice. The last norm
     # is not compiled: its input in float32, and five more such while it goes backward.
     ends = element * 5 * hidden + 4 * 6 * hidden

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import chdtri, ndtr, ndtri, stdtrit
-from scipy.stats import qmc
 
 from loratune.planning.crossed_model import (
     FEWEST_SEEDS,
@@ -241,6 +240,8 @@ def _study_effect(
 @cache
 def _uniforms() -> FloatArray:
     """4,096 points that fill the unit cube evenly (Sobol), the same every time."""
+    from scipy.stats import qmc  # half a second to import, which other commands need not pay
+
     return qmc.Sobol(3, scramble=False).random(4096) + 0.5 / 4096
 
 

@@ -34,6 +34,13 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
         f"  peak memory    {plan.peak_memory_bytes / 2**30:.1f} GiB (an estimate)",
         f"  disk           {plan.disk_bytes / 2**30:.2f} GiB",
     ]
+    probes = plan.probes()
+    if probes is not None:
+        lines.append(
+            f"  noise scale    {probes.num_train:,} probes of training rows, "
+            f"{probes.num_held_out:,} of held-out rows; besides the above "
+            f"{probes.num_rows_apart:,} rows, {probes.tokens:.3g} tokens, {probes.flops:.3g} FLOPs"
+        )
     lines += map(_pack_line, plan.packs)
     for one in plan.power:
         lines += ["", *_power_lines(one)]

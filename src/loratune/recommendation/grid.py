@@ -66,11 +66,12 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class ScoreAtLearningRate:
-    """What the target scored at one LR of the recommended batch size, the mean over its seeds.
+    """What the target scored at one batch size and LR, the mean over its seeds.
 
     `verdict` is that of `analyse.cells.TriedRate`.
     """
 
+    batch_size: int
     learning_rate: float
     score: float | None
     num_seeds: int

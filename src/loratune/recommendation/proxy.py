@@ -1,21 +1,25 @@
-"""The answer of a proxy: batch size and LR are searched on a smaller model, the LR is confirmed.
+"""The answer of a proxy: batch size and LR are searched on a smaller model, then on the target.
 
 The recipe of "Beware of the Batch Size", section 4.4: a smaller model of the family, a low rank,
 and *all* of the data, since the best batch size grows with the data and hardly moves with rank and
 model. The batch size is carried over; the LR follows by a law that is stated, and is then looked
 for on the target itself at that batch size, so that a wrong law costs a few trials and no answer.
 
-Only held-out loss is known here. That the best batch size is the same on both models is the
-recipe's assumption: the target is trained at one batch size alone, so it cannot be seen to fail,
-and every answer says over what it was extrapolated.
+To the recipe three things are added, each of which lowers the regret in simulations that are fitted
+to recorded sweeps (docs/decisions.md has the table): LRs are read off between those tried, by a
+parabola; the target is trained once at half and at twice the batch size, at the best LR; and where
+a higher LR diverged, the answer keeps away from it. What lies further than a factor of two from the
+proxy's batch size is still the recipe's assumption, and every answer says over what it was
+extrapolated. Only held-out loss is known here.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from loratune.analyse.cells import Cell, make_cells
+from loratune.analyse.cells import Cell, TriedRate, make_cells
+from loratune.analyse.laws.between import rate_between
 from loratune.analyse.scores import method_label
 from loratune.errors import AnalysisError
 from loratune.recommendation.grid import (
@@ -29,6 +33,20 @@ from loratune.records import ModelFacts, TrialResult
 # LoRA Without Regret (Schulman et al. 2025): the best LR of LoRA goes with (2000 / width)^p, with p
 # fitted for two families. For others p = 0: the LR is taken over as it is.
 WIDTH_EXPONENTS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
+# The LRs of the target: the expected one, and so many times lower and higher. Chosen, as the next
+# two, by the regret on simulated pairs of models (families that are not held out).
+RATE_STEP = 1.5
+# An LR read off between two others is trained where it is this far from all that were.
+WORTH_TRYING = 1.1
+# An answer is so many times below the lowest LR at which the target diverged.
+DISTANCE_TO_DIVERGENCE = 1.8
+# An LR that far below it is as good as just there; two digits are kept of each.
+NEAR_ENOUGH = 1.25
+_SLACK = 1.05
+
+# Trains the target at every batch size with every LR, and gives the results of all trials that this
+# asks for, further LRs beyond an end among them; None where there is no time left.
+TrainTarget = Callable[[tuple[int, ...], tuple[float, ...]], Sequence[TrialResult] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +161,76 @@ def proxy_answer(
     return answers[0]
 
 
+def expected_rate(
+    proxy_results: Sequence[TrialResult], answer: Recommendation, *, pair: ProxyPair
+) -> float:
+    """The LR to expect on the target: the proxy's, read off between those tried, carried by law."""
+    assert answer.learning_rate is not None
+    of_method = [one for one in proxy_results if method_label(one) == pair.method]
+    (cell,) = [cell for cell in make_cells(of_method) if cell.trial.batch_size == answer.batch_size]
+    return pair.carried(rate_between(cell) or answer.learning_rate)
+
+
+def search_rate(
+    train: TrainTarget, *, batch_size: int, expected: float, step: float = RATE_STEP
+) -> Cell | None:
+    """The target at one batch size: three LRs about the expected one, then one between them.
+
+    Where the best of the three lies at an end, `train` adds LRs beyond it. None where there was no
+    time for that.
+    """
+    tried = train((batch_size,), _rounded([expected / step, expected, expected * step]))
+    if tried is None:
+        return None
+    (cell,) = make_cells(tried)
+    more = rate_between(cell)
+    rates = [rate.learning_rate for rate in cell.rates]
+    if more is None or min(abs(math.log(more / rate)) for rate in rates) < math.log(WORTH_TRYING):
+        return cell
+    tried = train((batch_size,), _rounded([*rates, more]))
+    return None if tried is None else make_cells(tried)[0]
+
+
+def search_target(
+    train: TrainTarget, *, batch_size: int, expected: float, sizes: Sequence[int]
+) -> None:
+    """Train what an answer for the target needs; `recommend_by_proxy` reads it from the results.
+
+    Args:
+        train: see `TrainTarget`. Half and twice the batch size are asked for together.
+        batch_size: the proxy's.
+        expected: `expected_rate`.
+        sizes: the batch sizes that may be recommended.
+    """
+    cell = search_rate(train, batch_size=batch_size, expected=expected)
+    if cell is None or cell.best is None or cell.lr_at_edge:
+        return
+    if (safe := _safe_rate(cell)) is not None:
+        rates = [rate.learning_rate for rate in cell.rates]
+        tried = train((batch_size,), _rounded([*rates, safe]))
+        if tried is None:
+            return
+        (cell,) = make_cells(tried)
+    chosen = _chosen([cell])
+    assert chosen is not None
+    beside = tuple(size for size in sorted(sizes) if size in (batch_size / 2, batch_size * 2))
+    if beside:
+        train(beside, (chosen[1].learning_rate,))
+
+
 def recommend_by_proxy(
     proxy_results: Sequence[TrialResult],
     target_results: Sequence[TrialResult],
+    beside_results: Sequence[TrialResult] = (),
     *,
     pair: ProxyPair,
     margin: float = DEFAULT_MARGIN,
 ) -> Recommendation:
-    """The recommendation for the target: the batch size is the proxy's, the LR its own.
+    """The recommendation for the target: the best of what was trained on it.
 
-    `evidence` is that of the proxy's sweep, on which the batch size stands; `confirmed` are the
-    target's scores at that batch size. Undecided where the proxy is, where the target has no LR
+    That is at the proxy's batch size, or at half or twice that (`beside_results`) where the target
+    scored better there. `evidence` is that of the proxy's sweep, on which the batch size stands;
+    `confirmed` are the target's scores. Undecided where the proxy is, where the target has no LR
     with a score, or where its best one lies at the end of those tried.
 
     Raises:
@@ -179,38 +256,144 @@ def recommend_by_proxy(
             )
     if not undecided:
         undecided += _of_target(cell, pair)
-    confirmed = () if cell is None else _scores(cell)
+    beside = _beside(target_results, beside_results, on_proxy)
+    cells = () if cell is None else (cell, *beside)
+    chosen = None if undecided else _chosen(cells)
     notes = (
         f"the scores over batch size are those of {pair.proxy.name}; that {pair.target.name} has "
-        "the same best batch size is the recipe's assumption, not a measurement",
+        "its best batch size near is the recipe's assumption, not a measurement",
         *(f"on {pair.proxy.name}: {note}" for note in on_proxy.evidence.notes),
         *_law_note(on_proxy, cell, pair),
+        *_chosen_notes(cells, chosen, on_proxy, pair),
     )
-    trial = None if cell is None else cell.trial
-    decided = cell is not None and cell.best is not None and not undecided
-    microbatch = _rows_per_microbatch(cell) if decided and cell is not None else None
-    steps = (
-        None if microbatch is None or trial is None else math.ceil(trial.batch_size / microbatch)
-    )
-    return replace(
+    answer = replace(
         on_proxy,
         model=pair.target.name,
         rank=pair.target.rank,
-        batch_size=on_proxy.batch_size if decided else None,
-        batch_size_low=on_proxy.batch_size_low if decided else None,
-        batch_size_high=on_proxy.batch_size_high if decided else None,
-        learning_rate=cell.best.learning_rate if decided and cell and cell.best else None,
-        acceptable_batch_sizes=on_proxy.acceptable_batch_sizes if decided else None,
-        # Which is fastest on the target was not measured: it was trained at one batch size.
+        batch_size=None,
+        batch_size_low=None,
+        batch_size_high=None,
+        learning_rate=None,
+        acceptable_batch_sizes=None,
+        # Which is fastest on the target was not measured.
         fastest_acceptable_batch_size=None,
-        rows_per_microbatch=microbatch,
-        gradient_accumulation_steps=steps,
+        rows_per_microbatch=None,
+        gradient_accumulation_steps=None,
         evidence=replace(on_proxy.evidence, notes=notes),
         extrapolated_over=pair.extrapolated_over(),
-        cost_fraction=_cost_fraction(proxy_results, target_results, pair),
+        cost_fraction=_cost_fraction(proxy_results, (*target_results, *beside_results), pair),
         undecided=tuple(undecided),
-        confirmed=confirmed,
+        confirmed=tuple(score for one in cells for score in _scores(one)),
     )
+    if chosen is None:
+        return answer
+    of_cell, rate = chosen
+    size = of_cell.trial.batch_size
+    assert on_proxy.batch_size_low is not None
+    assert on_proxy.batch_size_high is not None
+    microbatch = _rows_per_microbatch(of_cell)
+    return replace(
+        answer,
+        batch_size=size,
+        batch_size_low=min(on_proxy.batch_size_low, size),
+        batch_size_high=max(on_proxy.batch_size_high, size),
+        learning_rate=rate.learning_rate,
+        acceptable_batch_sizes=tuple(sorted({*(on_proxy.acceptable_batch_sizes or ()), size})),
+        rows_per_microbatch=microbatch,
+        gradient_accumulation_steps=None if microbatch is None else math.ceil(size / microbatch),
+    )
+
+
+def _beside(
+    target: Sequence[TrialResult], beside: Sequence[TrialResult], on_proxy: Recommendation
+) -> tuple[Cell, ...]:
+    """The cells beside the proxy's batch size; those of an earlier answer of the proxy are not."""
+    if not beside or not target or on_proxy.batch_size is None:
+        return ()
+    _check_same_rows(target, beside)
+    return tuple(
+        cell
+        for cell in make_cells(beside)
+        if cell.method == on_proxy.method
+        and cell.trial.batch_size in (on_proxy.batch_size / 2, on_proxy.batch_size * 2)
+    )
+
+
+def _safe_rate(cell: Cell) -> float | None:
+    """The highest LR that is far enough below any that diverged, where it is worth a trial.
+
+    It is where the best LR is nearer to divergence than that, and none was tried just below.
+    """
+    if cell.best is None or not cell.diverged_rates:
+        return None
+    highest = min(cell.diverged_rates) / DISTANCE_TO_DIVERGENCE
+    if cell.best.learning_rate <= _SLACK * highest:
+        return None
+    near = [
+        rate
+        for rate in cell.rates
+        if highest / NEAR_ENOUGH <= rate.learning_rate <= _SLACK * highest
+    ]
+    return None if near else highest
+
+
+def _chosen(cells: Sequence[Cell]) -> tuple[Cell, TriedRate] | None:
+    """The best LR of all cells among those far enough below any that diverged.
+
+    Where none is far enough, the lowest LRs are chosen from.
+    """
+    tried = [
+        (cell, rate)
+        for cell in cells
+        for rate in cell.rates
+        if rate.verdict == "eligible" and rate.mean is not None
+    ]
+    if not tried:
+        return None
+    bounds = [bound for cell in cells for bound in cell.diverged_rates]
+    highest = max(rate.learning_rate for _, rate in tried)
+    if bounds:
+        lowest = min(rate.learning_rate for _, rate in tried)
+        highest = max(_SLACK * min(bounds) / DISTANCE_TO_DIVERGENCE, lowest)
+    best: tuple[Cell, TriedRate] | None = None
+    for cell, rate in tried:
+        if rate.learning_rate > highest or rate.mean is None:
+            continue
+        if best is None or best[1].mean is None or cell.metric.better(rate.mean, best[1].mean):
+            best = cell, rate
+    return best
+
+
+def _chosen_notes(
+    cells: Sequence[Cell],
+    chosen: tuple[Cell, TriedRate] | None,
+    on_proxy: Recommendation,
+    pair: ProxyPair,
+) -> list[str]:
+    """What the target said of the batch sizes beside, and how near divergence is."""
+    if chosen is None:
+        return []
+    notes = list[str]()
+    cell, _ = chosen
+    if cell.trial.batch_size != on_proxy.batch_size:
+        notes.append(
+            f"{pair.target.name} scored better at batch size {cell.trial.batch_size} than at the "
+            f"{on_proxy.batch_size} of {pair.proxy.name}; that is one trial against one"
+        )
+    elif len(cells) == 1:
+        notes.append(f"no batch size beside {on_proxy.batch_size} was tried on {pair.target.name}")
+    bounds = sorted({bound for one in cells for bound in one.diverged_rates})
+    if bounds:
+        notes.append(
+            f"{pair.target.name} diverged at learning rate {bounds[0]:g}; the answer keeps a "
+            f"factor of {DISTANCE_TO_DIVERGENCE:g} below it where one was tried that low"
+        )
+    return notes
+
+
+def _rounded(rates: Sequence[float]) -> tuple[float, ...]:
+    """To two digits, ascending, each once."""
+    return tuple(sorted({float(f"{rate:.2g}") for rate in rates}))
 
 
 def _check_same_rows(proxy: Sequence[TrialResult], target: Sequence[TrialResult]) -> None:
@@ -257,6 +440,7 @@ def _law_note(on_proxy: Recommendation, cell: Cell | None, pair: ProxyPair) -> l
 def _scores(cell: Cell) -> tuple[ScoreAtLearningRate, ...]:
     return tuple(
         ScoreAtLearningRate(
+            batch_size=cell.trial.batch_size,
             learning_rate=rate.learning_rate,
             score=rate.mean,
             num_seeds=sum(score is not None for score in rate.seed_scores),

@@ -88,13 +88,13 @@ def _by_proxy(found: Recommendation) -> list[str]:
     if not found.extrapolated_over:
         return []
     measured = ", ".join(
-        f"{one.learning_rate:g}: "
+        f"{one.learning_rate:g} at {one.batch_size}: "
         + (one.verdict if one.score is None else f"{one.score:.4g} ({_seeds(one.num_seeds)})")
         for one in found.confirmed
     )
     said = [f"Extrapolated over {'; '.join(found.extrapolated_over)}."]
     if measured:
-        said.append(f"Measured on {found.model} at that batch size, by learning rate: {measured}.")
+        said.append(f"Measured on {found.model}, by learning rate and batch size: {measured}.")
     if found.cost_fraction is not None:
         said.append(
             f"It cost {100 * found.cost_fraction:.2g}% of the FLOPs of a fixed sweep on the target"

@@ -9,7 +9,15 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from loratune.records import DataSummary, MethodChoice, Provenance, Trial
+from loratune.records import (
+    BlockSums,
+    DataSummary,
+    MethodChoice,
+    NoiseProbe,
+    Provenance,
+    QuestionSet,
+    Trial,
+)
 
 _TRIAL_FIELDS = tuple(field.name for field in fields(Trial))
 # One encoder for all: json.dumps with arguments builds a new one each call.
@@ -57,3 +65,28 @@ def summary_from_json(text: str) -> DataSummary:
     body["num_in_test"] = tuple((str(task), int(num)) for task, num in body["num_in_test"])
     body["validation_sources"] = tuple(map(int, body.get("validation_sources", ())))
     return DataSummary(**body)
+
+
+def probe_to_json(probe: NoiseProbe) -> str:
+    """The probe as canonical JSON; its numbers are finite."""
+    return _encode(asdict(probe))
+
+
+def probe_from_json(text: str) -> NoiseProbe:
+    """The probe that `probe_to_json` wrote."""
+    body: dict[str, Any] = json.loads(text)
+    body["blocks"] = tuple(BlockSums(**one) for one in body["blocks"])
+    return NoiseProbe(**body)
+
+
+def questions_to_json(questions: QuestionSet) -> str:
+    """The question set as canonical JSON."""
+    return _encode(asdict(questions))
+
+
+def questions_from_json(text: str) -> QuestionSet:
+    """The question set that `questions_to_json` wrote."""
+    body: dict[str, Any] = json.loads(text)
+    body["references"] = tuple(body["references"])
+    body["choices"] = tuple(tuple(of_one) for of_one in body["choices"])
+    return QuestionSet(**body)

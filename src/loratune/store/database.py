@@ -30,7 +30,7 @@ trial can be claimed anew; the old row stays, the newest outcome is the trial's.
 
 *Scores* are append-only, each with its raw predictions in the same transaction. Scoring again is a
 new row; the newest row of a (task, version, grader, decoding, split) counts. Anyone may add one;
-the store does not ask who.
+the store does not ask who. *Question sets* say what was asked; each is written once.
 
 *Data summaries* are append-only, the newest of a fingerprint counts. *Artifacts* are the only rows
 that are replaced and removed, since they say where a file is and not what a trial did.
@@ -93,10 +93,12 @@ from loratune.records import (
     FINAL_STATUSES,
     AttemptRecord,
     DataSummary,
+    NoiseProbe,
     Outcome,
     Prediction,
     Provenance,
     Purpose,
+    QuestionSet,
     Score,
     ScoreKey,
     ScoreRecord,
@@ -584,8 +586,24 @@ class Store:
 
     # Scores
 
-    def add_score(self, trial_id: str, score: Score, predictions: Sequence[Prediction]) -> int:
+    def question_set(self, score: Score) -> QuestionSet | None:
+        """What was asked for a score; None where it was added without its questions."""
+        query = select(tables.question_sets.c.body).where(_is_set(score))
+        with self._reading() as connection:
+            body = connection.execute(query).scalar_one_or_none()
+        return None if body is None else codec.questions_from_json(body)
+
+    def add_score(
+        self,
+        trial_id: str,
+        score: Score,
+        predictions: Sequence[Prediction],
+        *,
+        questions: QuestionSet | None = None,
+    ) -> int:
         """Append a score and the answers it counts (or none, where there are none): its id.
+
+        With `questions`, what was asked, grading can be redone from the store alone.
 
         Raises:
             StoreError: no such trial, or the answers do not add up to the score.
@@ -593,6 +611,8 @@ class Store:
         _check_account(score, predictions)
         with self._writing() as connection:
             self._check_trial(connection, trial_id)
+            if questions is not None:
+                _add_questions(connection, questions)
             values = {name: getattr(score, name) for name in _SCORE_FIELDS}
             score_id = _inserted_id(
                 connection,
@@ -609,6 +629,7 @@ class Store:
                             "verdict": prediction.verdict,
                             "text": prediction.text,
                             "finished": prediction.finished,
+                            "reason": prediction.reason,
                         }
                         for prediction in predictions
                     ],
@@ -640,6 +661,7 @@ class Store:
                     num_tokens=row.num_tokens,
                     verdict=row.verdict,
                     finished=row.finished,
+                    reason=row.reason,
                 )
                 for row in connection.execute(query)
             )
@@ -715,6 +737,51 @@ class Store:
         """Forget the artifact; nothing happens where there is none. The file is the caller's."""
         with self._writing() as connection:
             connection.execute(delete(tables.artifacts).where(_is_artifact(trial_id, kind)))
+
+    def add_noise_probes(self, attempt: int, probes: Sequence[NoiseProbe]) -> bool:
+        """Keep probes of the open attempt's trial; False where it is lost, and nothing is written.
+
+        A trial that was begun anew, or went on from a snapshot, looks at some updates again: what
+        it found then replaces what was there.
+        """
+        with self._writing() as connection:
+            if not self._update_open(connection, attempt, heartbeat_at=self._clock()):
+                return False
+            table = tables.noise_probes
+            for probe in probes:
+                connection.execute(
+                    delete(table).where(
+                        (table.c.trial_id == probe.trial_id)
+                        & (table.c.split == probe.split)
+                        & (table.c.at_update == probe.update)
+                    )
+                )
+                connection.execute(
+                    insert(table).values(
+                        trial_id=probe.trial_id,
+                        split=probe.split,
+                        at_update=probe.update,
+                        body=codec.probe_to_json(probe),
+                    )
+                )
+            return True
+
+    def noise_probes(self, study: str) -> tuple[NoiseProbe, ...]:
+        """All probes of the study's trials: trials in their order, then by split and update.
+
+        Raises:
+            StoreError: no such study.
+        """
+        table, members = tables.noise_probes, tables.study_trials
+        with self._reading() as connection:
+            row = self._study(connection, study)
+            bodies = connection.execute(
+                select(table.c.body)
+                .join(members, members.c.trial_id == table.c.trial_id)
+                .where(members.c.study_id == row.study_id)
+                .order_by(members.c.position, table.c.split, table.c.at_update)
+            ).scalars()
+            return tuple(codec.probe_from_json(body) for body in bodies)
 
     def add_data_summary(self, data_fingerprint: str, summary: DataSummary) -> None:
         """Keep what happened to the rows behind a fingerprint; the same again writes nothing."""
@@ -958,6 +1025,28 @@ def _scores(
         )
         for row in connection.execute(query)
     )
+
+
+def _is_set(asked: QuestionSet | Score) -> ColumnElement[bool]:
+    own = tables.question_sets.c
+    return and_(
+        own.task == asked.task,
+        own.task_version == asked.task_version,
+        own.decoding == asked.decoding,
+    )
+
+
+def _add_questions(connection: Connection, questions: QuestionSet) -> None:
+    query = select(tables.question_sets.c.set_id).where(_is_set(questions))
+    if connection.execute(query).scalar_one_or_none() is None:
+        connection.execute(
+            insert(tables.question_sets).values(
+                task=questions.task,
+                task_version=questions.task_version,
+                decoding=questions.decoding,
+                body=codec.questions_to_json(questions),
+            )
+        )
 
 
 def _asked(study: Row[Any]) -> set[ScoreKey] | None:

@@ -30,7 +30,7 @@ from sqlalchemy.types import TypeDecorator
 
 # Every numbered migration, oldest first. A database whose revision is not in this list was written
 # by a newer version. Kept here, not asked of alembic, whose import takes longer than opening.
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -238,6 +238,19 @@ predictions = Table(
     Column("verdict", String(16), nullable=False),
     Column("text", RawText, nullable=False),
     Column("finished", Boolean, nullable=True),
+    Column("reason", RawText, nullable=True),
+)
+
+# `body` is the JSON of records.QuestionSet. Written once; scores with equal columns are of it.
+question_sets = Table(
+    "question_sets",
+    metadata,
+    Column("set_id", Integer, primary_key=True),
+    Column("task", Text, nullable=False),
+    Column("task_version", Text, nullable=False),
+    Column("decoding", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    UniqueConstraint("task", "task_version", "decoding"),
 )
 
 artifacts = Table(
@@ -247,6 +260,16 @@ artifacts = Table(
     Column("kind", String(64), primary_key=True),
     Column("path", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
+)
+
+# `body` is the canonical JSON of records.NoiseProbe. Who looks again writes over what was there.
+noise_probes = Table(
+    "noise_probes",
+    metadata,
+    Column("trial_id", String(128), ForeignKey("trials.trial_id"), primary_key=True),
+    Column("split", String(16), primary_key=True),
+    Column("at_update", BigInteger, primary_key=True, autoincrement=False),
+    Column("body", Text, nullable=False),
 )
 
 # Append-only; the newest row of a fingerprint counts.

@@ -1,4 +1,4 @@
-"""Commented study files for every figure of the paper and three published comparisons, as text.
+"""Commented study files: the paper's figures, its proxy and noise scale, published comparisons.
 
 A preset is a base, the paper's default setting at one of two scales, with the lines that its figure
 changes laid over it; so a fact stands in one place and ten files cannot drift apart. Each line
@@ -166,7 +166,10 @@ _MEANING = {
     "evaluate.when": "selected: each cell's chosen learning rate alone. all: every trial.",
     "select_on": "What chooses the learning rate: validation_loss, validation_accuracy or test.",
     "keep_adapters": "none, best (one a cell) or all.",
+    "noise_scale": "Of the gradient, measured while trials train, none of which it changes.",
 }
+# These stand in a file only where a preset is about them.
+_OPTIONAL = ("noise_scale",)
 
 _AS_PISSA = "As PiSSA, whose setting the paper follows."
 _GSM8K_TASK = Line(
@@ -241,6 +244,13 @@ _THREE_METHODS = Line(
     assumed=True,
 )
 _ONE_SEED = Line("1", "Section 2: figures 3, 4 and 5 show one seed.")
+_ONE_NOISE_SEED = Line("1", "A noise scale has an interval of its own from its rows.")
+_PROBES = Line(
+    "{every: 10, rows: 32, held_out: 32}",
+    "One row in ten of those that train is looked at by itself; batches of fewer than 8 rows pool "
+    "32. At the same weights 32 held-out rows are looked at.",
+    assumed=True,
+)
 _SCHEDULES = Line(
     f"""
   - {{kind: cosine, warmup_ratio: 0.0}}
@@ -276,6 +286,17 @@ _FIG5 = "Figure 5: the best learning rate against the batch size"
 _FIG7A = "Figure 7a: batch size on Qwen3-0.6B"
 _FIG7B = "Figure 7b: batch size on Gemma3-1B"
 _FIG7C = "Figure 7c: batch size on code, CodeFeedback to HumanEval"
+_PROXY = (
+    "Section 4.4: is a batch size that was tuned on a smaller model, at a lower rank and with all "
+    "rows, as good on the larger model as one tuned there? This trains both in full, to find out; "
+    "`loratune tune` searches on the smaller one alone"
+)
+_NOISE = (
+    "Appendix F: the gradient noise scale over batch sizes and ranks, beside the batch size that "
+    "turns out best. `loratune noise-scale` prints it"
+)
+_ALL_ROWS = Line("null", "null: all rows that the hold-out leaves. Section 4.4: the full data.")
+_LOW_AND_HIGH = "The proxy's low rank and the target's; Table 1 has 128."
 
 _LLAMA = (_LLAMA_7B,)
 _SMOL = (_SMOL_135M,)
@@ -302,6 +323,18 @@ _FIGURES: dict[str, dict[str, Preset]] = {
         "fig7a": Preset(_FIG7A, (_QWEN,), _METAMATH, {}, _QWEN_WHY, True),
         "fig7b": Preset(_FIG7B, (_GEMMA,), _METAMATH, {}, _GEMMA_WHY, True),
         "fig7c": Preset(_FIG7C, _LLAMA, _CODEFEEDBACK, {"evaluate.tasks": _HUMANEVAL}),
+        "proxy": Preset(
+            _PROXY,
+            (_LLAMA_7B, _LLAMA_13B),
+            _METAMATH,
+            {"data.rows": _ALL_ROWS, "rank": Line("[8, 128]", _LOW_AND_HIGH, True)},
+        ),
+        "noise": Preset(
+            _NOISE,
+            _LLAMA,
+            _METAMATH,
+            {"rank": _RANKS, "seeds": _ONE_NOISE_SEED, "noise_scale": _PROBES},
+        ),
     },
     "small": {
         "fig1": Preset(_FIG1, _SMOL, _GSM8K, {"methods": Line("[lora, pissa, milora]")}),
@@ -340,6 +373,22 @@ _FIGURES: dict[str, dict[str, Preset]] = {
             _SMOL,
             _CODEFEEDBACK,
             {"evaluate.tasks": Line("[]", "The curve is drawn in validation loss.")},
+        ),
+        "proxy": Preset(
+            _PROXY,
+            (_SMOL_135M, _SMOL_360M),
+            _GSM8K,
+            {"data.rows": _ALL_ROWS, "rank": Line("[8, 128]", _LOW_AND_HIGH, True)},
+        ),
+        "noise": Preset(
+            _NOISE,
+            _SMOL,
+            _GSM8K,
+            {
+                "rank": Line("[8, 32, 128]"),
+                "seeds": _ONE_NOISE_SEED,
+                "noise_scale": _PROBES,
+            },
         ),
     },
 }
@@ -463,7 +512,7 @@ _PUBLISHED: dict[str, Preset] = {
 
 
 def preset_names() -> tuple[str, ...]:
-    """The names of all presets, figures first."""
+    """The names of all presets: figures, the proxy and the noise scale, published ones."""
     return (*_FIGURES["paper"], *_PUBLISHED)
 
 
@@ -517,6 +566,8 @@ def _rendered(preset: Preset, *, name: str, lines: dict[str, Line]) -> str:
         ),
     ]
     for key, meaning in _MEANING.items():
+        if key in _OPTIONAL and key not in lines:
+            continue
         if "." not in key:
             text.append("")
         indent = 2 if "." in key else 0

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from loratune.errors import StudyError
-from loratune.records import MethodChoice
+from loratune.records import MethodChoice, NoiseSchedule
 from loratune.study.methods import choose
 
 # Appendix E of the paper: {1, 2, 5} x 10^n from 1e-5 to 2e-3, and 3e-4 and 3e-3.
@@ -443,6 +443,24 @@ class Evaluate(Section):
         return tasks
 
 
+class NoiseScale(Section):
+    """When gradients are looked at row by row, for the noise scale; see docs/noise-scale.md."""
+
+    every: int = Field(
+        default=10, gt=0, le=MAX_STEPS, description="one row of so many that train is looked at"
+    )
+    rows: int = Field(
+        default=32, ge=2, le=4096, description="rows pooled where the batch has fewer than 8"
+    )
+    held_out: int | None = Field(
+        default=None, ge=2, le=4096, description="validation rows to look at; left out: none"
+    )
+
+    def schedule(self) -> NoiseSchedule:
+        """As the engines take it."""
+        return NoiseSchedule(every=self.every, rows=self.rows, held_out_rows=self.held_out)
+
+
 class DeclaredModel(Section):
     """A model's shape, so that `plan` works where the model cannot be reached."""
 
@@ -607,6 +625,9 @@ class Study(Section):
     keep_adapters: Literal["none", "best", "all"] = Field(
         default="best", description="none | best (one a cell) | all"
     )
+    noise_scale: NoiseScale | None = Field(
+        default=None, description="{every: 10, rows: 32, held_out: 64}; left out: not measured"
+    )
     declared: Declared = Declared()
 
     @field_validator("dropout", mode="before")
@@ -676,6 +697,14 @@ class Study(Section):
                 f"select_on: {self.select_on} needs data.validation; "
                 "add for example validation: {rows: 512}"
             )
+        if self.noise_scale is not None:
+            if self.noise_scale.held_out is not None and held_out is None:
+                raise ValueError("noise_scale.held_out needs data.validation")
+            if any(one.name == "adalora" for one in self.methods_chosen()):
+                raise ValueError(
+                    "noise_scale can't tell single rows' gradients of method adalora; leave "
+                    "noise_scale or adalora out"
+                )
         return self
 
     def methods_chosen(self) -> tuple[MethodChoice, ...]:

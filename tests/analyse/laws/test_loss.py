@@ -122,3 +122,17 @@ def test_an_optimum_needs_both_terms_and_samples():
         fit_optimum(points(), samples=0)
     flat = [LossPoint(p.batch_size, p.num_updates, 0.6 + 9 * p.num_updates**-0.6) for p in points()]
     assert fit_optimum(flat, samples=1e4) is None, "no batch term, no optimum inside"
+
+
+def test_a_profile_whose_fits_depend_on_where_they_start_still_has_ends():
+    # From a simulated sweep: a search from another start ended on the other side of the limit.
+    losses = (
+        0.9528419190686366, 0.9198001102493016, 0.8722417183790863, 0.8502502038497264,
+        0.8350533530808725, 0.8328105076029643, 0.8424265218412472, 0.8563638749286202,
+    )  # fmt: skip
+    points = [LossPoint(2 << i, 8192 // (2 << i), loss) for i, loss in enumerate(losses)]
+    found = fit_optimum(points, samples=8192)
+    assert found is not None
+    assert 32 <= found.batch_size <= 128
+    assert found.low is None or found.low < found.batch_size
+    assert found.high is None or found.high > found.batch_size

@@ -18,15 +18,15 @@ from loratune.analyse.audit.choosing import (
     configurations_of,
 )
 from loratune.analyse.audit.effects import (
+    CORRELATION,
     DISCORDANCE,
     detectable_by_seeds,
     detectable_paired,
     detectable_unpaired,
-    expected_maximum,
-    selection_bias,
 )
 from loratune.analyse.audit.findings import Answer, Finding, Kind, NotChecked, Number, finding
 from loratune.analyse.audit.rows import AuditRow, methods_of
+from loratune.analyse.selection_bias import expected_maximum, selection_bias
 
 # An LR counts as tuned where the best of at least this many lies inside of them.
 _FEWEST_RATES = 3
@@ -59,9 +59,7 @@ def unequal_budgets(rows: Sequence[AuditRow]) -> Answer:
         questions = _questions(of_model)
         if questions is not None:
             accuracy, total = questions
-            gain = selection_bias(most, accuracy=accuracy, total=total) - selection_bias(
-                least, accuracy=accuracy, total=total
-            )
+            gain = _luck(most, accuracy, total) - _luck(least, accuracy, total)
             numbers |= {
                 "num_questions": total,
                 "gain_by_luck": gain,
@@ -351,7 +349,7 @@ def selected_on_test(rows: Sequence[AuditRow]) -> Answer:
     why = "The best of several scores on the test set is too good, more so the more were tried"
     if questions is not None:
         accuracy, total = questions
-        bias = selection_bias(max(counts.values()), accuracy=accuracy, total=total)
+        bias = _luck(max(counts.values()), accuracy, total)
         numbers |= {
             "num_questions": total,
             "expected_maximum": expected_maximum(max(counts.values())),
@@ -467,6 +465,13 @@ DETECTORS: tuple[Callable[[Sequence[AuditRow]], Answer], ...] = (
 
 
 # What several detectors need ----------------------------------------------------------------------
+
+
+def _luck(num: int, accuracy: float, num_questions: int) -> float:
+    """What the best of `num` equal configurations gains by luck; no noise from seeds is assumed."""
+    return selection_bias(
+        num, accuracy=accuracy, num_questions=num_questions, correlation=CORRELATION
+    )
 
 
 def _by_model(rows: Iterable[AuditRow]) -> list[tuple[str | None, list[AuditRow]]]:

@@ -197,8 +197,13 @@ def _profile_end(
 ) -> float | None:
     """The M* at which the profile crosses the limit, from the best one to one side."""
     warm = [fit.exponents]
+    # What was found stays: a search that starts elsewhere may end elsewhere.
+    known = {math.log2(best): fit.rss}
 
     def rss_at(log2_best: float) -> float:
+        if log2_best in known:
+            return known[log2_best]
+
         def rss(exponents: Array) -> tuple[float, Array]:
             a, c = exponents
             # In units of the best: powers of samples and M* cancel before they overflow.
@@ -207,6 +212,7 @@ def _profile_end(
 
         found = _minimise(rss, [*warm, fit.exponents])
         warm[0] = found.exponents
+        known[log2_best] = found.rss
         return found.rss
 
     start = math.log2(best)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from loratune.analyse.cells import Cell, make_cells
 from loratune.analyse.curves import Curve, make_curves
+from loratune.analyse.laws.between import rate_between
 from loratune.analyse.laws.learning_rate import (
     FEWEST_BATCH_SIZES,
     LearningRateFit,
@@ -190,7 +191,7 @@ def _learning_rate(curve: Curve) -> LearningRateFinding:
     sizes, rates, left_out = list[int](), list[float](), list[int]()
     edges = list[Cell]()
     for cell in curve.cells:
-        found = _best_rate(cell)
+        found = rate_between(cell)
         if found is None:
             left_out.append(cell.trial.batch_size)
             if cell.best is not None:
@@ -228,29 +229,6 @@ def _learning_rate(curve: Curve) -> LearningRateFinding:
         undecided=tuple(undecided),
         run_next=tuple(run_next),
     )
-
-
-def _best_rate(cell: Cell) -> float | None:
-    """The cell's best LR between its neighbours, by a parabola; None at an edge or beside a gap."""
-    if cell.best is None:
-        return None
-    index = cell.rates.index(cell.best)
-    if index in (0, len(cell.rates) - 1):
-        return None
-    around = cell.rates[index - 1 : index + 2]
-    scores = [dict(zip(cell.seeds, one.seed_scores, strict=True)) for one in around]
-    seeds = [s for s in cell.seeds if all(_finite(of_rate[s]) for of_rate in scores)]
-    if not seeds or "diverged" in {one.verdict for one in around}:
-        return None
-    sign = -1.0 if cell.metric.higher_is_better else 1.0
-    means = [sign * math.fsum(of_rate[s] or 0.0 for s in seeds) / len(seeds) for of_rate in scores]
-    lowest = vertex([math.log(one.learning_rate) for one in around], means)
-    # The seeds that all three have may like a neighbour better than all seeds do together.
-    return cell.best.learning_rate if lowest is None else math.exp(lowest)
-
-
-def _finite(score: float | None) -> bool:
-    return score is not None and math.isfinite(score)
 
 
 # Loss over batch size and steps -------------------------------------------------------------------

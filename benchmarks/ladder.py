@@ -1,0 +1,350 @@
+"""The ladder of demo models: full grids of batch size, LR and seed, and the rules on its pairs.
+
+    python benchmarks/ladder.py record --out DIR --minutes 9
+    python benchmarks/ladder.py table DIR/demo-1m.csv DIR/demo-4m.csv ...
+
+`record` trains every demo model that is there (demo:12m and demo:28m are made by
+tools/pretrain_demo_models.py) on demo:task, through `loratune run`, and writes a CSV for each model
+once its grid is done. It stops after --minutes with exit code 3; the same command goes on. `table`
+takes every pair of recorded models as proxy and target, and applies the rules of `rules.py`.
+
+A rule asks for LRs that were not recorded. Between two that were, the log loss of a batch size and
+seed is interpolated by a monotone cubic in log LR (PCHIP, whose lowest point is a recorded one);
+beyond the recorded LRs it goes on as it went at the end where it rises there, and where it falls
+nothing is known, so that the rule has no answer. A diverged trial has no loss, and neither has what
+lies beyond it. Recorded seeds take turns: some choose, the others are fresh, and every turn is a
+case; cases of one pair are not independent of each other.
+"""
+
+import argparse
+import csv
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.interpolate import PchipInterpolator
+
+from loratune import api
+from loratune.analyse.laws.published import lora_learning_rate
+from loratune.errors import ModelError
+from loratune.folder import open_results
+from loratune.models.demo import DEMO_MODELS, resolve_demo_model
+from loratune.planning.build import make_plan
+from loratune.planning.cost import H100
+from loratune.records import TrialResult
+from loratune.study.loading import LoadedStudy, parse_study
+from loratune.training import Interrupted
+from loratune.workshop import choose_device, survey
+from rules import HEADER, RULES, Bench, Case, Choice, Rule, rows_of, table_line
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+LEARNING_RATES = (3.2e-4, 6.4e-4, 1.3e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+NUM_ROWS, NUM_SEEDS = 3584, 6
+COLUMNS = (
+    "method", "batch_size", "learning_rate", "seed", "validation_loss", "tokens", "flops", "seconds"
+)  # fmt: skip
+WIDTHS = {"demo-1m": 128, "demo-4m": 256, "demo-12m": 384, "demo-28m": 512}
+UNFINISHED = 3
+
+_STUDY = """\
+study: ladder-{size}
+model: demo:{size}
+precision: {precision}
+data:
+  train: demo:task
+  prompt: "Question: {{question}}\\nAnswer:"
+  response: answer
+  template: plain
+  max_tokens: 128
+  rows: {rows}
+  validation: {{rows: 512}}
+protocol: {{kind: fixed_samples, epochs: 1}}
+methods: [lora]
+rank: 8
+alpha: rank
+targets: all-linear
+batch_size: {batch_sizes}
+learning_rate: {learning_rates}
+seeds: {seeds}
+schedule: {{kind: cosine}}
+select_on: validation_loss
+keep_adapters: none
+"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained of every model."""
+
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    num_rows: int = NUM_ROWS
+    num_seeds: int = NUM_SEEDS
+
+    def study(self, model: str, *, precision: str) -> LoadedStudy:
+        """The study of one demo model."""
+        text = _STUDY.format(
+            size=model.removeprefix("demo:"),
+            precision=precision,
+            rows=self.num_rows,
+            batch_sizes=list(self.batch_sizes),
+            learning_rates=list(self.learning_rates),
+            seeds=self.num_seeds,
+        )
+        return parse_study(text, name="ladder", folder=Path.cwd())
+
+
+def record(
+    models: Sequence[str], grid: Grid, *, out: Path, minutes: float, device: str | None
+) -> bool:
+    """Train what is not trained yet, within the minutes; whether all of it is done."""
+    deadline = time.monotonic() + 60 * minutes
+    precision = "bfloat16" if choose_device(device).type == "cuda" else "float32"
+    for model in models:
+        loaded = grid.study(model, precision=precision)
+        folder = out / model.replace(":", "-")
+        try:
+            api.run(
+                loaded,
+                out=folder,
+                device=device,
+                quiet=True,
+                should_stop=lambda: time.monotonic() > deadline,
+            )
+        except Interrupted:
+            done = sum(one.outcome is not None for one in _results(folder))
+            print(f"{model}: {done} trials done; the same command goes on", file=sys.stderr)
+            return False
+        _write_csv(loaded, folder)
+        print(f"{model}: {folder}.csv", file=sys.stderr)
+    return True
+
+
+def _results(folder: Path) -> tuple[TrialResult, ...]:
+    _, store, study = open_results(folder)
+    with store:
+        return store.results(study.name, with_losses=False)
+
+
+def _write_csv(loaded: LoadedStudy, folder: Path) -> None:
+    found = survey(loaded, download=False)
+    plan = make_plan(loaded.study, models=found.models, data=found.data, rate=H100)
+    with folder.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for one in _results(folder):
+            trial, outcome = one.trial, one.outcome
+            assert outcome is not None
+            loss = outcome.validation_loss
+            tokens = outcome.num_tokens
+            writer.writerow(
+                [
+                    trial.method.name,
+                    trial.batch_size,
+                    f"{trial.learning_rate:g}",
+                    trial.seed,
+                    "" if loss is None else f"{loss:.6g}",
+                    tokens,
+                    f"{tokens * plan.flops / plan.tokens:.4g}",
+                    f"{outcome.seconds:.2f}",
+                ]
+            )
+
+
+@dataclass(frozen=True)
+class End:
+    """What a trial came to; see `rules.Trained`."""
+
+    loss: float | None
+    tokens: float
+
+
+class NotRecordedError(Exception):
+    """A rule asked for what the grid cannot tell."""
+
+
+class Recorded:
+    """One recorded model, as `rules.Trainer` sees it: tokens are in units of FLOPs.
+
+    Args:
+        path: a CSV that `record` wrote.
+        chooses: the recorded seeds that stand for a rule's seeds 0, 1, ..., taken in turn.
+    """
+
+    def __init__(self, path: Path, *, chooses: Sequence[int] = (0,)) -> None:
+        self.path = path
+        self.chooses = tuple(chooses)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self.losses = {
+            (int(row["batch_size"]), float(row["learning_rate"]), int(row["seed"])): (
+                float(row["validation_loss"]) if row["validation_loss"] else None
+            )
+            for row in rows
+        }
+        self.batch_sizes = tuple(sorted({size for size, _, _ in self.losses}))
+        self.learning_rates = tuple(sorted({rate for _, rate, _ in self.losses}))
+        self.seeds = tuple(sorted({seed for _, _, seed in self.losses}))
+        whole = [row for row in rows if row["validation_loss"]]
+        self.tokens = max(float(row["flops"]) for row in whole)
+        self.seconds = math.fsum(float(row["seconds"]) for row in rows)
+
+    def trial(self, batch_size: int, learning_rate: float, seed: int) -> End:
+        """The loss of a rule's seed; one that diverged is counted as a whole trial.
+
+        Raises:
+            NotRecordedError: the LR lies beyond those recorded, on a side where losses fall.
+        """
+        of_seed = self.chooses[seed % len(self.chooses)]
+        return End(self.loss(batch_size, learning_rate, of_seed), self.tokens)
+
+    def loss(self, batch_size: int, learning_rate: float, seed: int) -> float | None:
+        """The loss of a recorded seed at any LR."""
+        known = [
+            (math.log(rate), math.log(loss))
+            for rate in self.learning_rates
+            if (loss := self.losses[batch_size, rate, seed]) is not None
+        ]
+        diverged = [
+            rate
+            for rate in self.learning_rates
+            if self.losses[batch_size, rate, seed] is None and rate <= learning_rate
+        ]
+        if diverged or len(known) < 2:
+            return None
+        xs, ys = (list(column) for column in zip(*known, strict=True))
+        x = math.log(learning_rate)
+        for end, inner in ((0, 1), (-1, -2)):
+            outside = x < xs[0] - 1e-9 if end == 0 else x > xs[-1] + 1e-9
+            if outside:
+                rise = (ys[end] - ys[inner]) / (xs[end] - xs[inner])
+                if rise * (x - xs[end]) <= 0:
+                    raise NotRecordedError(f"{self.path.name}: LR {learning_rate:g}")
+                return math.exp(ys[end] + rise * (x - xs[end]))
+        return math.exp(float(PchipInterpolator(xs, ys)(min(max(x, xs[0]), xs[-1]))))
+
+    def mean(self, batch_size: int, learning_rate: float, seeds: Sequence[int]) -> float:
+        """The mean loss over recorded seeds; infinite where one diverged."""
+        losses = [self.loss(batch_size, learning_rate, seed) for seed in seeds]
+        return math.fsum(math.inf if loss is None else loss for loss in losses) / len(losses)
+
+    def best(self, seeds: Sequence[int]) -> tuple[int, float]:
+        """The recorded batch size and LR with the lowest mean loss over these seeds."""
+        points = [(size, rate) for size in self.batch_sizes for rate in self.learning_rates]
+        return min(points, key=lambda point: self.mean(*point, seeds))
+
+
+def ladder_cases(proxy: Path, target: Path) -> list[Case]:
+    """Every rule on a recorded pair, once for each turn of the seeds.
+
+    `regret` is against the point that is best over all recorded seeds, `fresh` against the fixed
+    sweep's choice, both on fresh seeds.
+    """
+    seeds = Recorded(target).seeds
+    num_fresh = max(1, len(seeds) // 2)
+    widths = WIDTHS[proxy.stem], WIDTHS[target.stem]
+    cases = list[Case]()
+    for turn in range(len(seeds)):
+        order = [seeds[(turn + index) % len(seeds)] for index in range(len(seeds))]
+        chooses, fresh = order[:-num_fresh], order[-num_fresh:]
+        models = [Recorded(path, chooses=chooses) for path in (proxy, target)]
+        small, large = models
+        swept = large.best(chooses)
+        best, reference = (large.mean(*one, fresh) for one in (large.best(seeds), swept))
+        num_trials = 3 * len(large.batch_sizes) * len(large.learning_rates)
+        cases.append(Case(target.stem, "fixed sweep", reference / best - 1, 0.0, 1.0))
+        for name, rule in RULES.items():
+            if name == "proxy by smaller data":
+                continue
+            bench = Bench(
+                small,
+                large,
+                # Tokens are in FLOPs already.
+                cost_ratio=1.0,
+                sweep_trials=num_trials,
+                start=lora_learning_rate(widths[1], family="llama"),
+                widths=widths,
+                model_type="llama",
+            )
+            chosen = _answer(rule, bench)
+            if chosen is None:
+                cases.append(Case(target.stem, name, None, None, None))
+                continue
+            try:
+                loss = large.mean(chosen.batch_size, chosen.learning_rate, fresh)
+            except NotRecordedError:
+                cases.append(Case(target.stem, name, None, None, None))
+                continue
+            above = loss / reference - 1 if math.isfinite(loss) else None
+            cases.append(Case(target.stem, name, loss / best - 1, above, chosen.cost))
+    return cases
+
+
+def table(paths: Sequence[Path]) -> None:
+    """Every rule on every pair of recorded models, the smaller the proxy of the larger."""
+    for index, target in enumerate(paths):
+        for proxy in paths[:index]:
+            small, large = Recorded(proxy), Recorded(target)
+            points = len(large.batch_sizes) * len(large.learning_rates)
+            print(
+                f"\n{proxy.stem} to {target.stem}: a trial costs {large.tokens / small.tokens:.2g} "
+                f"times as many FLOPs; {points} points, {len(large.seeds)} seeds, "
+                f"{small.seconds:.0f} s and {large.seconds:.0f} s of training\n"
+            )
+            print(HEADER)
+            for row in rows_of(ladder_cases(proxy, target)):
+                print(table_line(row), flush=True)
+
+
+def _answer(rule: Rule, bench: Bench) -> Choice | None:
+    try:
+        return rule(bench)
+    except NotRecordedError:
+        return None
+
+
+def _there(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The models asked for, or all that were made."""
+    if names is not None:
+        return tuple(names)
+    found = list[str]()
+    for name in DEMO_MODELS:
+        try:
+            resolve_demo_model(name)
+        except ModelError:
+            print(f"{name} was not made; see tools/pretrain_demo_models.py", file=sys.stderr)
+        else:
+            found.append(name)
+    return tuple(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    command = commands.add_parser("record", help="train the grids")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--minutes", type=float, default=math.inf)
+    command.add_argument("--models", nargs="+", choices=DEMO_MODELS)
+    command.add_argument("--device", help="cpu, cuda or cuda:N; left out: a GPU if there is one")
+    command.add_argument("--rows", type=int, default=NUM_ROWS)
+    command.add_argument("--seeds", type=int, default=NUM_SEEDS)
+    command.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
+    command.add_argument("--learning-rates", type=float, nargs="+", default=LEARNING_RATES)
+    command = commands.add_parser("table", help="the rules on recorded grids")
+    command.add_argument("paths", type=Path, nargs="+", help="CSVs, the smallest model first")
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        table(given.paths)
+        return 0
+    grid = Grid(tuple(given.batch_sizes), tuple(given.learning_rates), given.rows, given.seeds)
+    finished = record(
+        _there(given.models), grid, out=given.out, minutes=given.minutes, device=given.device
+    )
+    return 0 if finished else UNFINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The ladder of demo models: recorded in pieces, and read as a model that rules can train."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from ladder import COLUMNS, NotRecordedError, Recorded, ladder_cases, main
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def write(path: Path, *, best_rate: float, best_size: int, flops: float, **changes: object) -> Path:
+    """A grid of a bowl; `changes` map "size,rate,seed" to another loss."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for size in (1, 2, 4, 8, 16, 32, 64):
+            for rate in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2):
+                for seed in range(4):
+                    loss = 1 + 0.1 * math.log(rate / best_rate) ** 2
+                    loss += 0.05 * math.log2(size / best_size) ** 2 + 1e-4 * (seed * size % 3)
+                    loss = changes.get(f"{size},{rate:g},{seed}", loss)
+                    writer.writerow(["lora", size, rate, seed, loss, 100, flops, 1.0])
+    return path
+
+
+def test_a_grid_is_recorded_in_pieces_through_run(tmp_path, capsys):
+    arguments = [
+        "record", "--out", str(tmp_path), "--models", "demo:1m", "--device", "cpu", "--rows", "32",
+        "--seeds", "1", "--batch-sizes", "8", "--learning-rates", "1e-3", "1e-2",
+    ]  # fmt: skip
+    assert main([*arguments, "--minutes", "0"]) == 3
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "demo-1m.csv").exists()
+    assert main(arguments) == 0
+    rows = list(csv.DictReader((tmp_path / "demo-1m.csv").read_text().splitlines()))
+    assert [row["learning_rate"] for row in rows] == ["0.001", "0.01"]
+    assert all(0 < float(row["validation_loss"]) < 10 for row in rows)
+    assert len({row["tokens"] for row in rows}) == 1
+    # About 6 FLOPs a parameter and token, less what a frozen base does not need.
+    per_token = float(rows[0]["flops"]) / float(rows[0]["tokens"])
+    assert 4e6 < per_token < 8e6
+
+
+def test_between_recorded_rates_losses_are_between_and_beyond_them_only_a_rise_is_known(tmp_path):
+    path = write(tmp_path / "demo-1m.csv", best_rate=2e-3, best_size=8, flops=1e6)
+    model = Recorded(path)
+    assert model.loss(8, 2e-3, 0) == pytest.approx(1.0)
+    between = model.loss(8, 2.9e-3, 0)
+    assert between is not None
+    assert 1.0 < between < 1 + 0.1 * math.log(2) ** 2
+    beyond = model.loss(8, 6.4e-2, 0)
+    assert beyond is not None
+    assert beyond > (model.loss(8, 3.2e-2, 0) or math.inf)
+    assert model.best(model.seeds) == (8, 2e-3)
+    falling = write(tmp_path / "falling.csv", best_rate=0.2, best_size=8, flops=1e6)
+    with pytest.raises(NotRecordedError):
+        Recorded(falling).loss(8, 6.4e-2, 0)
+
+
+def test_at_and_above_a_recorded_divergence_there_is_no_loss(tmp_path):
+    path = write(
+        tmp_path / "demo-1m.csv", best_rate=2e-3, best_size=8, flops=1e6, **{"8,0.016,1": ""}
+    )
+    model = Recorded(path, chooses=(1,))
+    assert model.loss(8, 1.6e-2, 1) is model.loss(8, 2e-2, 1) is None
+    assert model.loss(8, 1.5e-2, 1) is not None
+    assert model.loss(8, 1.6e-2, 0) is not None
+    assert model.trial(8, 1.6e-2, 7).loss is None  # any seed of a rule is the one that chooses
+    assert model.mean(8, 1.6e-2, [0, 1]) == math.inf
+
+
+def test_the_rules_find_the_best_of_a_recorded_pair_and_pay_by_flops(tmp_path, capsys):
+    law = (128 / 512) ** 0.781
+    proxy = write(tmp_path / "demo-1m.csv", best_rate=4e-3, best_size=8, flops=1e6)
+    target = write(tmp_path / "demo-28m.csv", best_rate=4e-3 * law, best_size=8, flops=28e6)
+    cases = {(one.rule): one for one in ladder_cases(proxy, target)}
+    assert cases["`tune`"].regret == pytest.approx(0.0, abs=0.005)
+    assert cases["`tune`"].cost is not None
+    # Over 189 trials of the target; about 7 of it, and 60 to 120 of the proxy.
+    assert 7 / 189 < cases["`tune`"].cost < (9 + 120 / 28) / 189
+    assert cases["constant 16"].cost is not None
+    assert cases["constant 16"].cost < cases["`tune`"].cost
+    main(["table", str(proxy), str(target)])
+    text = capsys.readouterr().out
+    assert "demo-1m to demo-28m: a trial costs 28 times" in text
+    main(["table", str(proxy), str(target)])
+    assert capsys.readouterr().out == text
+
+
+def test_a_rule_that_asks_for_what_was_not_recorded_has_no_case(tmp_path):
+    proxy = write(tmp_path / "demo-1m.csv", best_rate=4e-3, best_size=8, flops=1e6)
+    target = write(tmp_path / "demo-28m.csv", best_rate=0.5, best_size=8, flops=28e6)
+    regrets = {one.rule: one.regret for one in ladder_cases(proxy, target)}
+    assert regrets["`tune`"] is None
+    assert regrets["fixed sweep"] == 0.0
+
+
+def test_the_recorded_pair_is_a_whole_grid_of_both_models():
+    small, large = (Recorded(RECORDED / f"demo-{size}.csv") for size in ("1m", "4m"))
+    for model in (small, large):
+        assert len(model.losses) == 6 * 5 * 3
+        assert model.best(model.seeds)[0] <= 4  # small batches are best on the demo task
+    assert large.tokens / small.tokens == pytest.approx(4.0, rel=0.05)
