@@ -84,9 +84,10 @@ class ProgressLine:
         self._total_rows += sum(trial.num_samples for trial in trials)
         self._bar.update(self._task, total=self._num_trials)
         first = trials[0]
+        sizes = sorted({trial.batch_size for trial in trials})
+        more = "1 more trial" if len(trials) == 1 else f"{len(trials)} more trials"
         self._console.print(
-            f"{len(trials)} more trials of {first.method.name} r={first.rank} "
-            f"batch={first.batch_size}",
+            f"{more} of {first.method.name} r={first.rank} batch={','.join(map(str, sizes))}",
             highlight=False,
             markup=False,
         )

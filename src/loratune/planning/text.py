@@ -23,7 +23,7 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
         f"  rank           {_listed(trial.rank for trial in trials)}",
         f"  training rows  {_listed(trial.num_train_rows for trial in trials)}",
         f"  batch size     {_listed(trial.batch_size for trial in trials)}",
-        f"  learning rate  {_listed(f'{trial.learning_rate:g}' for trial in trials)}",
+        f"  learning rate  {_rates(plan)}",
         f"  seeds          {_listed(trial.seed for trial in trials)}",
         f"  updates        {_spread([trial.num_updates for trial in trials])} a trial, "
         f"{plan.num_updates:,} in all",
@@ -107,6 +107,13 @@ def _power_lines(one: StudyPower) -> list[str]:
             ),
         ]
     return [*lines, noise]
+
+
+def _rates(plan: Plan) -> str:
+    rates = plan.study.learning_rate
+    if rates.search is not None:
+        return f"searched between {rates.low:g} and {rates.high:g}"
+    return _listed(f"{trial.learning_rate:g}" for trial in plan.trials)
 
 
 def _effect(value: float, one: StudyPower) -> str:

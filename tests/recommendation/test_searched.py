@@ -1,0 +1,91 @@
+"""What is recommended from the trials of an adaptive search."""
+
+import math
+
+import pytest
+
+from loratune.recommendation.grid import Recommendation, recommendations
+from loratune.records import TrialResult
+from simulated import result
+
+SIZES = (4, 16, 64)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+NUMBERS = ("batch_size", "batch_size_low", "learning_rate", "acceptable_batch_sizes")
+
+
+def bowl(size: int, rate: float, seed: int) -> float:
+    """Least at batch size 16 and 4e-4; a seed moves it by a thousandth."""
+    off = 0.02 * math.log2(size / 16) ** 2 + 0.05 * math.log(rate / 4e-4) ** 2
+    return 0.8 * (1 + off) + 1e-3 * ((seed * 7 + size) % 3 - 1)
+
+
+def trial(size: int, rate: float, seed: int = 0, **fields: object) -> TrialResult:
+    loss = fields.pop("loss", bowl(size, rate, seed))
+    return result(
+        loss,  # type: ignore[arg-type]
+        batch_size=size,
+        learning_rate=rate,
+        seed=seed,
+        purpose=fields.pop("purpose", "adaptive"),  # type: ignore[arg-type]
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def searched() -> list[TrialResult]:
+    """Every batch size at three rates or more, one seed; three seeds at the best."""
+    return [
+        *(trial(size, rate) for size in SIZES for rate in RATES),
+        *(trial(16, 4e-4, seed) for seed in (1, 2)),
+    ]
+
+
+def recommend(results: list[TrialResult], *, margin: float = 0.005) -> Recommendation:
+    (answer,) = recommendations(results, margin=margin)
+    return answer
+
+
+def test_the_best_is_named_with_its_regret_and_nothing_is_called_an_edge():
+    found = recommend(searched())
+    assert found.undecided == ()
+    assert (found.batch_size, found.learning_rate) == (16, 4e-4)
+    assert found.expected_regret is not None
+    assert found.expected_regret < 0.005
+    assert found.acceptable_batch_sizes == (16,)
+    assert found.cost_fraction is None
+    assert not any("edge" in note or "that was tried" in note for note in found.evidence.notes)
+
+
+def test_a_best_at_an_end_of_what_was_tried_is_said():
+    found = recommend([one for one in searched() if one.trial.learning_rate <= 4e-4])
+    assert found.learning_rate == 4e-4
+    assert any("0.0004 is the highest that was tried" in note for note in found.evidence.notes)
+
+
+def test_too_few_trials_for_the_margin_are_undecided_without_a_number():
+    few = [trial(size, rate) for size, rate in ((4, 1e-4), (16, 1.6e-3), (64, 4e-4))]
+    found = recommend(few)
+    assert found.undecided
+    assert "max_trials" in found.undecided[0]
+    assert all(getattr(found, name) is None for name in NUMBERS)
+
+
+def test_where_all_diverged_there_is_no_number_and_lower_rates_are_advised():
+    lost = [trial(size, rate, status="diverged", loss=None) for size in SIZES for rate in RATES]
+    found = recommend(lost)
+    assert all(getattr(found, name) is None for name in NUMBERS)
+    assert "below the lowest one, 0.0001" in found.undecided[0]
+
+
+def test_an_infinite_loss_counts_as_diverged_and_what_failed_does_not():
+    infinite = trial(16, 1.6e-3, 1, loss=math.inf)
+    failed = trial(4, 1.6e-3, 1, loss=None, status="failed")
+    notes = recommend([*searched(), infinite, failed]).evidence.notes
+    assert any(note.startswith("1 trials diverged") for note in notes)
+
+
+@pytest.mark.parametrize("loss", [0.1, 5.0])
+def test_seeds_that_confirm_choose_nothing(loss: float):
+    fresh = [trial(16, 4e-4, seed, loss=loss, purpose="confirm") for seed in (7, 8)]
+    plain, confirmed = recommend(searched()), recommend([*searched(), *fresh])
+    assert confirmed.expected_regret == plain.expected_regret
+    assert confirmed.batch_size == plain.batch_size
