@@ -432,8 +432,9 @@ def _law_note(on_proxy: Recommendation, cell: Cell | None, pair: ProxyPair) -> l
         f"gives {expected:.2g} for {pair.target.name}"
     )
     if cell is not None and cell.best is not None:
-        off = cell.best.learning_rate / expected
-        note += f"; the best one there is {cell.best.learning_rate:g}, {off:.2g} times that"
+        off = f"{cell.best.learning_rate / expected:.2g}"
+        found = "just that" if off == "1" else f"{cell.best.learning_rate:g}, {off} times that"
+        note += f"; the best one tried there is {found}"
     return [note]
 
 

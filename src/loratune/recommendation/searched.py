@@ -106,35 +106,19 @@ def _notes(answer: SearchAnswer, trials: Sequence[Observed], left: int) -> list[
     ]
     rates = sorted({one.learning_rate for one in trials})
     if answer.learning_rate in (rates[0], rates[-1]):
-        end, beyond = (
-            ("lowest", "lower")
-            if answer.learning_rate == rates[0]
-            else (
-                "highest",
-                "higher",
-            )
-        )
-        notes.append(
-            f"learning rate {answer.learning_rate:g} is the {end} that was tried; "
-            f"a {beyond} one may be better"
-        )
+        end = ("lowest", "lower") if answer.learning_rate == rates[0] else ("highest", "higher")
+        notes.append(_at_end(f"learning rate {answer.learning_rate:g}", *end))
     sizes = sorted({one.batch_size for one in trials})
     if len(sizes) > 1 and answer.batch_size in (sizes[0], sizes[-1]):
-        end, beyond = (
-            ("smallest", "smaller")
-            if answer.batch_size == sizes[0]
-            else (
-                "largest",
-                "larger",
-            )
-        )
-        notes.append(
-            f"batch size {answer.batch_size} is the {end} that was tried; "
-            f"a {beyond} one may be better"
-        )
+        end = ("smallest", "smaller") if answer.batch_size == sizes[0] else ("largest", "larger")
+        notes.append(_at_end(f"batch size {answer.batch_size}", *end))
     if left:
         notes.append(f"{left} trials have no outcome yet; the answer may change")
     diverged = sum(one.loss is None and not one.useless for one in trials)
     if diverged:
-        notes.append(f"{diverged} trials diverged: the search kept away from where they did")
+        notes.append(f"{diverged} of the trials diverged; the search kept away from there")
     return notes
+
+
+def _at_end(what: str, end: str, beyond: str) -> str:
+    return f"{what} is the {end} that was tried; a {beyond} one may be better"
