@@ -53,9 +53,7 @@ def written(
                 elif isinstance(event, Scored):
                     waiting.pop(event.asked, None)
                     trial_id, questions = asked[event.asked]
-                    store.add_score(
-                        trial_id, event.score, event.predictions, questions=questions
-                    )
+                    store.add_score(trial_id, event.score, event.predictions, questions=questions)
                 is_full = sum(map(len, waiting.values())) >= ANSWERS_AT_ONCE
                 if is_full or clock() - last_write >= SECONDS_BETWEEN_WRITES:
                     write()

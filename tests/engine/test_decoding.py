@@ -403,9 +403,7 @@ def test_the_base_is_as_it_was_when_answers_end_or_are_closed(num_read: int | No
 # Log-likelihoods ----------------------------------------------------------------------------------
 
 
-def in_order(
-    decoder: Decoder, questions: Sequence[ContinuationRequest]
-) -> list[ContinuationScore]:
+def in_order(decoder: Decoder, questions: Sequence[ContinuationRequest]) -> list[ContinuationScore]:
     """Each once, in the order of the questions."""
     told = list(decoder.log_likelihoods(questions))
     assert sorted(index for index, _ in told) == list(range(len(questions)))

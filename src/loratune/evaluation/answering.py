@@ -127,7 +127,9 @@ class _Work:
         if not all(linear.weight.is_floating_point() for linear in linears.values()):
             self._set_apart(list(self._left), "many adapters at once need a base in 16 or 32 bits")
             return []
-        adapters = {_key(self._asked[index].adapter): self._asked[index].adapter for index in self._left}
+        adapters = {
+            _key(self._asked[index].adapter): self._asked[index].adapter for index in self._left
+        }
         refused = dict[str, str]()
         for key, adapter in adapters.items():
             if adapter is not None:
@@ -255,7 +257,8 @@ def _write(
     ]
     with closing(decoder.answers(requests)) as answers:
         for one in answers:
-            yield (*at[one.index], one.answer)
+            index, number = at[one.index]
+            yield index, number, one.answer
 
 
 def _choose(
