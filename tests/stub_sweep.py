@@ -22,12 +22,16 @@ from loratune.planning.shapes import declared_model_facts
 from loratune.records import (
     DataFacts,
     DataSummary,
+    NotScored,
     Outcome,
     Prediction,
     Provenance,
     QuestionSet,
+    Said,
     Score,
+    Scored,
     ScoreKey,
+    ToScore,
     Trial,
 )
 from loratune.study.identity import cell_key
@@ -214,6 +218,7 @@ class StubWorkshop:
     loaded: LoadedStudy
     stub: StubEngine = field(default_factory=lambda: STUBS[StubWorkshop.kind]())
     scored: list[tuple[str, str]] = field(default_factory=list)
+    at_once: list[int] = field(default_factory=list)
 
     def plan(self) -> Plan:
         shape = DeclaredModel(
@@ -264,6 +269,18 @@ class StubWorkshop:
         return QuestionSet(task, "1", "greedy", "test", ("1",) * 100)
 
     def score(
+        self, wanted: Sequence[ToScore], *, remark: Callable[[str], None]
+    ) -> Generator[Said | Scored | NotScored]:
+        self.at_once.append(len(wanted))
+        for index, one in enumerate(wanted):
+            try:
+                score, answers = self.score_one(one.trial, one.adapter, task=one.task)
+            except RuntimeError as error:
+                yield NotScored(index, str(error))
+            else:
+                yield Scored(index, score, answers)
+
+    def score_one(
         self, trial: Trial, adapter: Path, *, task: str
     ) -> tuple[Score, tuple[Prediction, ...]]:
         assert (adapter / "adapter.txt").read_text() == trial.trial_id

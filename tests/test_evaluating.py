@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from loratune import api, cli
+from loratune.engine.decoding import Decoder
 from loratune.errors import EvaluationError, ModelError
-from loratune.evaluation import generate
 from loratune.records import Prediction, Score
 from loratune.store.database import open_store
 from tiny_models import save_tiny
@@ -123,13 +123,13 @@ def test_kept_answers_are_gone_on_with_and_another_adapter_has_its_own(
     # Killed while it wrote: half a line, and the last questions missing.
     file.write_text("".join(lines[:7]) + lines[7][:20])
     counted = list[int]()
-    real = generate.generate_answers
+    real = Decoder.answers
 
-    def counting(base: Any, prompt_ids: Any, **options: Any) -> Any:
-        counted.append(len(prompt_ids))
-        return real(base, prompt_ids, **options)
+    def counting(decoder: Decoder, requests: Any) -> Any:
+        counted.append(len(requests))
+        return real(decoder, requests)
 
-    monkeypatch.setattr("loratune.evaluation.score.generate_answers", counting)
+    monkeypatch.setattr(Decoder, "answers", counting)
     assert api.evaluate(adapters(trained)[0], **asked) == first
     assert counted == [len(GSM8K) - 7]
     assert sorted(file.read_text().splitlines()) == sorted(line.strip() for line in lines)

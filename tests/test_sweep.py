@@ -340,15 +340,15 @@ def test_a_refused_request_leaves_no_folder(tmp_path):
 
 def test_a_score_that_fails_costs_no_other_trial_and_is_counted(tmp_path):
     class Breaks(StubWorkshop):
-        def score(self, trial, adapter, *, task):
+        def score_one(self, trial, adapter, *, task):
             if trial.batch_size == 8:
                 raise RuntimeError("out of memory")
-            return super().score(trial, adapter, task=task)
+            return super().score_one(trial, adapter, task=task)
 
     loaded = stub_study(more="evaluate: {tasks: [gsm8k], when: all}\nkeep_adapters: all")
     sweep = sweep_stub(tmp_path, loaded, workshop=Breaks(loaded))
     assert sweep.statuses() == {"done": NUM_TRIALS}
-    assert sweep.num_not_scored >= NUM_TRIALS // 2
+    assert sweep.num_not_scored == NUM_TRIALS // 2
     again = sweep_stub(tmp_path, loaded)
     assert again.num_not_scored == 0
     assert all(result.scores for result in again.results)
@@ -361,8 +361,8 @@ def test_a_study_shows_the_scores_that_it_asks_for_not_those_of_another(tmp_path
         def asks(self, trial, *, task):
             return ScoreKey(task, "1", self.grader, "greedy")
 
-        def score(self, trial, adapter, *, task):
-            score, answers = super().score(trial, adapter, task=task)
+        def score_one(self, trial, adapter, *, task):
+            score, answers = super().score_one(trial, adapter, task=task)
             return replace(score, grader=self.grader), answers
 
     class Pissa(Strict):

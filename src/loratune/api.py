@@ -347,6 +347,8 @@ def evaluate(
     precision: "Precision | None" = None,
     device: str | None = None,
     answers: str | Path | None = None,
+    engine: "EngineChoice" = "auto",
+    remark: Callable[[str], None] = lambda _: None,
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> "tuple[Evaluation, ...]":
@@ -368,6 +370,9 @@ def evaluate(
         precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         answers: a file that keeps raw answers, a line a question; gone on with where it is there.
+        engine: packed lets many adapters answer at once or refuses, reference asks one after
+            another by transformers' own generate, auto does what can be done.
+        remark: is told, under auto, what is asked one by one and why.
         trust_remote_code: let a model's own Python code run.
         unsafe_exec: run generated code where it cannot be isolated.
 
@@ -403,6 +408,8 @@ def evaluate(
             str(source),
             tasks=asked,
             device=device,
+            engine=engine,
+            remark=remark,
             trust_remote_code=trust_remote_code,
             unsafe_exec=unsafe_exec,
         )
@@ -415,6 +422,8 @@ def evaluate(
         precision=precision or ("bfloat16" if on_gpu else "float32"),
         device=device,
         answers=None if answers is None else Path(answers),
+        engine=engine,
+        remark=remark,
         trust_remote_code=trust_remote_code,
         unsafe_exec=unsafe_exec,
     )

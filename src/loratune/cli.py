@@ -104,6 +104,14 @@ EngineOption = Annotated[
         "method that can be packed.",
     ),
 ]
+AnsweringOption = Annotated[
+    Engine,
+    typer.Option(
+        "--engine",
+        help="packed: adapters answer all at once, or are refused; reference: one after another, "
+        "by transformers' generate; auto: at once where that can be done.",
+    ),
+]
 HiddenEngineOption = Annotated[Engine, typer.Option("--engine", hidden=True)]
 Checkpointing = Annotated[
     bool,
@@ -409,6 +417,7 @@ def evaluate(
     chat: Annotated[
         bool, typer.Option("--chat", help="With --harness: the tokenizer's chat template.")
     ] = False,
+    engine: AnsweringOption = Engine.auto,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     unsafe_exec: UnsafeExec = False,
@@ -453,6 +462,8 @@ def evaluate(
         prompt=prompt,
         max_new_tokens=max_new_tokens,
         answers=answers,
+        engine=engine.value,
+        remark=_say,
         device=device,
         trust_remote_code=trust_remote_code,
         unsafe_exec=unsafe_exec,

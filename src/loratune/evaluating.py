@@ -6,9 +6,9 @@ it was stopped, and another grader needs no model. Of a results folder the score
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,30 @@ from typing import Any
 from loratune.analyse.proportions import wilson
 from loratune.data.prepare import turn_ends
 from loratune.errors import EvaluationError, ModelError
+from loratune.evaluation.answering import Asked, answer_all
 from loratune.evaluation.questions import TaskQuestions
-from loratune.evaluation.score import answer_questions, grade, score_task
 from loratune.evaluation.tasks import ask, check_tasks, load_questions
 from loratune.folder import ResultsFolder, open_results
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base, Precision, load_base
-from loratune.records import Answer, Score, ScoreKey
+from loratune.records import (
+    Answer,
+    NotScored,
+    QuestionSet,
+    Said,
+    Score,
+    Scored,
+    ScoreKey,
+    TrialResult,
+)
+from loratune.scoring import ANSWERS_AT_ONCE, written
+from loratune.store.database import Store
 from loratune.study.loading import load_study
 from loratune.study.schema import Data, Task
-from loratune.workshop import choose_device, model_source
+from loratune.workshop import EngineChoice, choose_device, model_source
 
 # lm-evaluation-harness's and most papers' prompt for a model that was not trained on another one.
 DEFAULT_PROMPT = "Question: {prompt}\nAnswer:"
-# Answers that are written to the file at once; what a stop may cost.
-QUESTIONS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,8 @@ def evaluate(
     precision: Precision,
     device: str | None,
     answers: Path | None,
+    engine: EngineChoice,
+    remark: Callable[[str], None],
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> tuple[Evaluation, ...]:
@@ -89,6 +100,8 @@ def evaluate(
         precision: of the base.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         answers: a file that keeps the raw answers; gone on with where it is there.
+        engine: see `answer_all`.
+        remark: is told how adapters are asked, where that is not as was to be expected.
         trust_remote_code: let a model's own Python code run.
         unsafe_exec: see `sandbox.choose_isolation`.
 
@@ -98,15 +111,41 @@ def evaluate(
     adapter = _adapter_of(source)
     name = model or (source if adapter is None else _base_of(adapter))
     check_tasks(tasks, folder=Path.cwd(), unsafe_exec=unsafe_exec)
-    found = list[Evaluation]()
-    with _attached(name, adapter, precision, device, trust_remote_code) as base:
-        for given in tasks:
-            asked = _ask(given, base, _data_with(prompt), folder=Path.cwd())
-            kept = _Kept(answers, who=_fingerprint(name, adapter), asked=asked)
-            said = kept.complete(base, asked)
-            score, _ = grade(said, asked, unsafe_exec=unsafe_exec)
-            found.append(_evaluation(name, adapter, score))
-    return tuple(found)
+    base = load_base(
+        name,
+        precision=precision,
+        device=choose_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    questions = [_ask(given, base, _data_with(prompt), folder=Path.cwd()) for given in tasks]
+    who = _fingerprint(name, adapter)
+    kept = [_Kept(answers, who=who, asked=one) for one in questions]
+    asked = [
+        Asked(adapter, one, of_one.answers) for one, of_one in zip(questions, kept, strict=True)
+    ]
+    scores = dict[int, Score]()
+    waiting = dict[int, dict[int, Answer]]()
+
+    def write() -> None:
+        for index, said in waiting.items():
+            kept[index].write(said)
+        waiting.clear()
+
+    events = answer_all(base, asked, engine=engine, remark=remark, unsafe_exec=unsafe_exec)
+    try:
+        with closing(events):
+            for event in events:
+                if isinstance(event, Said):
+                    waiting.setdefault(event.asked, {}).update(event.answers)
+                elif isinstance(event, Scored):
+                    scores[event.asked] = event.score
+                else:
+                    raise EvaluationError(event.reason)
+                if sum(map(len, waiting.values())) >= ANSWERS_AT_ONCE:
+                    write()
+    finally:
+        write()
+    return tuple(_evaluation(name, adapter, scores[index]) for index in range(len(asked)))
 
 
 def evaluate_results(
@@ -114,15 +153,19 @@ def evaluate_results(
     *,
     tasks: Sequence[Task],
     device: str | None,
+    engine: EngineChoice,
+    remark: Callable[[str], None],
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> tuple[Evaluation, ...]:
     """Score every adapter that a results folder keeps, with the study's own prompts.
 
-    Scores and raw answers go into the folder's store; what is there already is not asked again.
+    Many adapters answer at once. Scores and raw answers go into the folder's store; what is there
+    already is not asked again.
 
     Raises:
-        LoratuneError: no adapter is kept, no such task, or the base cannot be had.
+        LoratuneError: no adapter is kept, no such task, the base cannot be had, or an adapter
+            can't be scored; the scores of the others are in the store by then.
     """
     place, store, record = open_results(folder)
     with store:
@@ -137,30 +180,80 @@ def evaluate_results(
         found = list[Evaluation]()
         for model, of_model in groupby(kept, key=lambda one: one.trial.model):
             source = model_source(model, folder=place.root)
-            with _attached(source, None, study.precision, device, trust_remote_code) as base:
-                asked = [_ask(given, base, study.data, folder=place.root) for given in tasks]
-                for result in of_model:
-                    adapter = place.adapter(result.trial.trial_id)
-                    known = {score.key: score for score in result.scores}
-                    for questions in asked:
-                        key = ScoreKey(
-                            questions.task,
-                            questions.version,
-                            questions.grader,
-                            questions.decoding,
-                        )
-                        if key not in known:
-                            known[key], predictions = score_task(
-                                base, adapter, questions, unsafe_exec=unsafe_exec
-                            )
-                            store.add_score(
-                                result.trial.trial_id,
-                                known[key],
-                                predictions,
-                                questions=questions.question_set(),
-                            )
-                        found.append(_evaluation(model, adapter, known[key]))
+            base = load_base(
+                source,
+                precision=study.precision,
+                device=choose_device(device),
+                trust_remote_code=trust_remote_code,
+            )
+            questions = [_ask(given, base, study.data, folder=place.root) for given in tasks]
+            results_of_model = list(of_model)
+            scores = _score_results(
+                base,
+                results_of_model,
+                questions,
+                place=place,
+                store=store,
+                engine=engine,
+                remark=remark,
+                unsafe_exec=unsafe_exec,
+            )
+            found += [
+                _evaluation(model, place.adapter(one.trial.trial_id), scores[index, number])
+                for index, one in enumerate(results_of_model)
+                for number in range(len(questions))
+            ]
         return tuple(found)
+
+
+def _score_results(
+    base: Base,
+    results: Sequence[TrialResult],
+    questions: Sequence[TaskQuestions],
+    *,
+    place: ResultsFolder,
+    store: Store,
+    engine: EngineChoice,
+    remark: Callable[[str], None],
+    unsafe_exec: bool,
+) -> dict[tuple[int, int], Score]:
+    """Every trial's score on every task, by their indices; those that are missing are made.
+
+    Raises:
+        EvaluationError: one that can't be had; all the others are in the store by then.
+    """
+    scores = dict[tuple[int, int], Score]()
+    wanted = list[tuple[int, int]]()
+    for index, result in enumerate(results):
+        known = {score.key: score for score in result.scores}
+        for number, one in enumerate(questions):
+            key = ScoreKey(one.task, one.version, one.grader, one.decoding)
+            if key in known:
+                scores[index, number] = known[key]
+            else:
+                wanted.append((index, number))
+    asked, of_trial = list[Asked](), list[tuple[str, QuestionSet]]()
+    for index, number in wanted:
+        trial_id, of_task = results[index].trial.trial_id, questions[number].question_set()
+        kept = store.answers(trial_id, of_task)
+        asked.append(Asked(place.adapter(trial_id), questions[number], kept))
+        of_trial.append((trial_id, of_task))
+    answers = answer_all(base, asked, engine=engine, remark=remark, unsafe_exec=unsafe_exec)
+    failures = list[str]()
+    with closing(written(answers, of_trial, store=store)) as events:
+        for event in events:
+            if isinstance(event, Scored):
+                scores[wanted[event.asked]] = event.score
+            elif isinstance(event, NotScored):
+                index, number = wanted[event.asked]
+                failures.append(
+                    f"{results[index].trial.trial_id} can't be scored on {questions[number].task}: "
+                    f"{event.reason}"
+                )
+    if failures:
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise EvaluationError(f"{failures[0]}{others}")
+    return scores
 
 
 def evaluate_by_harness(
@@ -301,7 +394,10 @@ def _fingerprint(model: str, adapter: Path | None) -> str:
 
 
 class _Kept:
-    """The answers of one adapter to one task in a file of many, a JSON object a line."""
+    """The answers of one adapter to one task in a file of many, a JSON object a line.
+
+    `answers`: those that were in it at the beginning, by question.
+    """
 
     def __init__(self, path: Path | None, *, who: str, asked: TaskQuestions) -> None:
         self._path = path
@@ -311,17 +407,7 @@ class _Kept:
             "task_version": asked.version,
             "decoding": asked.decoding,
         }
-        self._answers = dict(self._read())
-
-    def complete(self, base: Base, asked: TaskQuestions) -> list[Answer]:
-        """Every question's answer, those that are not in the file asked now and added to it."""
-        left = [index for index in range(len(asked.prompts)) if index not in self._answers]
-        for begin in range(0, len(left), QUESTIONS_AT_ONCE):
-            some = left[begin : begin + QUESTIONS_AT_ONCE]
-            said = answer_questions(base, _chosen(asked, some))
-            self._answers.update(zip(some, said, strict=True))
-            self._write(some, said)
-        return [self._answers[index] for index in range(len(asked.prompts))]
+        self.answers = dict(self._read())
 
     def _read(self) -> Iterator[tuple[int, Answer]]:
         if self._path is None or not self._path.is_file():
@@ -342,12 +428,13 @@ class _Kept:
                 if {name: one.get(name) for name in self._key} == self._key:
                     yield index, answer
 
-    def _write(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
+    def write(self, answers: Mapping[int, Answer]) -> None:
+        """Add answers, by question, to the file."""
         if self._path is None:
             return
         self._cut_torn_line()
         with self._path.open("a", encoding="utf-8") as file:
-            for index, answer in zip(indices, answers, strict=True):
+            for index, answer in answers.items():
                 line = {
                     **self._key,
                     "question_index": index,
@@ -364,13 +451,3 @@ class _Kept:
             whole = content.rfind(b"\n") + 1
             if whole != len(content):
                 self._path.write_bytes(content[:whole])
-
-
-def _chosen(asked: TaskQuestions, indices: Sequence[int]) -> TaskQuestions:
-    """Some of the questions."""
-    fields = ("prompts", "prompt_ids", "references", "choices", "choice_ids")
-    picked = dict[str, tuple[Any, ...]]()
-    for name in fields:
-        values: tuple[Any, ...] = getattr(asked, name)
-        picked[name] = tuple(values[index] for index in indices) if values else ()
-    return replace(asked, **picked)

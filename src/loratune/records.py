@@ -5,8 +5,10 @@ what it produced, divergence included; a *score* is one task's count of right an
 Counts start with `num_`, units stand in the name, `None` means absent, never zero.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 Status = Literal["planned", "running", "done", "diverged", "stopped", "out_of_memory", "failed"]
@@ -339,6 +341,41 @@ class QuestionSet:
     references: tuple[str | None, ...]
     extract: str | None = None
     choices: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToScore:
+    """An adapter and a task that it is to be scored on. `kept`: its answers so far, by question."""
+
+    trial: Trial
+    adapter: Path
+    task: str
+    kept: Mapping[int, Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Answers as they come, by question. `asked`: the index of what was asked, here and below."""
+
+    asked: int
+    answers: Mapping[int, Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Every question has its answer, and every answer its verdict; in the questions' order."""
+
+    asked: int
+    score: Score
+    predictions: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NotScored:
+    """No score can be had now; `reason` in one line."""
+
+    asked: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,18 +13,31 @@ cell keeps its adapters until then.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from loratune.analyse.cells import Cell, make_cells
 from loratune.analyse.curves import make_curves
+from loratune.errors import StoreError
 from loratune.folder import ResultsFolder
 from loratune.planning.build import Plan
 from loratune.recommendation.rounds import Point, confirmation, next_points_of, refinement
 from loratune.recommendation.searched import observed
-from loratune.records import FINAL_STATUSES, Purpose, Trial, TrialResult
+from loratune.records import (
+    FINAL_STATUSES,
+    NotScored,
+    Purpose,
+    QuestionSet,
+    Scored,
+    ToScore,
+    Trial,
+    TrialResult,
+)
+from loratune.scoring import written
 from loratune.store.database import Store
 from loratune.study.identity import cell_key
 from loratune.study.schema import VALIDATION, Study
@@ -44,7 +57,7 @@ class _Open:
 class Settling:
     """The cells of one plan, from the first trial that is tried to the last cell that is settled.
 
-    `num_not_scored` counts the scores that were wanted and could not be had.
+    `num_not_scored` counts the scores that were wanted and could not be had: each is tried once.
     """
 
     def __init__(
@@ -58,8 +71,10 @@ class Settling:
         workshop: Workshop,
         watcher: Watcher,
         should_stop: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_not_scored = 0
+        self.clock = clock
         self.study = study
         self.folder = folder
         self.store = store
@@ -69,6 +84,7 @@ class Settling:
         self._plan = plan
         self._cells = dict[tuple[object, ...], _Open]()
         self._key_of = dict[str, tuple[object, ...]]()
+        self._tried_to_score = set[tuple[str, str]]()
         rates = study.learning_rate
         asks_more = bool(rates.extend or study.seeds.around_best or rates.search)
         purpose: Purpose = "search" if rates.search is None else "adaptive"
@@ -108,26 +124,39 @@ class Settling:
         return self._advance(tuple(keys), idle=idle)
 
     def _advance(self, keys: Collection[tuple[object, ...]], *, idle: bool) -> tuple[Trial, ...]:
-        """Refine and settle cells as far as can be done now; what is to be trained besides."""
+        """Refine and settle cells as far as can be done now; what is to be trained besides.
+
+        What is to be scored is scored for all of these cells together: many adapters answer at
+        once, and those of one cell would be few.
+        """
         further = list[Trial]()
-        waiting = list(keys)
-        for key in waiting:
-            cell = self._cells.get(key)
-            if cell is None or cell.untried:
-                continue
+        tried = {
+            key: cell
+            for key in keys
+            if (cell := self._cells.get(key)) is not None and not cell.untried
+        }
+        if idle:
+            search = [cell for cell in tried.values() if cell.purpose != "confirm"]
+            self._score(_trials_of(search), self._scored_before_selection())
+        for key, cell in tuple(tried.items()):
             if cell.asks_more and cell.purpose == "adaptive":
                 further += self._search(self._searched_with[key])
                 if not cell.asks_more:  # The others of the curve can be settled, too.
-                    waiting += self._searched_with[key]
+                    tried |= {one: self._cells[one] for one in self._searched_with[key]}
             elif cell.asks_more and (idle or self.study.select_on == "validation_loss"):
                 further += self._refine(key, cell)
-            if cell.untried or cell.asks_more:
-                continue
-            if not idle and self.study.scored_tasks():
+        settled = {
+            key: cell for key, cell in tried.items() if not cell.untried and not cell.asks_more
+        }
+        if not idle and self.study.scored_tasks():
+            for cell in settled.values():
                 self._drop_unchosen(cell)
-                continue
-            self._settle(cell)
-            del self._cells[key]
+        else:
+            chosen = [self._chosen(cell) for cell in settled.values()]
+            self._score([one for trials in chosen for one in trials], self.study.scored_tasks())
+            for key, cell in settled.items():
+                self._settle(cell)
+                del self._cells[key]
         if not self._cells and not self._has_confirmed:
             further += self._confirm()
         if further:
@@ -137,7 +166,8 @@ class Settling:
     def _refine(self, key: tuple[object, ...], cell: _Open) -> list[Trial]:
         """Add what the cell's outcomes call for, until it calls for nothing that is not there."""
         while True:
-            self._score(cell.trials, self._scored_before_selection())
+            if self.study.select_on != "validation_loss":
+                self._score(cell.trials, self._scored_before_selection())
             results = self._results(cell.trials)
             if any(result.status in ("planned", "running") for result in results):
                 break  # Another process has some of it: what is best is not known here.
@@ -219,29 +249,32 @@ class Settling:
         cell.trials = new if cell.purpose == "confirm" else (*cell.trials, *new)
         return wanted
 
-    def _settle(self, cell: _Open) -> None:
-        """Score a cell's trials, choose its LR, and drop the adapters that are not kept."""
+    def _chosen(self, cell: _Open) -> tuple[Trial, ...]:
+        """The trials of a cell that all tasks are asked of: those at its best LR.
+
+        What selects must be scored by now.
+        """
         if cell.purpose == "confirm":
-            self._score(cell.trials, self.study.scored_tasks())
+            return cell.trials
+        self._score(cell.trials, self._scored_before_selection())
+        (made,) = make_cells(self._results(cell.trials))
+        return () if made.best is None else tuple(one.trial for one in made.best.trials)
+
+    def _settle(self, cell: _Open) -> None:
+        """Drop the adapters of a cell that are not kept; all of it is scored that is to be."""
+        if cell.purpose == "confirm":
             if self.study.keep_adapters != "all":
                 self._drop_adapters(cell.trials)
             return
-        self._score_and_choose(cell.trials)
-
-    def _score_and_choose(self, trials: tuple[Trial, ...]) -> None:
-        self._score(trials, self._scored_before_selection())
-        (cell,) = make_cells(self._results(trials))
-        if cell.best is not None:
-            chosen = tuple(result.trial for result in cell.best.trials)
-            self._score(chosen, self.study.scored_tasks())
-        if any(result.status not in FINAL_STATUSES for result in cell.results):
+        (made,) = make_cells(self._results(cell.trials))
+        if any(result.status not in FINAL_STATUSES for result in made.results):
             return  # What failed is tried again: which trial is best is not known yet.
         kept = {
             "none": set[str](),
-            "best": _best_trial(cell),
-            "all": {trial.trial_id for trial in trials},
+            "best": _best_trial(made),
+            "all": {trial.trial_id for trial in cell.trials},
         }[self.study.keep_adapters]
-        self._drop_adapters(trial for trial in trials if trial.trial_id not in kept)
+        self._drop_adapters(trial for trial in cell.trials if trial.trial_id not in kept)
 
     def _drop_unchosen(self, cell: _Open) -> None:
         """Before a cell is scored: drop the adapters that will be neither scored nor kept.
@@ -273,32 +306,69 @@ class Settling:
             return self.study.scored_tasks()
         return (VALIDATION,) if self.study.select_on == "validation_accuracy" else ()
 
-    def _score(self, trials: tuple[Trial, ...], tasks: tuple[str, ...]) -> None:
-        if not tasks:
+    def _score(self, trials: Sequence[Trial], tasks: tuple[str, ...]) -> None:
+        """Score these trials on these tasks, where they are not and it has not been tried yet."""
+        if not tasks or not trials:
             return
+        wanted = list[ToScore]()
+        asked = list[tuple[str, QuestionSet]]()
         for result in self._results(trials, every_score=True):
             trial, done = result.trial, {score.key for score in result.scores}
             for task in tasks:
-                if result.status != "done" or self.workshop.asks(trial, task=task) in done:
+                if (
+                    result.status != "done"
+                    or (trial.trial_id, task) in self._tried_to_score
+                    or self.workshop.asks(trial, task=task) in done
+                ):
                     continue
+                self._tried_to_score.add((trial.trial_id, task))
+                adapter = self._adapter(trial)
+                if adapter is None:
+                    self._not_scored(trial, task, "its adapter was not kept")
+                    continue
+                questions = self.workshop.questions(trial, task=task)
+                kept = self.store.answers(trial.trial_id, questions)
+                wanted.append(ToScore(trial, adapter, task, kept))
+                asked.append((trial.trial_id, questions))
+        if wanted:
+            self._score_wanted(wanted, asked)
+
+    def _score_wanted(
+        self, wanted: Sequence[ToScore], asked: Sequence[tuple[str, QuestionSet]]
+    ) -> None:
+        left = dict(enumerate(wanted))
+        events = written(
+            self.workshop.score(wanted, remark=self.watcher.remarks),
+            asked,
+            store=self.store,
+            clock=self.clock,
+        )
+        with closing(events):
+            while True:
                 if self.should_stop():
                     raise interrupted(self.folder)
-                adapter = self._adapter(trial)
-                why = "its adapter was not kept"
-                if adapter is not None:
-                    try:
-                        score, predictions = self.workshop.score(trial, adapter, task=task)
-                    except Exception as error:  # noqa: BLE001 - it must not cost the other trials
-                        why = " ".join(f"{type(error).__name__}: {error}".split())
-                    else:
-                        questions = self.workshop.questions(trial, task=task)
-                        self.store.add_score(
-                            trial.trial_id, score, predictions, questions=questions
-                        )
-                        self.watcher.scored(trial, score)
-                        continue
-                self.num_not_scored += 1
-                self.watcher.remarks(f"{trial.trial_id} can't be scored on {task}: {why}")
+                try:
+                    event = next(events, None)
+                except StoreError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - it must not cost the trials
+                    why = " ".join(f"{type(error).__name__}: {error}".split())
+                    for one in left.values():
+                        self._not_scored(one.trial, one.task, why)
+                    return
+                if event is None:
+                    return
+                one = wanted[event.asked]
+                if isinstance(event, Scored):
+                    self.watcher.scored(one.trial, event.score)
+                    del left[event.asked]
+                elif isinstance(event, NotScored):
+                    self._not_scored(one.trial, one.task, event.reason)
+                    del left[event.asked]
+
+    def _not_scored(self, trial: Trial, task: str, why: str) -> None:
+        self.num_not_scored += 1
+        self.watcher.remarks(f"{trial.trial_id} can't be scored on {task}: {why}")
 
     def _adapter(self, trial: Trial) -> Path | None:
         """Where the trial's adapter lies: here, or in the folder that trained it."""
@@ -309,7 +379,7 @@ class Settling:
         return Path(elsewhere) if elsewhere is not None and Path(elsewhere).is_dir() else None
 
     def _results(
-        self, trials: tuple[Trial, ...], *, every_score: bool = False
+        self, trials: Sequence[Trial], *, every_score: bool = False
     ) -> tuple[TrialResult, ...]:
         return self.store.results(
             self.study.study,
@@ -317,6 +387,10 @@ class Settling:
             with_losses=False,
             every_score=every_score,
         )
+
+
+def _trials_of(cells: Iterable[_Open]) -> list[Trial]:
+    return [trial for cell in cells for trial in cell.trials]
 
 
 def _best_trial(cell: Cell) -> set[str]:

@@ -107,6 +107,7 @@ def run_sweep(
             workshop=workshop,
             watcher=watcher,
             should_stop=should_stop,
+            clock=clock,
         )
         further = settling.settle_all_tried()
         left = tuple(trial for trial in plan.trials if trial.trial_id not in finished)

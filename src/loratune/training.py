@@ -29,12 +29,15 @@ from loratune.planning.build import Plan
 from loratune.records import (
     DataSummary,
     NoiseProbe,
+    NotScored,
     Outcome,
-    Prediction,
     Provenance,
     QuestionSet,
+    Said,
     Score,
+    Scored,
     ScoreKey,
+    ToScore,
     Trial,
 )
 from loratune.store.database import Store
@@ -96,9 +99,13 @@ class Workshop(Protocol):
         ...
 
     def score(
-        self, trial: Trial, adapter: Path, *, task: str
-    ) -> tuple[Score, tuple[Prediction, ...]]:
-        """One task's score of a saved adapter."""
+        self, wanted: Sequence[ToScore], *, remark: Callable[[str], None]
+    ) -> Generator[Said | Scored | NotScored]:
+        """Score saved adapters, all that are wanted together; events name indices of `wanted`.
+
+        Each ends with a `Scored` or a `NotScored`; its new answers are said before that. `remark`
+        is told what the user should know of how they are asked.
+        """
         ...
 
     def load_snapshot(self, path: Path) -> Snapshot | None:

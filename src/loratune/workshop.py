@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -31,9 +31,9 @@ from loratune.engine.packed_model import check_family
 from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.errors import CapacityError, DataError, LoratuneError, ModelError, StudyError
+from loratune.evaluation.answering import Asked, answer_all
 from loratune.evaluation.generate import check_room
 from loratune.evaluation.questions import Question, TaskQuestions
-from loratune.evaluation.score import score_task
 from loratune.evaluation.tasks import ask, ask_validation, check_tasks, load_questions
 from loratune.methods import load_method
 from loratune.methods.base import Packable
@@ -51,11 +51,13 @@ from loratune.records import (
     DataFacts,
     DataSummary,
     ModelFacts,
-    Prediction,
+    NotScored,
     Provenance,
     QuestionSet,
-    Score,
+    Said,
+    Scored,
     ScoreKey,
+    ToScore,
     Trial,
 )
 from loratune.study.identity import cell_key
@@ -400,11 +402,28 @@ class LocalWorkshop:
         return self._asked[trial.model, trial.data_fingerprint, task].question_set()
 
     def score(
-        self, trial: Trial, adapter: Path, *, task: str
-    ) -> tuple[Score, tuple[Prediction, ...]]:
+        self, wanted: Sequence[ToScore], *, remark: Callable[[str], None]
+    ) -> Generator[Said | Scored | NotScored]:
         """See `training.Workshop`."""
-        asked = self._asked[trial.model, trial.data_fingerprint, task]
-        return score_task(self._base_of(trial), adapter, asked, unsafe_exec=self.unsafe_exec)
+        of_model = dict[str, list[int]]()
+        for index, one in enumerate(wanted):
+            of_model.setdefault(one.trial.model, []).append(index)
+        for indices in of_model.values():
+            asked = list[Asked]()
+            for index in indices:
+                one = wanted[index]
+                key = one.trial.model, one.trial.data_fingerprint, one.task
+                asked.append(Asked(one.adapter, self._asked[key], one.kept))
+            answers = answer_all(
+                self._base_of(wanted[indices[0]].trial),
+                asked,
+                engine=self.engine_choice,
+                remark=remark,
+                unsafe_exec=self.unsafe_exec,
+            )
+            with closing(answers):
+                for event in answers:
+                    yield replace(event, asked=indices[event.asked])
 
     def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
         """See `training.Workshop`."""

@@ -16,6 +16,7 @@ from loratune.engine import decoding as decoding_module
 from loratune.engine.decoding import (
     Answered,
     ContinuationRequest,
+    ContinuationScore,
     Decoder,
     Request,
 )
@@ -336,7 +337,7 @@ def test_where_not_even_one_row_fits_it_says_so(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CapacityError, match=r"not even one row .*CUDA out of memory\.\)"):
         list(decoder.answers([Request("plain", [5], 3)]))
     with pytest.raises(CapacityError, match="not even one row fits"):
-        decoder.log_likelihoods([ContinuationRequest("plain", [5], [6])])
+        list(decoder.log_likelihoods([ContinuationRequest("plain", [5], [6])]))
 
 
 def test_answers_reach_up_to_the_last_position_and_no_further():
@@ -402,6 +403,13 @@ def test_the_base_is_as_it_was_when_answers_end_or_are_closed(num_read: int | No
 # Log-likelihoods ----------------------------------------------------------------------------------
 
 
+def in_order(decoder: Decoder, questions: Sequence[ContinuationRequest]) -> list[ContinuationScore]:
+    """Each once, in the order of the questions."""
+    told = list(decoder.log_likelihoods(questions))
+    assert sorted(index for index, _ in told) == list(range(len(questions)))
+    return [score for _, score in sorted(told, key=lambda one: one[0])]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_likelihoods_are_those_of_a_plain_forward(family: str):
     base = tiny_base(family)
@@ -417,7 +425,7 @@ def test_log_likelihoods_are_those_of_a_plain_forward(family: str):
         questions.append(ContinuationRequest(key, [9, 8, 7], said))
         questions.append(ContinuationRequest(key, [9, 8, 7], (*said[:-1], (said[-1] + 1) % 100)))
     decoder = Decoder(base, adapters, num_seats=4, tokens_per_prefill=60)
-    found = decoder.log_likelihoods(questions)
+    found = in_order(decoder, questions)
     for one, score in zip(questions, found, strict=True):
         files = adapters[one.adapter]
         attached = None if files is None else attach_files(base.model, files)
@@ -440,7 +448,7 @@ def test_log_likelihoods_go_on_in_smaller_batches_when_memory_runs_out(
 ):
     base = tiny_base()
     questions = [ContinuationRequest("plain", [5, 6, at], [7, 8]) for at in range(10, 30)]
-    wanted = Decoder(base, {"plain": None}).log_likelihoods(questions)
+    wanted = in_order(Decoder(base, {"plain": None}), questions)
     score = DecodingModel.score
 
     def greedy_for_memory(model: DecodingModel, rows: Any, seats: Any) -> Any:
@@ -449,9 +457,9 @@ def test_log_likelihoods_go_on_in_smaller_batches_when_memory_runs_out(
         return score(model, rows, seats)
 
     monkeypatch.setattr(DecodingModel, "score", greedy_for_memory)
-    found = Decoder(base, {"plain": None}, tokens_per_prefill=32).log_likelihoods(questions)
+    found = in_order(Decoder(base, {"plain": None}, tokens_per_prefill=32), questions)
     assert [one.value for one in found] == pytest.approx([one.value for one in wanted], abs=1e-5)
-    assert Decoder(base, {"plain": None}).log_likelihoods([]) == []
+    assert in_order(Decoder(base, {"plain": None}), []) == []
 
 
 # On CUDA ------------------------------------------------------------------------------------------
@@ -518,7 +526,7 @@ def test_on_cuda_log_likelihoods_are_those_of_the_cpu():
         for ids in random_prompts(8, seed=9)
         if len(ids) > 1
     ]
-    on_cpu = Decoder(tiny_base(), adapters).log_likelihoods(questions)
-    on_cuda = Decoder(cuda_base("llama", torch.float32), adapters).log_likelihoods(questions)
+    on_cpu = in_order(Decoder(tiny_base(), adapters), questions)
+    on_cuda = in_order(Decoder(cuda_base("llama", torch.float32), adapters), questions)
     for a, b in zip(on_cpu, on_cuda, strict=True):
         assert b.value == pytest.approx(a.value, abs=1e-4)

@@ -16,7 +16,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 
 from loratune.errors import StoreError
-from loratune.records import Outcome, Prediction, QuestionSet
+from loratune.records import Answer, Outcome, Prediction, QuestionSet
 from loratune.store import database
 from loratune.store.database import CLAIM_EXPIRY_SECONDS, Store, open_store
 from loratune.store.workers import Worker, this_worker
@@ -577,6 +577,27 @@ def test_what_was_asked_comes_back_with_a_score_and_is_written_once(store: Store
     assert store.question_set(made) == asked
     assert store.question_set(replace(made, grader="pissa")) == asked
     assert store.question_set(replace(made, decoding="other")) is None
+
+
+def test_answers_are_kept_until_there_is_a_score_of_their_questions(store: Store) -> None:
+    add(store, 1, 2)
+    made = score()
+    asked = QuestionSet(made.task, made.task_version, made.decoding, "test", ("4",) * 6)
+    other = replace(asked, decoding="other")
+    first = {5: Answer("\ud800 \x00", 3, True), 0: Answer("", 256, False)}
+    assert store.answers("trial-1", asked) == {}
+    store.add_answers("trial-1", asked, first)
+    store.add_answers("trial-1", asked, {0: Answer("later", 1, True), 2: Answer("2", 1, True)})
+    store.add_answers("trial-1", other, {0: Answer("of other questions", 4, True)})
+    store.add_answers("trial-2", asked, {0: Answer("of another trial", 4, True)})
+    assert store.answers("trial-1", asked) == {**first, 2: Answer("2", 1, True)}
+    store.add_score("trial-1", made, PREDICTIONS)  # Nobody says of which questions.
+    assert len(store.answers("trial-1", asked)) == 3
+    store.add_score("trial-1", made, PREDICTIONS, questions=asked)
+    assert store.answers("trial-1", asked) == {}
+    assert len(store.answers("trial-1", other)) == len(store.answers("trial-2", asked)) == 1
+    with pytest.raises(StoreError, match="trial-9"):
+        store.add_answers("trial-9", asked, first)
 
 
 def test_predictions_that_do_not_add_up_are_refused(store: Store) -> None:

@@ -111,6 +111,7 @@ def test_a_database_from_before_noise_probes_is_brought_up_to_date_and_keeps_its
     file = tmp_path / "loratune.db"
     make(file)
     query(file, "DROP TABLE noise_probes")
+    query(file, "DROP TABLE answers")
     query(file, "DROP TABLE question_sets")
     query(file, "ALTER TABLE predictions DROP COLUMN reason")
     query(file, "UPDATE alembic_version SET version_num = '0003'")

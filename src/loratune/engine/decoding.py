@@ -281,8 +281,10 @@ class Decoder:
             )
         self._tokens_per_prefill = max(1, self._tokens_per_prefill // 2)
 
-    def log_likelihoods(self, asked: Sequence[ContinuationRequest]) -> list[ContinuationScore]:
-        """The log-likelihood of every continuation, in their order.
+    def log_likelihoods(
+        self, asked: Sequence[ContinuationRequest]
+    ) -> Generator[tuple[int, ContinuationScore]]:
+        """The log-likelihood of every continuation, with its index, batch by batch.
 
         Rows end to end, without a cache; log-softmax in float32.
 
@@ -294,11 +296,14 @@ class Decoder:
         """
         for index, one in enumerate(asked):
             self._check(index, one.adapter, one.context_ids, len(one.continuation_ids))
-        found = dict[int, ContinuationScore]()
-        while len(found) < len(asked):
+        left = set(range(len(asked)))
+        while left:
             reason = None
             try:
-                self._score(asked, found)
+                # Whatever has been read stays so.
+                for index, score in self._score(asked, sorted(left)):
+                    left.remove(index)
+                    yield index, score
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition("\n")[0]
             if reason is None:
@@ -307,15 +312,13 @@ class Decoder:
             if self._tokens_per_prefill == 1:
                 raise CapacityError(f"not even one row fits in memory ({reason})")
             self._tokens_per_prefill //= 2
-        return [found[index] for index in range(len(asked))]
 
     def _score(
-        self, asked: Sequence[ContinuationRequest], found: dict[int, ContinuationScore]
-    ) -> None:
-        """Fill `found`, batch by batch."""
+        self, asked: Sequence[ContinuationRequest], left: Sequence[int]
+    ) -> Generator[tuple[int, ContinuationScore]]:
+        """Those at the indices in `left`."""
         base = self._base
         lengths = [len(one.context_ids) + len(one.continuation_ids) for one in asked]
-        left = [index for index in range(len(asked)) if index not in found]
         order = _by_adapter(left, [asked[index].adapter for index in left])
         bank = AdapterBank(base.model, self._needs, num_seats=self._num_seats)
         num_left = Counter(asked[index].adapter for index in order)
@@ -360,10 +363,8 @@ class Decoder:
                 for index, count, value, likeliest in zip(
                     ordered, counts, values, greedy, strict=True
                 ):
-                    found[index] = ContinuationScore(
-                        float(value.sum()), count, bool(likeliest.all())
-                    )
                     seating.done(asked[index].adapter)
+                    yield index, ContinuationScore(float(value.sum()), count, bool(likeliest.all()))
 
     def _check(self, index: int, adapter: str, ids: Sequence[int], num_more: int) -> None:
         if adapter not in self._adapters:

@@ -50,7 +50,6 @@ Adapter = AdapterFiles | Path | None
 COMPUTES_OTHERWISE = (
     "lora_bias",
     "fan_in_fan_out",
-    "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
@@ -126,8 +125,6 @@ def read_layers(model: PreTrainedModel, adapter: AdapterFiles | Path) -> dict[st
 def _check_config(config: LoraConfig, *, where: str) -> None:
     fields = config.to_dict()
     given = [name for name in COMPUTES_OTHERWISE if fields.get(name)]
-    if config.bias != "none":
-        given.append("bias")
     if given:
         raise ModelError(
             f"{where} uses {', '.join(given)}, which many adapters at once do not; evaluate it by "

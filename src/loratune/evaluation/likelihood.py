@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loratune.engine.decoding import ContinuationScore
 from loratune.evaluation.generate import check_room
 from loratune.models.load import Base
 
@@ -27,21 +28,9 @@ class Continuation:
     continuation_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LogLikelihood:
-    """`value`: summed over the continuation's tokens, in nats.
-
-    `is_greedy`: each of its tokens is the one that the model would have chosen.
-    """
-
-    value: float
-    num_tokens: int
-    is_greedy: bool
-
-
 def log_likelihoods(
     base: Base, asked: Sequence[Continuation], *, rows_per_batch: int = 16
-) -> list[LogLikelihood]:
+) -> list[ContinuationScore]:
     """The log-likelihood of every continuation, in their order.
 
     Args:
@@ -59,7 +48,7 @@ def log_likelihoods(
         max_new_tokens=max((len(one.continuation_ids) for one in asked), default=1),
     )
     order = sorted(range(len(asked)), key=lambda index: -len(_whole(asked[index])))
-    found = dict[int, LogLikelihood]()
+    found = dict[int, ContinuationScore]()
     training = [module for module in base.model.modules() if module.training]
     base.model.eval()
     try:
@@ -78,7 +67,7 @@ def _whole(one: Continuation) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _of_batch(base: Base, asked: Sequence[Continuation]) -> list[LogLikelihood]:
+def _of_batch(base: Base, asked: Sequence[Continuation]) -> list[ContinuationScore]:
     width = max(len(_whole(one)) for one in asked)
     device = base.model.device
     # Padded on the right: positions count from 0, and no row looks at what comes after its tokens.
@@ -87,7 +76,7 @@ def _of_batch(base: Base, asked: Sequence[Continuation]) -> list[LogLikelihood]:
         [[1] * len(_whole(one)) + [0] * (width - len(_whole(one))) for one in asked]
     )
     outputs = base.model(ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False)
-    results = list[LogLikelihood]()
+    results = list[ContinuationScore]()
     for logits_TV, one in zip(outputs.logits, asked, strict=True):
         begin = len(one.context_ids)
         end = begin + len(one.continuation_ids)
@@ -95,7 +84,7 @@ def _of_batch(base: Base, asked: Sequence[Continuation]) -> list[LogLikelihood]:
         targets_T = torch.tensor(one.continuation_ids, device=device)
         picked_T = scores_TV.gather(-1, targets_T[:, None])[:, 0]
         results.append(
-            LogLikelihood(
+            ContinuationScore(
                 value=float(picked_T.double().sum()),
                 num_tokens=len(one.continuation_ids),
                 is_greedy=bool((scores_TV.argmax(dim=-1) == targets_T).all()),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratune.engine.decoding import ContinuationScore
 from loratune.errors import EvaluationError
 from loratune.evaluation.code_answers import grade_code
 from loratune.evaluation.generate import generate_answers
@@ -99,14 +100,17 @@ def _likelihoods(base: Base, questions: TaskQuestions, *, rows_per_batch: int) -
     answers = list[Answer]()
     for choices in questions.choice_ids:
         of_one = [next(found) for _ in choices]
-        answers.append(
-            Answer(
-                text=json.dumps([one.value for one in of_one]),
-                num_tokens=sum(one.num_tokens for one in of_one),
-                finished=True,
-            )
-        )
+        answers.append(choices_answer(of_one))
     return answers
+
+
+def choices_answer(scores: Sequence[ContinuationScore]) -> Answer:
+    """The answer to a question with choices: the JSON list of their log-likelihoods."""
+    return Answer(
+        text=json.dumps([one.value for one in scores]),
+        num_tokens=sum(one.num_tokens for one in scores),
+        finished=True,
+    )
 
 
 def grade(

@@ -97,6 +97,14 @@ def lora_config_of(files: AdapterFiles, *, where: str) -> LoraConfig:
             f"{where} says init_lora_weights={start!r}: it belongs to a base that was changed; "
             "convert it with PEFT's path_initial_model_for_weight_conversion"
         )
+    trained = {"bias": given.get("bias", "none"), "modules_to_save": given.get("modules_to_save")}
+    own = [name for name, value in trained.items() if value and value != "none"]
+    if own:
+        raise ModelError(
+            f"{where} uses {', '.join(own)}: it brings weights of the base itself; expected LoRA "
+            "tensors alone, so that one base serves all adapters. Train it without, or merge it "
+            "into its base and give that as the model"
+        )
     foreign = [name for name in files.tensors if ".lora_" not in name]
     if foreign:
         raise ModelError(

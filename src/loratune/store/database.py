@@ -32,6 +32,9 @@ trial can be claimed anew; the old row stays, the newest outcome is the trial's.
 new row; the newest row of a (task, version, grader, decoding, split) counts. Anyone may add one;
 the store does not ask who. *Question sets* say what was asked; each is written once.
 
+*Answers* are kept from when they are given until there is a score of them: `add_score` removes
+those to its questions. The first answer to a question stays.
+
 *Data summaries* are append-only, the newest of a fingerprint counts. *Artifacts* are the only rows
 that are replaced and removed, since they say where a file is and not what a trial did.
 
@@ -91,6 +94,7 @@ from sqlalchemy.exc import IntegrityError
 from loratune.errors import StoreError
 from loratune.records import (
     FINAL_STATUSES,
+    Answer,
     AttemptRecord,
     DataSummary,
     NoiseProbe,
@@ -586,6 +590,46 @@ class Store:
 
     # Scores
 
+    def add_answers(
+        self, trial_id: str, questions: QuestionSet, answers: Mapping[int, Answer]
+    ) -> None:
+        """Keep answers, by question, of a trial that is being scored; known ones stay.
+
+        Raises:
+            StoreError: no such trial.
+        """
+        with self._writing() as connection:
+            self._check_trial(connection, trial_id)
+            set_id = _set_of(connection, questions)
+            known = {row.question_index for row in _answers(connection, trial_id, set_id)}
+            new = [
+                {
+                    "trial_id": trial_id,
+                    "set_id": set_id,
+                    "question_index": index,
+                    "num_tokens": answer.num_tokens,
+                    "finished": answer.finished,
+                    "text": answer.text,
+                }
+                for index, answer in answers.items()
+                if index not in known
+            ]
+            if new:
+                connection.execute(insert(tables.answers), new)
+
+    def answers(self, trial_id: str, questions: QuestionSet) -> Mapping[int, Answer]:
+        """The answers, by question, that are kept until a score is made of them."""
+        with self._reading() as connection:
+            set_id = connection.execute(
+                select(tables.question_sets.c.set_id).where(_is_set(questions))
+            ).scalar_one_or_none()
+            if set_id is None:
+                return {}
+            return {
+                row.question_index: Answer(row.text, row.num_tokens, row.finished)
+                for row in _answers(connection, trial_id, set_id)
+            }
+
     def question_set(self, score: Score) -> QuestionSet | None:
         """What was asked for a score; None where it was added without its questions."""
         query = select(tables.question_sets.c.body).where(_is_set(score))
@@ -603,7 +647,8 @@ class Store:
     ) -> int:
         """Append a score and the answers it counts (or none, where there are none): its id.
 
-        With `questions`, what was asked, grading can be redone from the store alone.
+        With `questions`, what was asked, grading can be redone from the store alone; answers to
+        them that were kept for this score are kept no longer.
 
         Raises:
             StoreError: no such trial, or the answers do not add up to the score.
@@ -612,7 +657,11 @@ class Store:
         with self._writing() as connection:
             self._check_trial(connection, trial_id)
             if questions is not None:
-                _add_questions(connection, questions)
+                set_id = _set_of(connection, questions)
+                kept = tables.answers.c
+                connection.execute(
+                    delete(tables.answers).where(kept.trial_id == trial_id, kept.set_id == set_id)
+                )
             values = {name: getattr(score, name) for name in _SCORE_FIELDS}
             score_id = _inserted_id(
                 connection,
@@ -1036,17 +1085,32 @@ def _is_set(asked: QuestionSet | Score) -> ColumnElement[bool]:
     )
 
 
-def _add_questions(connection: Connection, questions: QuestionSet) -> None:
-    query = select(tables.question_sets.c.set_id).where(_is_set(questions))
-    if connection.execute(query).scalar_one_or_none() is None:
-        connection.execute(
-            insert(tables.question_sets).values(
-                task=questions.task,
-                task_version=questions.task_version,
-                decoding=questions.decoding,
-                body=codec.questions_to_json(questions),
-            )
-        )
+def _set_of(connection: Connection, questions: QuestionSet) -> int:
+    """The id of the question set, which is written where it is not there."""
+    known = connection.execute(
+        select(tables.question_sets.c.set_id).where(_is_set(questions))
+    ).scalar_one_or_none()
+    if known is not None:
+        return known
+    return _inserted_id(
+        connection,
+        insert(tables.question_sets).values(
+            task=questions.task,
+            task_version=questions.task_version,
+            decoding=questions.decoding,
+            body=codec.questions_to_json(questions),
+        ),
+    )
+
+
+def _answers(connection: Connection, trial_id: str, set_id: int) -> Sequence[Row[Any]]:
+    own = tables.answers
+    query = (
+        select(own)
+        .where(own.c.trial_id == trial_id, own.c.set_id == set_id)
+        .order_by(own.c.question_index)
+    )
+    return connection.execute(query).all()
 
 
 def _asked(study: Row[Any]) -> set[ScoreKey] | None:

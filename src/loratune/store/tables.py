@@ -30,7 +30,7 @@ from sqlalchemy.types import TypeDecorator
 
 # Every numbered migration, oldest first. A database whose revision is not in this list was written
 # by a newer version. Kept here, not asked of alembic, whose import takes longer than opening.
-REVISIONS = ("0001", "0002", "0003", "0004", "0005")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -251,6 +251,18 @@ question_sets = Table(
     Column("decoding", Text, nullable=False),
     Column("body", Text, nullable=False),
     UniqueConstraint("task", "task_version", "decoding"),
+)
+
+# Answers of which there is no score yet.
+answers = Table(
+    "answers",
+    metadata,
+    Column("trial_id", String(128), ForeignKey("trials.trial_id"), primary_key=True),
+    Column("set_id", Integer, ForeignKey("question_sets.set_id"), primary_key=True),
+    Column("question_index", Integer, primary_key=True),
+    Column("num_tokens", Integer, nullable=False),
+    Column("finished", Boolean, nullable=False),
+    Column("text", RawText, nullable=False),
 )
 
 artifacts = Table(
