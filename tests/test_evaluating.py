@@ -383,3 +383,108 @@ metric_list: [{{metric: exact_match}}]
     )
     with pytest.raises(EvaluationError, match="task sampled samples"):
         api.evaluate_by_harness(model, tasks=["sampled"], include_path=tmp_path, device="cpu")
+
+
+# Many adapters at once ----------------------------------------------------------------------------
+
+
+def without_scores(trained: Path, folder: Path) -> Path:
+    """A copy of the results whose adapters are there and whose scores are not."""
+    shutil.copytree(trained.parent / "copy", folder)
+    with closing(sqlite3.connect(folder / "loratune.db")) as connection, connection:
+        for table in ("predictions", "scores", "question_sets"):
+            connection.execute(f"DELETE FROM {table}")
+    return folder
+
+
+def scored(folder: Path) -> dict[tuple[str, str], tuple[Score, tuple[Prediction, ...]]]:
+    """Every score with its answers, by trial and task."""
+    with open_store(folder / "loratune.db", create=False) as store:
+        return {
+            (one.trial_id, one.score.task): (one.score, store.predictions(one.score_id))
+            for one in store.all_scores("scored")
+        }
+
+
+class Requests:
+    """Counts the requests of each pass; with `most`, the process is interrupted after so many."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int | None = None) -> None:
+        self.counts = list[int]()
+        real = Decoder.answers
+
+        def counting(decoder: Decoder, requests: Any) -> Any:
+            self.counts.append(len(requests))
+            with closing(real(decoder, requests)) as answers:
+                for number, one in enumerate(answers):
+                    if number == most:
+                        raise KeyboardInterrupt
+                    yield one
+
+        monkeypatch.setattr(Decoder, "answers", counting)
+
+
+def test_run_scores_all_adapters_in_one_pass_and_goes_on_where_it_was_stopped(
+    tmp_path, trained, monkeypatch
+):
+    wanted = scored(trained.parent / "copy")
+    assert len(wanted) == 2
+    folder = without_scores(trained, tmp_path / "stopped")
+    study = api.load_study(folder / "study.yaml")
+    with monkeypatch.context() as patched:
+        first = Requests(patched, most=17)
+        with pytest.raises(KeyboardInterrupt):
+            api.run(study, out=folder, device="cpu", quiet=True)
+    assert first.counts == [2 * len(GSM8K)]
+    with monkeypatch.context() as patched:
+        second = Requests(patched)
+        api.run(study, out=folder, device="cpu", quiet=True)
+    assert second.counts == [2 * len(GSM8K) - 17]
+    assert scored(folder) == wanted  # Every text, verdict and token count.
+    # One adapter after another they answer the same.
+    folder = without_scores(trained, tmp_path / "alone")
+    monkeypatch.setattr(Decoder, "answers", None)
+    api.run(study, out=folder, device="cpu", engine="reference", quiet=True)
+    assert scored(folder) == wanted
+
+
+def test_evaluate_scores_a_results_folder_in_one_pass_for_each_task_and_can_be_stopped(
+    tmp_path, trained, monkeypatch
+):
+    questions = write(tmp_path / "test.jsonl", GSM8K)
+    asked: dict[str, Any] = {"data": questions, "max_new_tokens": 9, "device": "cpu"}
+    alone = without_scores(trained, tmp_path / "alone")
+    wanted = api.evaluate(alone, tasks=["gsm8k"], engine="reference", **asked)
+    folder = without_scores(trained, tmp_path / "stopped")
+    with monkeypatch.context() as patched:
+        Requests(patched, most=5)
+        with pytest.raises(KeyboardInterrupt):
+            api.evaluate(folder, tasks=["gsm8k"], **asked)
+    requests = Requests(monkeypatch)
+    remarks = list[str]()
+    found = api.evaluate(folder, tasks=["gsm8k"], engine="packed", remark=remarks.append, **asked)
+    assert requests.counts == [2 * len(GSM8K) - 5]
+    assert remarks == []
+    assert [one.score for one in found] == [one.score for one in wanted]
+    assert scored(folder) == scored(alone)
+
+
+def test_an_adapter_of_a_results_folder_that_cannot_answer_is_said_and_the_others_are_scored(
+    tmp_path, trained, monkeypatch, capsys
+):
+    folder = without_scores(trained, tmp_path / "broken")
+    broken = sorted((folder / "adapters").iterdir())[0]
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    questions = write(tmp_path / "test.jsonl", GSM8K)
+    arguments = ["evaluate", folder, "--task", "gsm8k", "--data", questions, "--device", "cpu"]
+    arguments += ["--max-new-tokens", "8"]
+    monkeypatch.setattr("sys.argv", ["loratune", *map(str, arguments), "--engine", "packed"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"{broken.name} can't be scored on gsm8k: " in told
+    assert "uses bias" in told
+    assert "Traceback" not in told
+    assert len(scored(folder)) == 1

@@ -15,7 +15,7 @@ from loratune import training
 from loratune.analyse.cells import make_cells
 from loratune.engine.base import Progress, Snapshot
 from loratune.errors import StoreError
-from loratune.records import Outcome, ScoreKey, Trial, TrialResult
+from loratune.records import Answer, Outcome, Said, ScoreKey, Trial, TrialResult
 from loratune.store.database import Store, open_store
 from loratune.sweep import Sweep
 from loratune.training import Interrupted
@@ -686,3 +686,40 @@ def test_adapters_that_will_be_neither_scored_nor_kept_go_before_the_pack_has_en
     assert watcher.most <= 8 * 2 + 5 + 4
     assert len(workshop.scored) == 16  # each cell's chosen LR, both seeds
     assert len(list((tmp_path / "adapters").iterdir())) == 8
+
+
+@pytest.mark.parametrize("kind", ["pack"], indirect=True)
+@pytest.mark.parametrize("when", ["all", "selected"])
+def test_the_adapters_of_all_cells_are_scored_together(tmp_path, when):
+    loaded = stub_study(more=f"evaluate: {{tasks: [gsm8k, svamp], when: {when}}}")
+    workshop = StubWorkshop(loaded, StubPack(seats=7))
+    sweep = sweep_stub(tmp_path, loaded, workshop=workshop)
+    num_scored = sum(len(result.scores) for result in sweep.results)
+    assert num_scored == 2 * NUM_TRIALS // (1 if when == "all" else 2)
+    assert workshop.at_once == [num_scored]
+
+
+def test_scoring_can_be_stopped_between_answers_and_leaves_them_in_the_store(tmp_path):
+    said = list[int]()
+
+    class Slow(StubWorkshop):
+        def score(self, wanted, *, remark):
+            for index, one in enumerate(wanted):
+                assert not one.kept
+                for number in range(10):
+                    said.append(number)
+                    yield Said(index, {number: Answer("an answer", 2, True)})
+            raise AssertionError("it was to be stopped before")
+
+    class Later(StubWorkshop):
+        def score(self, wanted, *, remark):
+            kept.extend(len(one.kept) for one in wanted)
+            yield from super().score(wanted, remark=remark)
+
+    loaded = stub_study(more="evaluate: {tasks: [gsm8k], when: all}")
+    with pytest.raises(Interrupted):
+        sweep_stub(tmp_path, loaded, workshop=Slow(loaded), should_stop=lambda: len(said) == 14)
+    kept = list[int]()
+    sweep = sweep_stub(tmp_path, loaded, workshop=Later(loaded))
+    assert [count for count in kept if count] == [10, 4]
+    assert sum(len(result.scores) for result in sweep.results) == NUM_TRIALS

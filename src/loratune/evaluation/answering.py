@@ -228,7 +228,7 @@ class _Work:
         if not left:
             return
         adapters = {_key(self._asked[index].adapter) for index in left}
-        reasons = tuple(dict.fromkeys(left.values()))
+        reasons = list(dict.fromkeys(left.values()))
         others = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
         self._remark(
             f"{len(adapters)} of {len({_key(one.adapter) for one in self._asked})} adapters answer "
