@@ -286,8 +286,8 @@ class NanStart:
 
 
 @pytest.mark.parametrize("broken", ["lora", "dora", "pissa"])
-@pytest.mark.parametrize("by", ["start", "learning rate"])
-def test_nan_in_one_adapter_leaves_neighbours_untouched(broken, by):
+@pytest.mark.parametrize(("by", "steps_ahead"), [("start", 0), ("start", 1), ("learning rate", 1)])
+def test_nan_in_one_adapter_leaves_neighbours_untouched(broken, by, steps_ahead):
     trials = one_of_each()
     methods = {}
     if by == "start":
@@ -302,6 +302,7 @@ def test_nan_in_one_adapter_leaves_neighbours_untouched(broken, by):
         trials,
         [SMALL, LARGE],
         shape=shape_for(trials, num_slots=5, tokens_per_step=128),
+        steps_ahead=steps_ahead,
         find_method=lambda name: methods.get(name) or load_method(name),
     )
     outcome = packed.finished(broken).outcome
@@ -690,6 +691,27 @@ def test_a_dropped_trial_is_forgotten_without_a_word_and_its_slot_given_to_anoth
     for trial in trials:
         if trial.trial_id in ends:
             assert_same_numbers(packed, alone()[trial.trial_id], trial)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "steps_ahead"), [("diverged", 1), ("dropped", 0), ("dropped", 1)]
+)
+def test_a_slot_left_in_the_middle_of_a_batch_gives_its_next_trial_nothing(leaves, steps_ahead):
+    # Ahead of its results, the batch after the one that diverged is under way, and all NaN.
+    rate = 1e25 if leaves == "diverged" else 1e-3
+    left = replace(tiny_trial(LARGE, batch_size=40, steps=20, learning_rate=rate), trial_id="left")
+    then = replace(tiny_trial(LARGE, batch_size=4, steps=10), trial_id="then")
+    asked = list[str]()
+
+    def drops(trial_id: str) -> bool:
+        asked.append(trial_id)
+        return leaves == "dropped" and trial_id == "left" and asked.count("left") > 2
+
+    shape = shape_for([left, then], num_slots=1)
+    packed = pack([left, then], [LARGE], shape=shape, steps_ahead=steps_ahead, drops=drops)
+    if leaves == "diverged":
+        assert packed.finished("left").outcome.status == "diverged"
+    assert_same_numbers(packed, pack([then], [LARGE], shape=shape), then)
 
 
 @pytest.mark.parametrize("num_events", [1, 7])

@@ -1,12 +1,19 @@
 """Arithmetic, multiple choice and tasks of the user's own: formats, graders, versions."""
 
+import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
+import tokenizers.trainers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from loratune.errors import EvaluationError
 from loratune.evaluation.custom import read_task
@@ -151,6 +158,51 @@ def test_choices_follow_the_prompt_after_one_space_and_their_tokens_are_the_whol
     assert asked.decoding.startswith("log-likelihood;questions=1;")
 
 
+@pytest.mark.parametrize("end", ["A:", "A: ", "A:\n", "A: \n "])
+def test_choices_tokens_are_lm_evaluation_harness_own_where_words_take_the_space_before(
+    tmp_path, end
+):
+    # Of tokenizers that join a space to the word after it: the rule and the oracle must see it.
+    harness: Any = importlib.import_module("lm_eval.api.model")
+    tokenizer = byte_level_tokenizer(["How? A: yes please no thanks the answer is 5 so thus"] * 9)
+    assert tokenizer.tokenize(" please") == ["\u0120please"]
+    row = {"goal": "How?", "sol1": "yes please", "sol2": "no", "label": 0}
+    given = Task.model_validate(
+        {
+            "name": "piqa",
+            "data": {"file": write(tmp_path / "q.json", [row])},
+            "prompt": f"Q: {{prompt}}\n{end}",
+        }
+    )
+    asked = ask(given, load_questions(given, folder=tmp_path), data=STUDY_DATA, tokenizer=tokenizer)
+    model = SimpleNamespace(backend="causal", tok_encode=lambda text: tokenizer(text).input_ids)
+    delimiter = "" if end[-1].isspace() else " "
+    for choice, ids in zip(asked.choices[0], asked.choice_ids[0], strict=True):
+        expected = harness.TemplateLM._encode_pair(model, asked.prompts[0], delimiter + choice)
+        assert (list(asked.prompt_ids[0]), list(ids)) == expected
+
+
+def byte_level_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, as GPT-2, Llama 3 and Qwen have, that has learned every word of a text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_choice_without_text_is_refused_with_its_question(tmp_path):
+    row = {"goal": "How?", "sol1": "so", "sol2": "", "label": 0}
+    given = Task.model_validate(
+        {"name": "piqa", "data": {"file": write(tmp_path / "q.json", [row])}}
+    )
+    questions = load_questions(given, folder=tmp_path)
+    with pytest.raises(EvaluationError, match="question 1: the choice '' has no text"):
+        ask(given, questions, data=STUDY_DATA, tokenizer=tiny_tokenizer())
+
+
 @pytest.mark.parametrize(
     ("values", "grader", "verdict"),
     [
@@ -230,6 +282,16 @@ def test_a_task_of_the_users_own_is_asked_and_judged_as_its_file_says(tmp_path):
     score, _ = grade([Answer("blue, I think", 4, True)], asked)
     assert score.correct == 1
     assert score.task_version.startswith("sha256:")
+
+
+@pytest.mark.parametrize("grader", ["strict", "pissa", "number"])
+@pytest.mark.parametrize("reference", ["0", "-0", 0, "0.0"])
+def test_a_reference_of_zero_is_a_number(tmp_path, grader, reference):
+    own(tmp_path, OWN.replace("grader: exact", f"grader: {grader}").replace("extract", "#"))
+    row = {"question": "How many?", "colour": reference}
+    write(tmp_path / "rows.json", [row])
+    (question,) = load_questions(Task(name="colours.yaml"), folder=tmp_path)
+    assert question.reference == "0"
 
 
 def test_another_content_is_another_version(tmp_path):

@@ -80,7 +80,9 @@ class PackedEngine:
 
     `data` is keyed by data fingerprint. `shape` says what is allocated; it is made smaller when the
     device runs out of memory. `noise` says which rows' gradients are looked at one by one; the
-    steps that hold any run eagerly.
+    steps that hold any run eagerly. A step's results are read when `steps_ahead` later ones have
+    been launched; left out it is 1 on CUDA, which has work meanwhile, and 0 elsewhere. In float16
+    it is always 0: an overflow takes a batch back before the next one is trained on.
     """
 
     name = "packed"
@@ -95,6 +97,7 @@ class PackedEngine:
         noise: NoiseSchedule | None = None,
         find_method: Callable[[str], Method] = load_method,
         compile_blocks: bool | None = None,
+        steps_ahead: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base = base
@@ -107,6 +110,12 @@ class PackedEngine:
             # Where attention pads its rows, every step has another size.
             has_row_attention(base.device) if compile_blocks is None else compile_blocks
         )
+        if base.model.dtype == torch.float16:
+            self._steps_ahead = 0
+        elif steps_ahead is None:
+            self._steps_ahead = 1 if base.device.type == "cuda" else 0
+        else:
+            self._steps_ahead = steps_ahead
         self._clock = clock
 
     @property
@@ -126,6 +135,7 @@ class PackedEngine:
                 noise=self._noise,
                 find_method=self._find_method,
                 compile_blocks=self._compile_blocks,
+                steps_ahead=self._steps_ahead,
                 clock=self._clock,
                 parked=parked,
             )
@@ -337,6 +347,7 @@ class _Session:
         noise: NoiseSchedule | None,
         find_method: Callable[[str], Method],
         compile_blocks: bool,
+        steps_ahead: int,
         clock: Callable[[], float],
         parked: Sequence[Work],
     ) -> None:
@@ -355,10 +366,7 @@ class _Session:
         self.launched: deque[_Launched] = deque()
         self.probes: deque[NoiseProbe] = deque()
         self.read_at = clock()
-        # A step's results are read when so many later ones are under way. In float16 none is: an
-        # overflow takes a batch back before the next one is trained on.
-        lags = self.device.type == "cuda" and base.model.dtype != torch.float16
-        self.depth = 1 if lags else 0
+        self.steps_ahead = steps_ahead
         self.sizes = {name: _RowSizes.of(one.train) for name, one in data.items()}
         rows = sum(len(one.train) for one in data.values())
         tokens = sum(int(one.train.lengths.sum()) for one in data.values())
@@ -416,7 +424,7 @@ class _Session:
                         return
                     is_launched = self._launch()
                     yield from self._probes_made()
-                    while len(self.launched) > (self.depth if is_launched else 0):
+                    while len(self.launched) > (self.steps_ahead if is_launched else 0):
                         yield from self._read()
                     for seat in [one for one in self.seats.values() if one.is_complete]:
                         yield self._finish(seat)
@@ -511,6 +519,8 @@ class _Session:
             self._check_room(trial, corrected=is_corrected, magnitudes=seat.has_magnitudes)
             row_P, seat.frozen_P = to_row(layers, layout), frozen_row(layers, layout)
             self.slots.put(seat.slot, row_P, frozen_P=seat.frozen_P, scale=trial.scale)
+            # The last one here may have gone in the middle of a batch.
+            self.loss_A[seat.slot] = 0
             seat.begin_batch(0)
             if self.gains is not None and seat.has_magnitudes:
                 self.gains.refresh([seat.slot])

@@ -140,7 +140,9 @@ def _question(read: CustomTask, row: Mapping[str, Any], *, where: str) -> Questi
         return Question(prompt, str(right), choices)
     if read.grader in NUMBER_GRADERS:
         # The reference may be the number itself, or an answer in which the grader reads it.
-        number = plain_number(reference) or read_number(reference, grader=read.grader)
+        number = plain_number(reference)
+        if number is None:
+            number = read_number(reference, grader=read.grader)
         return Question(prompt, None if number is None else str(number))
     return Question(prompt, reference)
 

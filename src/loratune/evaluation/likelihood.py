@@ -42,11 +42,8 @@ def log_likelihoods(
         EvaluationError: a context or continuation without a token, or one that together do not
             fit into the model's positions.
     """
-    check_room(
-        base.model,
-        [one.context_ids for one in asked],
-        max_new_tokens=max((len(one.continuation_ids) for one in asked), default=1),
-    )
+    for one in asked:
+        check_room(base.model, [one.context_ids], max_new_tokens=len(one.continuation_ids))
     order = sorted(range(len(asked)), key=lambda index: -len(_whole(asked[index])))
     found = dict[int, ContinuationScore]()
     training = [module for module in base.model.modules() if module.training]

@@ -161,11 +161,11 @@ def ask(
     has_choices = definition.grader in CHOICE_GRADERS
     assert has_choices or definition.max_new_tokens is not None, definition.name
     template = data.template if given.prompt is None else given.prompt
-    choice_ids = (
-        _choice_ids(prompts, prompt_ids, questions, tokenizer=tokenizer, template=template)
-        if has_choices
-        else ()
-    )
+    choice_ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    if has_choices:
+        prompt_ids, choice_ids = _choice_ids(
+            prompts, questions, tokenizer=tokenizer, template=template, task=definition.name
+        )
     longest = max((len(ids) for of_one in choice_ids for ids in of_one), default=0)
     return TaskQuestions(
         task=definition.name,
@@ -186,27 +186,46 @@ def ask(
 
 def _choice_ids(
     prompts: Sequence[str],
-    prompt_ids: Sequence[Sequence[int]],
     questions: Sequence[Question],
     *,
     tokenizer: "PreTrainedTokenizerBase",
     template: str,
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Each choice's tokens after its prompt, a space between them unless the prompt ends with one.
+    task: str,
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
+    """Each prompt's tokens, and those of each of its choices after it.
 
-    The whole is tokenised and as many tokens as the prompt has are counted off, as in
-    lm-evaluation-harness: a tokenizer may join a choice's first letters to the space before them.
+    As in lm-evaluation-harness (`TemplateLM._encode_pair`): white space at the end of a prompt goes
+    to the choice, where there is none a space does; the whole is tokenised, and as many tokens as
+    the prompt alone has are counted off. A tokenizer may join a choice's first letters to the space
+    before them, so that a prompt that kept it would take them away from the choice.
+
+    Raises:
+        EvaluationError: a prompt is empty, or nothing of a choice is left.
     """
+    stems = [prompt.rstrip() for prompt in prompts]
     wholes = [
         f"{prompt}{'' if prompt[-1:].isspace() else ' '}{text}"
         for prompt, question in zip(prompts, questions, strict=True)
         for text in question.choices
     ]
+    prompt_ids = encode_prompts(stems, tokenizer=tokenizer, template=template)
     encoded = iter(encode_prompts(wholes, tokenizer=tokenizer, template=template))
-    return tuple(
-        tuple(tuple(next(encoded)[len(ids) :]) for _ in question.choices)
-        for ids, question in zip(prompt_ids, questions, strict=True)
-    )
+    choice_ids = list[tuple[tuple[int, ...], ...]]()
+    for number, (ids, question) in enumerate(zip(prompt_ids, questions, strict=True), start=1):
+        if not ids:
+            raise EvaluationError(
+                f"task {task}, question {number}: its prompt is empty, and a choice has to follow "
+                "something; give the task a prompt"
+            )
+        of_one = tuple(tuple(next(encoded)[len(ids) :]) for _ in question.choices)
+        for text, tokens in zip(question.choices, of_one, strict=True):
+            if not text.strip() or not tokens:
+                raise EvaluationError(
+                    f"task {task}, question {number}: the choice {text!r} has no text of its own, "
+                    "so that it has no likelihood; give each choice a text"
+                )
+        choice_ids.append(of_one)
+    return tuple(map(tuple, prompt_ids)), tuple(choice_ids)
 
 
 def ask_validation(
