@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,33 @@ def blocked(results, **options):
     assert (found.equivalence, found.equivalence_p, found.detectable) == ("undecided", None, None)
     assert found.crossovers == ()
     return found.undecided
+
+
+@pytest.mark.parametrize("num_seeds", [2, 5])
+def test_seeds_that_change_nothing_decide_nothing(num_seeds):
+    lora, pissa = [1.0] * num_seeds, [0.9] * num_seeds
+    (found,) = compare(two_methods({4: lora}, {4: pissa}))
+    assert (found.verdict, found.difference, found.p_value) == ("undecided", None, None)
+    assert f"all {num_seeds} seeds gave the same difference, -0.1" in found.undecided[0]
+    # One method may have no luck to vary; the other's is seen.
+    (one,) = compare(two_methods({4: [1.0, 1.01, 0.99]}, {4: [0.8, 0.8, 0.8]}))
+    assert one.verdict == "better"
+
+
+def test_seeds_that_answer_alike_decide_nothing():
+    results, given = [], []
+    for method, right in (("lora", 100), ("pissa", 160)):
+        for rate, loss in zip(RATES, (1.0, 2.0), strict=True):
+            for seed in range(5):
+                one = result(
+                    loss + 0.001 * seed, method=method, seed=seed, learning_rate=rate,
+                    scores=[score("gsm8k", right, 200)],
+                )  # fmt: skip
+                results.append(one)
+                given.append(verdicts(one, [True] * right + [False] * (200 - right)))
+    found = compare(results, verdicts=given)[1]
+    assert (found.metric, found.verdict, found.difference) == ("gsm8k_accuracy", "undecided", None)
+    assert "all 5 seeds gave the same answers" in found.undecided[0]
 
 
 def test_one_seed_gives_no_number():
@@ -306,8 +334,7 @@ def test_an_accuracy_without_its_answers_is_undecided():
 
 def test_two_seeds_are_too_few_for_an_accuracy():
     results, given = answered(drawn(2))
-    loss, accuracy = compare(results, verdicts=given)
-    assert loss.difference is not None
+    accuracy = compare(results, verdicts=given)[1]
     assert accuracy.difference is None
     assert "2 seeds are too few to see how much seeds matter (it takes 3)" in accuracy.undecided[0]
 
@@ -385,9 +412,14 @@ def test_the_crossing_of_two_accuracies_has_an_interval_over_questions_too():
     assert crossing.low is not None
     assert crossing.high is not None
     assert crossing.low <= crossing.batch_size <= crossing.high
-    # With seeds alone the interval would be narrower or none at all: questions add to it.
-    alone = next(one for one in compare(results)[1].crossovers if one.better_below == "pissa")
-    assert alone.low is None or alone.low >= crossing.low * 0.99
+    # Questions that are hard together and share a source say less, here as for the difference.
+    source = (np.argsort(np.argsort(hard)) // 50).tolist()
+    where = {(results[0].trial.data_fingerprint, "gsm8k"): source}
+    clustered = compare(results, verdicts=given, sources=where)[1]
+    wider = next(one for one in clustered.crossovers if one.better_below == "pissa")
+    assert wider.low is not None
+    assert wider.high is not None
+    assert math.log(wider.high / wider.low) > 1.2 * math.log(crossing.high / crossing.low)
 
 
 # Several settings and methods

@@ -13,6 +13,7 @@ from loratune.analyse.crossed import (
     crossed_difference,
     crossed_variance,
     crossed_zero_set,
+    not_too_certain,
 )
 from loratune.errors import AnalysisError
 from loratune.planning.power import DifferenceNoise
@@ -114,6 +115,57 @@ def test_the_zero_set_is_where_the_test_does_not_reject():
     for w, inside in ((low + 0.01, True), (high - 0.01, True), (low - 0.01, False)):
         found = crossed_difference(left + 0.5 * w, np.zeros_like(left), paired=True)
         assert (found.low <= 0.0 <= found.high) == inside
+
+
+def test_the_zero_set_covers_the_crossing_where_questions_share_sources():
+    # 40 sources of 6 questions; the mean goes from -0.05 to 0.05, so that it is 0 half-way.
+    draw = np.random.default_rng(3)
+    sources = np.repeat(np.arange(40), 6)
+    covered = {"with sources": 0, "without": 0}
+    for _ in range(300):
+        left = draw.normal(0, 0.3, 40)[sources] + draw.normal(0, 0.02, (5, 1)) - 0.05
+        left = left + draw.normal(0, 0.2, (5, 240))
+        right = left + 0.1 + draw.normal(0, 0.02, (5, 1)) + draw.normal(0, 0.2, (5, 240))
+        for name, given in (("with sources", sources.tolist()), ("without", None)):
+            found = crossed_zero_set(left, right, sources=given)
+            covered[name] += any(low <= 0.5 <= high for low, high in found)
+    assert 0.91 < covered["with sources"] / 300 < 0.99  # three standard errors of 300
+    assert covered["without"] / 300 < 0.75
+
+
+@pytest.mark.parametrize("num_seeds", [3, 9, 10, 20])
+@pytest.mark.parametrize("differing", [0, 1, 2, 4, 30])
+def test_few_answers_that_differ_give_a_finite_interval_no_narrower_than_their_chance(
+    num_seeds, differing
+):
+    first = np.ones((num_seeds, 200))
+    second = first.copy()
+    second[:, :differing] = 0.0  # The same in every seed: questions alone differ.
+    plain = crossed_difference(first, second, paired=True)
+    found = not_too_certain(plain, first, second)
+    assert math.isfinite(found.critical)
+    exact = stats.binomtest(differing, 200).proportion_ci(method="exact")
+    if differing < 10:
+        assert found.high == pytest.approx(exact.high) or found.high > exact.high
+        assert found.low <= exact.low
+        # Questions of which each stands six times tell no more than one of each.
+        clustered = not_too_certain(
+            plain,
+            np.repeat(first, 6, axis=1),
+            np.repeat(second, 6, axis=1),
+            sources=np.repeat(np.arange(200), 6).tolist(),
+        )
+        assert clustered.high == pytest.approx(found.high)
+    else:
+        assert found == plain
+
+
+def test_one_answer_of_one_seed_does_not_make_the_bootstraps_interval_infinite():
+    first, second = np.ones((10, 200)), np.ones((10, 200))
+    second[0, 0] = 0.0
+    found = not_too_certain(crossed_difference(first, second, paired=True), first, second)
+    assert (found.procedure, math.isfinite(found.low)) == ("crossed model, Satterthwaite", True)
+    assert found.p_value > 0.05
 
 
 @pytest.mark.parametrize("case", list(COVERAGE_CASES))

@@ -27,7 +27,12 @@ from typing import Any, Literal
 import numpy as np
 
 from loratune.analyse.cells import Cell, make_cells
-from loratune.analyse.crossed import crossed_difference, crossed_zero_set
+from loratune.analyse.crossed import (
+    FEW_ANSWERS,
+    crossed_difference,
+    crossed_zero_set,
+    not_too_certain,
+)
 from loratune.analyse.curves import (
     Crossover,
     Curve,
@@ -54,6 +59,8 @@ LEVEL = 0.05
 FEWEST_SEEDS = 5
 LOSS_MARGIN = 0.005  # relative, as the recommendation's
 ACCURACY_MARGIN = 0.01  # one point
+# A relative standard error that is rounding, not scatter.
+NO_SPREAD = 1e-9
 # How many more points one method may have been tuned over before it is not called better for it.
 # A quarter more moves the expected maximum of 20 by 0.07 standard deviations (assumption).
 BUDGET_TOLERANCE = 1.25
@@ -535,8 +542,11 @@ def _estimate(
     seeds: tuple[Sequence[int], Sequence[int]],
     paired: bool,
     fresh: bool,
-) -> tuple[Estimate, int | None, list[str]]:
-    """The difference; how many questions varied; and why it cannot decide, if so."""
+) -> tuple[Estimate | None, int | None, list[str]]:
+    """The difference; how many questions varied; and why it cannot decide, if so.
+
+    None where the seeds' scatter is none at all: it would decide everything.
+    """
     one, two = (
         [side.scores(fresh=fresh)[seed] for seed in of_side]
         for side, of_side in zip(sides, seeds, strict=True)
@@ -551,17 +561,20 @@ def _estimate(
             if table is not None
         }
         if first is not None and second is not None and len(asked) == 1:
-            found = crossed_difference(
-                first,
-                second,
-                paired=paired,
-                sources=answers.sources_of(trials[0][0], metric.task),
-            )
-            return _not_certain(found, first.shape[1]), first.shape[1], []
+            if _seeds_change_nothing(first) and _seeds_change_nothing(second):
+                return None, None, [_no_spread(f"{len(first)} seeds gave the same answers")]
+            sources = answers.sources_of(trials[0][0], metric.task)
+            found = crossed_difference(first, second, paired=paired, sources=sources)
+            found = not_too_certain(found, first, second, sources=sources)
+            return found, first.shape[1], []
     estimate = (
         paired_t([x - y for x, y in zip(one, two, strict=True)]) if paired else welch_t(one, two)
     )
     if metric.task is None:
+        if estimate.standard_error <= NO_SPREAD * max(map(abs, (*one, *two))):
+            count = min(len(one), len(two))
+            reason = _no_spread(f"{count} seeds gave the same difference, {estimate.value:+.3g}")
+            return None, None, [reason]
         return estimate, None, []
     return (
         estimate,
@@ -573,17 +586,18 @@ def _estimate(
     )
 
 
-def _not_certain(found: Estimate, num_questions: int) -> Estimate:
-    """Where no answer ever differed, an interval from the chance of that instead of none.
+def _seeds_change_nothing(table: FloatArray) -> bool:
+    """Whether all seeds answered alike, and not only because nearly all answers are of a kind."""
+    right = float(table[0].sum())
+    alike = bool((table == table[0]).all())
+    return alike and min(right, table.shape[1] - right) >= FEW_ANSWERS
 
-    If a share d of all questions were answered differently, none of Q would be with (1 - d)^Q; that
-    is 2.5% at d = 1 - 0.025^(1/Q) (Clopper and Pearson 1934), and a difference is at most d. The
-    estimate is given the standard error that makes its interval that.
-    """
-    if found.standard_error > 0.0 or found.value != 0.0:
-        return found
-    bound = 1.0 - (LEVEL / 2) ** (1.0 / num_questions)
-    return replace(found, standard_error=bound / found.critical)
+
+def _no_spread(what: str) -> str:
+    return (
+        f"all {what}: the seed changes nothing, so that it is not known how much other seeds "
+        "would; see that the seed shuffles the rows and draws the initialisation, and run again"
+    )
 
 
 def _told(
@@ -664,7 +678,10 @@ def _crossovers(
         known = [table for table in tables if table is not None]
         if len(known) == len(tables) and len({table.shape for table in known}) == 1:
             gaps = [one - two for one, two in zip(known[::2], known[1::2], strict=True)]
-            zero_sets = [crossed_zero_set(left, right) for left, right in pairwise(gaps)]
+            sources = answers.sources_of(_at(method, pairs[0][0].batch_size, shared)[0], task)
+            zero_sets = [
+                crossed_zero_set(left, right, sources=sources) for left, right in pairwise(gaps)
+            ]
     return _named(crossovers(method, baseline, zero_sets=zero_sets), method, baseline, names)
 
 

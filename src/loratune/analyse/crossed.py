@@ -15,12 +15,17 @@ Nothing here knows of trials. Not covered: fewer than 3 seeds (refused), and see
 each other.
 """
 
+# scipy comes without types.
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownVariableType=false
+
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+from scipy.special import betaincinv
 
 from loratune.analyse.intervals import CONFIDENCE, Estimate, ZeroSet, t_estimate, t_quantile
 from loratune.errors import AnalysisError
@@ -33,6 +38,8 @@ from loratune.planning.crossed_model import (
 
 BOOTSTRAP_FROM = 10
 NUM_RESAMPLES = 1999
+# Answers of a kind below which their number is no normal variable.
+FEW_ANSWERS = 10
 _ZERO_SET_STEPS = 100
 # A fixed stream: the same answers always give the same interval.
 _BOOTSTRAP_SEED = 20_240_501
@@ -88,20 +95,62 @@ def crossed_difference(
         )
     plain = crossed_variance(*tables)
     value, variance, df = (float(x) for x in (plain.value, plain.variance, plain.df))
-    if variance == 0.0 or fewest < BOOTSTRAP_FROM:
-        return t_estimate(
-            value,
-            standard_error=math.sqrt(variance),
-            df=df,
-            procedure="crossed model, Satterthwaite",
-        )
-    return t_estimate(
+    by_model = t_estimate(
         value,
         standard_error=math.sqrt(variance),
         df=df,
-        procedure="two-way bootstrap",
-        absolute_ts=_bootstrap_ts(tables, value),
+        procedure="crossed model, Satterthwaite",
     )
+    estimate = by_model
+    if variance > 0.0 and fewest >= BOOTSTRAP_FROM:
+        bootstrap = t_estimate(
+            value,
+            standard_error=math.sqrt(variance),
+            df=df,
+            procedure="two-way bootstrap",
+            absolute_ts=_bootstrap_ts(tables, value),
+        )
+        # Where few answers differ, too many resamples hold none that does, and have no variance.
+        estimate = bootstrap if math.isfinite(bootstrap.critical) else by_model
+    return estimate
+
+
+def not_too_certain(
+    found: Estimate,
+    first: FloatArray,
+    second: FloatArray,
+    *,
+    sources: Sequence[int] | None = None,
+) -> Estimate:
+    """Where few answers differed, an interval at least as wide as the chance of such answers has.
+
+    If a share d of all questions were answered differently, none of Q would be with (1 - d)^Q: 2.5%
+    at d = 1 - 0.025^(1/Q) (Clopper and Pearson 1934). No variance is seen then, and little where
+    one or two differ. So the half width is at least the distance from the share of answers in
+    favour of one side to the farther end of its Clopper-Pearson interval, the larger of both sides.
+    Answers count as the part of the seeds that gave them.
+
+    Args:
+        found: `crossed_difference` of the tables.
+        first: scores from 0 to 1, [S1, Q].
+        second: scores from 0 to 1, [S2, Q].
+        sources: for each question the number of its source; a source counts as one question.
+    """
+    pooled = first.mean(axis=0) - second.mean(axis=0)
+    if sources is not None:
+        numbers = np.unique(np.asarray(sources), return_inverse=True)[1]
+        pooled = np.bincount(numbers, weights=pooled) / np.bincount(numbers)
+    num = len(pooled)
+    if np.count_nonzero(pooled) >= FEW_ANSWERS and found.standard_error > 0.0:
+        return found
+    half = 0.0
+    for count in (float(np.maximum(pooled, 0.0).sum()), float(np.maximum(-pooled, 0.0).sum())):
+        high = float(betaincinv(count + 1, num - count, (1 + CONFIDENCE) / 2)) if count < num else 1
+        low = float(betaincinv(count, num - count + 1, (1 - CONFIDENCE) / 2)) if count else 0.0
+        half = max(half, high - count / num, count / num - low)
+    if half <= found.critical * found.standard_error:
+        return found
+    return replace(found, standard_error=half / found.critical)
 
 
 def crossed_variance(*tables: FloatArray) -> Variance:
@@ -131,12 +180,17 @@ def crossed_components(table: FloatArray) -> Components:
     )
 
 
-def crossed_zero_set(left: FloatArray, right: FloatArray) -> ZeroSet:
+def crossed_zero_set(
+    left: FloatArray, right: FloatArray, *, sources: Sequence[int] | None = None
+) -> ZeroSet:
     """The w in [0, 1] at which the mean of (1 - w) left + w right does not differ from 0.
 
     `intervals.zero_set` where questions vary too: the same inversion of a two-sided 5% test, which
-    is here the crossed model's, over paired differences [S, Q]. To within 1/200 of w.
+    is here the crossed model's, over paired differences [S, Q]; `sources` as in
+    `crossed_difference`. To within 1/200 of w.
     """
+    if sources is not None:
+        left, right = _by_source(left, sources), _by_source(right, sources)
     weights = np.linspace(0.0, 1.0, _ZERO_SET_STEPS + 1)
     kept = list[tuple[float, float]]()
     half = 0.5 / _ZERO_SET_STEPS

@@ -3,11 +3,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from audit_tables import audited, clean_rows, spoilt
 from loratune.analyse.audit.detectors import DETECTORS
 from loratune.analyse.audit.effects import CORRELATION, detectable_paired, detectable_unpaired
 from loratune.analyse.selection_bias import selection_bias
+from loratune.planning.power import detectable_effect
 from loratune.report.audit_text import audit_text
 
 
@@ -205,9 +207,20 @@ def test_a_difference_in_loss_below_what_seeds_can_tell(tmp_path):
 
     one = spoilt(tmp_path, close)["below_detectable"]
     assert "validation loss" in one.what
-    # sd 0.001 over 3 seeds each: (t_97.5 + t_80) sqrt(2 / 3) 0.001 with 4 degrees of freedom
-    assert numbers(one)["detectable"] == pytest.approx((2.7764 + 0.9410) * 0.001 * (2 / 3) ** 0.5,
-                                                       rel=1e-3)  # fmt: skip
+    # sd 0.001 over 3 seeds each, 4 degrees of freedom: scipy's noncentral t has power 0.8
+    t = float(numbers(one)["detectable"]) / (0.001 * (2 / 3) ** 0.5)
+    critical = stats.t.ppf(0.975, 4)
+    assert stats.nct.sf(critical, 4, t) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_repeated_run_is_no_further_seed(tmp_path):
+    rows = [row for row in clean_rows() if row["seed"] == 0]
+    once, thrice = audited(tmp_path, rows), audited(tmp_path, [row for row in rows for _ in "abc"])
+    found = [[(one.kind, one.what, one.numbers) for one in a.findings] for a in (once, thrice)]
+    assert found[0] == found[1]
+    assert {one.kind for one in thrice.findings} >= {"one_seed"}
+    (remark,) = thrice.remarks
+    assert remark.startswith(f"{2 * len(rows)} runs have the method, settings and seed")
 
 
 def test_the_detectable_effects_are_the_published_ones():
@@ -218,6 +231,11 @@ def test_the_detectable_effects_are_the_published_ones():
     # the power itself, simulated: a true difference of this size is found 80 times in 100
     draw = np.random.default_rng(0)
     gap = detectable_paired(1319)
+    # Noisy seeds have few degrees of freedom: as `compare` has it for two seeds each.
+    noisy = [(0.01**2 / 2, 1.0), (0.01**2 / 2, 1.0)]
+    assert detectable_paired(10**9, seeds=noisy) == pytest.approx(
+        detectable_effect(0.01, df=2.0), rel=1e-4
+    )
     wins = draw.multinomial(1319, [0.1 + gap / 2, 0.1 - gap / 2, 0.8], size=4000)
     z = (wins[:, 0] - wins[:, 1]) / np.sqrt(wins[:, 0] + wins[:, 1])
     assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.02)

@@ -214,3 +214,16 @@ def test_what_is_not_there_or_is_no_source_is_refused(tmp_path):
     (tmp_path / "one.json").write_text("{}")
     with pytest.raises(DataError, match="--map names columns of a CSV"):
         read_table(tmp_path, columns={"a": "method"})
+
+
+@pytest.mark.parametrize("values", [(0.4, 0.5, 1.2), (50, 0.6), (0.9, 90, 91, 0.8)])
+def test_fractions_and_percents_in_one_column_are_refused_with_their_lines(tmp_path, values):
+    rows = "".join(f"lora,{value}\n" for value in values)
+    with pytest.raises(DataError, match=r"gsm8k_accuracy is .* in line \d+ and .* in line \d+"):
+        read_csv(file(tmp_path, f"method,gsm8k_accuracy\n{rows}"), columns={})
+
+
+def test_a_small_percentage_among_percents_is_one(tmp_path):
+    table = read_csv(file(tmp_path, "method,gsm8k_accuracy\nlora,48\nlora,0.4\nlora,51\n"),
+                     columns={})  # fmt: skip
+    assert table.rows[1].tests[0].accuracy == pytest.approx(0.004)

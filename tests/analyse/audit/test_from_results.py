@@ -82,3 +82,15 @@ def test_the_papers_own_figure_is_told_from_a_clean_one():
 def test_no_trials_are_refused():
     with pytest.raises(AnalysisError, match="no runs"):
         audit_table(table_of_results([]))
+
+
+def test_an_adaptive_search_is_audited_but_for_edges_of_its_rates():
+    # A search tries few rates at a batch size, so that the best of two is always at an end.
+    made = [replace(one, purpose="adaptive") for one in clean()]
+    made = [one for one in made if one.trial.learning_rate > 2e-4 or one.trial.batch_size == 16]
+    table = table_of_results(made)
+    assert len(table.rows) == len(made)
+    audit = audit_table(table)
+    assert "learning_rate_edge" not in {one.kind for one in audit.findings}
+    (left_out,) = [one for one in audit.not_checked if one.kind == "learning_rate_edge"]
+    assert "a search chose the learning rates" in left_out.reason

@@ -20,13 +20,14 @@ from loratune.analyse.audit.choosing import (
 from loratune.analyse.audit.effects import (
     CORRELATION,
     DISCORDANCE,
-    detectable_by_seeds,
     detectable_paired,
     detectable_unpaired,
 )
 from loratune.analyse.audit.findings import Answer, Finding, Kind, NotChecked, Number, finding
 from loratune.analyse.audit.rows import AuditRow, methods_of
+from loratune.analyse.intervals import welch_t
 from loratune.analyse.selection_bias import expected_maximum, selection_bias
+from loratune.planning.power import detectable_effect
 
 # An LR counts as tuned where the best of at least this many lies inside of them.
 _FEWEST_RATES = 3
@@ -83,6 +84,9 @@ def unequal_budgets(rows: Sequence[AuditRow]) -> Answer:
 def learning_rate_edge(rows: Sequence[AuditRow]) -> Answer:
     """Cells whose best LR is the lowest or the highest of those tried, by method."""
     kind: Kind = "learning_rate_edge"
+    if rows and all(row.is_searched for row in rows):
+        return NotChecked(kind, "a search chose the learning rates of all batch sizes together")
+    rows = [row for row in rows if not row.is_searched]
     chooser = chooser_of(rows)
     if chooser is None:
         return NotChecked(kind, "no score that every run has")
@@ -569,9 +573,13 @@ def _on_task(
     total = min(totals)
     pairs = list[tuple[str, str, float, float]]()
     for one, two in combinations(scores, 2):
-        seeds = sum(variance(s) / len(s) for s in (scores[one], scores[two]) if len(s) > 1)
+        seeds = [
+            (variance(own) / len(own), len(own) - 1.0)
+            for own in (scores[one], scores[two])
+            if len(own) > 1
+        ]
         gap = abs(fmean(scores[one]) - fmean(scores[two]))
-        pairs.append((one, two, gap, detectable_paired(total, seed_variance=seeds)))
+        pairs.append((one, two, gap, detectable_paired(total, seeds=seeds)))
     leader = max(scores, key=lambda method: fmean(scores[method]))
     top = fmean(scores[leader])
     return _close(
@@ -587,7 +595,8 @@ def _on_task(
             "detectable_unpaired": detectable_unpaired(top, total),
             "discordance_assumed": DISCORDANCE,
             "fewest_seeds": min(map(len, scores.values())),
-            "formula": "(z_97.5 + z_80) sqrt(d / n + v), v the variance over seeds, if any",
+            "formula": "found by a t test with 80% power at standard error sqrt(d / n + v), v the "
+            "variance over seeds, if any",
         },
         points=True,
     )
@@ -606,10 +615,9 @@ def _by_loss(
         return "neither test accuracies nor held-out losses of two seeds for two methods"
     pairs = list[tuple[str, str, float, float]]()
     for one, two in combinations(usable, 2):
-        a, b = usable[one], usable[two]
-        spread = variance(a) / len(a) + variance(b) / len(b)
-        limit = detectable_by_seeds(spread, df=len(a) + len(b) - 2)
-        pairs.append((one, two, abs(fmean(a) - fmean(b)), limit))
+        estimate = welch_t(usable[one], usable[two])
+        limit = detectable_effect(estimate.standard_error, df=estimate.df)
+        pairs.append((one, two, abs(estimate.value), limit))
     leader = min(usable, key=lambda method: fmean(usable[method]))
     return _close(
         model,
@@ -620,7 +628,7 @@ def _by_loss(
         {
             "chosen_by": chooser.name,
             "fewest_seeds": min(map(len, usable.values())),
-            "formula": "(t_97.5 + t_80) sqrt(v), v the variance of the difference over seeds",
+            "formula": "found by Welch's t test over seeds with 80% power",
         },
         points=False,
     )

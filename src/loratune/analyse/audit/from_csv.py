@@ -84,7 +84,7 @@ def read_csv(path: Path, *, columns: Mapping[str, str]) -> AuditTable:
     remarks = list[str]()
     percents = {
         name for name in (*(f"{task}_accuracy" for task in tasks), "validation_accuracy")
-        if name in index and _in_percent(lines, index[name])
+        if name in index and _in_percent(path, name, lines, index[name])
     }  # fmt: skip
     remarks += [f"{name} is taken as percent: it exceeds 1" for name in sorted(percents)]
     rows = tuple(
@@ -266,12 +266,26 @@ def _row(
     )
 
 
-def _in_percent(lines: Sequence[Line], position: int) -> bool:
-    """Whether a column of accuracies has a number above 1."""
-    for _, cells in lines:
+def _in_percent(path: Path, name: str, lines: Sequence[Line], position: int) -> bool:
+    """Whether a column of accuracies holds percents: most of its numbers exceed 1.
+
+    Raises:
+        DataError: some do and as many do not: a typing error in a fraction, or both units mixed.
+    """
+    fractions, percents = list[Line](), list[Line]()
+    for line in lines:
         try:
-            if float(cells[position]) > 1:
-                return True
+            value = float(line[1][position])
         except ValueError:
             continue
-    return False
+        if value > 1:
+            percents.append(line)
+        elif value > 0:
+            fractions.append(line)
+    if percents and len(fractions) >= len(percents):
+        (one, cells), (other, others) = percents[0], fractions[0]
+        raise DataError(
+            f"{path}: {name} is {cells[position]} in line {one} and {others[position]} in line "
+            f"{other}; expected fractions from 0 to 1 throughout, or percents throughout"
+        )
+    return bool(percents)

@@ -23,7 +23,7 @@ def table_of_results(results: Sequence[TrialResult]) -> AuditTable:
     rows = tuple(
         _row(one)
         for one in results
-        if one.purpose == "search" and one.status not in ("planned", "running")
+        if one.purpose != "confirm" and one.status not in ("planned", "running")
     )
     remarks = [f"{waiting} trials have not been trained yet and are left out"] if waiting else []
     return AuditTable("results folder", rows, tuple(remarks))
@@ -59,5 +59,6 @@ def _row(result: TrialResult) -> AuditRow:
         ),
         select_on=result.select_on,
         diverged=result.status == "diverged" or (loss is not None and not math.isfinite(loss)),
+        is_searched=result.purpose == "adaptive",
         failed=result.status in ("failed", "out_of_memory", "stopped"),
     )

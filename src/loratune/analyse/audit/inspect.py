@@ -1,11 +1,12 @@
 """All detectors over one table."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loratune.analyse.audit.detectors import DETECTORS
 from loratune.analyse.audit.findings import Finding, NotChecked
-from loratune.analyse.audit.rows import AuditTable, methods_of
+from loratune.analyse.audit.rows import AuditRow, AuditTable, methods_of
 from loratune.errors import AnalysisError
 
 MOST_METHODS = 500
@@ -56,9 +57,10 @@ def audit_table(table: AuditTable) -> Audit:
             f"{table.source}: {len(methods):,} methods in {len(table.rows):,} runs; at most "
             f"{MOST_METHODS} are compared: does the right column name the method?"
         )
+    rows, remarks = _once_a_seed(table.rows)
     findings, not_checked = list[Finding](), list[NotChecked]()
     for detect in DETECTORS:
-        answer = detect(table.rows)
+        answer = detect(rows)
         if isinstance(answer, NotChecked):
             not_checked.append(answer)
         else:
@@ -69,5 +71,20 @@ def audit_table(table: AuditTable) -> Audit:
         methods=methods,
         findings=tuple(findings),
         not_checked=tuple(not_checked),
-        remarks=table.remarks,
+        remarks=(*table.remarks, *remarks),
     )
+
+
+def _once_a_seed(rows: Sequence[AuditRow]) -> tuple[tuple[AuditRow, ...], tuple[str, ...]]:
+    """The first run of each configuration and seed; a repeated one is no further seed."""
+    kept = dict[tuple[object, ...], AuditRow]()
+    for number, row in enumerate(rows):
+        # Of a run without its seed it cannot be told, nor of one that has no score.
+        known = row.seed is not None and row.tried
+        kept.setdefault((row.configuration, row.seed) if known else (number,), row)
+    left_out = len(rows) - len(kept)
+    remark = (
+        f"{left_out} runs have the method, settings and seed of an earlier one and are left out: a "
+        "repetition is no further seed"
+    )
+    return tuple(kept.values()), (remark,) if left_out else ()

@@ -25,6 +25,7 @@ class AuditRow:
     `gradient_accumulation_steps` and `num_devices` are the parts that should make the batch.
     `failed` runs (also out of memory, or not finished) have no scores; a diverged one was tried.
     `select_on` is validation_loss, validation_accuracy or test, where the file says what chose.
+    `is_searched`: an adaptive search chose the LR, together with those of other batch sizes.
     """
 
     where: str
@@ -51,6 +52,7 @@ class AuditRow:
     select_on: str | None = None
     diverged: bool = False
     failed: bool = False
+    is_searched: bool = False
 
     @property
     def configuration(self) -> tuple[object, ...]:
