@@ -132,7 +132,7 @@ class StubEngine:
             if feed.is_dropped(trial.trial_id):
                 return
             if feed.wants_snapshot():
-                yield Snapshot(trial.trial_id, update + 1, {}, {})
+                yield Snapshot(trial.trial_id, update + 1, {}, {}, self.name)
         yield stub_finished(trial, self.loss(trial))
 
 
@@ -181,7 +181,7 @@ class StubPack(StubEngine):
                     yield stub_finished(trial, self.loss(trial))
             if feed.wants_snapshot():
                 for trial, update in tuple(seated.values()):
-                    yield Snapshot(trial.trial_id, update, {}, {})
+                    yield Snapshot(trial.trial_id, update, {}, {}, self.name)
 
 
 STUBS = {"one": StubEngine, "pack": StubPack}
@@ -295,12 +295,12 @@ class StubWorkshop:
     def save_snapshot(self, path: Path, snapshot: Snapshot) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(f"{snapshot.trial_id} {snapshot.update}")
+        partial.write_text(f"{snapshot.trial_id} {snapshot.update} {snapshot.engine}")
         partial.replace(path)
 
     def load_snapshot(self, path: Path) -> Snapshot | None:
-        trial_id, update = path.read_text().split()
-        return Snapshot(trial_id, int(update), {}, {})
+        trial_id, update, engine = path.read_text().split()
+        return Snapshot(trial_id, int(update), {}, {}, engine)
 
 
 class Silent:

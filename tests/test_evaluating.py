@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -383,6 +384,49 @@ metric_list: [{{metric: exact_match}}]
     )
     with pytest.raises(EvaluationError, match="task sampled samples"):
         api.evaluate_by_harness(model, tasks=["sampled"], include_path=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "no field"], "prompt 'no field': expected a text with {prompt}"),
+        (["--prompt", "{prompt"], "prompt '{prompt': expected a text with {prompt}"),
+        (["--data", ""], "data='': "),
+        (["--answers", "{tmp}/none/a.jsonl"], "answers cannot be kept in .*No such file"),
+        (["--answers", "{tmp}"], "answers cannot be kept in .*Is a directory"),
+        (["--answers", "{tmp}/latin.jsonl"], "line 1: no answer of `loratune evaluate`"),
+    ],
+)
+def test_what_evaluate_cannot_do_is_said_in_a_line(
+    tmp_path, model, monkeypatch, capsys, arguments, message
+):
+    (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe\n")
+    given = [one.replace("{tmp}", str(tmp_path)) for one in arguments]
+    asked = ["evaluate", str(model), "--task", "gsm8k", "--device", "cpu"]
+    if "--data" not in given:
+        asked += ["--data", str(write(tmp_path / "g.jsonl", GSM8K))]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked, *given])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert re.search(message, told)
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"questions": 0}, {"grader": "x"}])
+def test_wrong_arguments_are_loratunes_own_errors(model, values):
+    with pytest.raises(EvaluationError, match=next(iter(values))):
+        api.evaluate(model, tasks=["gsm8k"], **values)
+
+
+def test_options_that_a_harness_has_no_use_for_are_refused(model, monkeypatch, capsys):
+    asked = ["evaluate", str(model), "--harness", "lm-eval", "--tasks", "gsm8k"]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked, "--prompt", "{prompt}", "--unsafe-exec"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "--prompt, --unsafe-exec: with" in " ".join(capsys.readouterr().err.split())
 
 
 # Many adapters at once ----------------------------------------------------------------------------

@@ -146,6 +146,28 @@ def test_stopping_snapshots_all_under_way_gives_it_back_and_going_on_starts_from
     assert not list((tmp_path / "snapshots").glob("*"))
 
 
+@pytest.mark.parametrize(("first", "then"), [(StubPack, StubEngine), (StubEngine, StubPack)])
+def test_what_another_engine_had_under_way_begins_anew_and_it_is_said(tmp_path, first, then):
+    loaded = stub_study()
+    watcher = StopsAfter(21)
+    with pytest.raises(Interrupted):
+        sweep_stub(
+            tmp_path,
+            loaded,
+            workshop=StubWorkshop(loaded, first()),
+            watcher=watcher,
+            should_stop=watcher.should_stop,
+        )
+    again = Updates()
+    sweep = sweep_stub(tmp_path, loaded, workshop=StubWorkshop(loaded, then()), watcher=again)
+    assert sweep.statuses() == {"done": NUM_TRIALS}
+    lost = [one for one in again.told if f"under way on the {first.name} engine" in one]
+    assert len(lost) == len(watcher.under_way)
+    total = sum(result.trial.num_updates for result in sweep.results)
+    assert total - 21 < again.num_updates <= total
+    assert table(sweep) == table(sweep_stub(tmp_path / "undisturbed"))
+
+
 @pytest.mark.parametrize("kind", ["pack"], indirect=True)
 def test_stopping_does_not_wait_for_a_snapshot_that_the_engine_does_not_offer(tmp_path):
     class Withholds(StubPack):

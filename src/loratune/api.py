@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from loratune.analyse.audit.from_results import table_of_results
 from loratune.analyse.audit.inspect import Audit, audit_table
 from loratune.analyse.audit.reading import read_table
@@ -388,16 +390,23 @@ def evaluate(
         raise EvaluationError("no task is named; give at least one, such as gsm8k")
     if data is not None and len(tasks) > 1:
         raise EvaluationError(f"data={data!r} for {len(tasks)} tasks; give one task with it")
-    asked = [
-        Task(
-            name=name,
-            data=None if data is None else Source.model_validate(source_of(data)),
-            grader=grader,
-            questions=questions,
-            max_new_tokens=max_new_tokens,
-        )
-        for name in tasks
-    ]
+    try:
+        asked = [
+            Task(
+                name=name,
+                data=None if data is None else Source.model_validate(source_of(data)),
+                grader=grader,
+                questions=questions,
+                max_new_tokens=max_new_tokens,
+            )
+            for name in tasks
+        ]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        of_data = error.title == Source.__name__
+        name = "data" if of_data else ".".join(map(str, problem["loc"]))
+        given = data if of_data else problem["input"]
+        raise EvaluationError(f"{name}={given!r}: {problem['msg']}") from error
     if is_results_folder(str(source)):
         if model or prompt or answers or precision:
             raise EvaluationError(

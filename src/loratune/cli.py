@@ -429,6 +429,20 @@ def evaluate(
     if harness is not None:
         if not tasks or task:
             raise typer.BadParameter("--harness takes its tasks by --tasks, as gsm8k,arc_easy")
+        unused = {
+            "--data": data,
+            "--grader": grader,
+            "--prompt": prompt,
+            "--max-new-tokens": max_new_tokens,
+            "--answers": answers,
+            "--engine": None if engine is Engine.auto else engine,
+            "--unsafe-exec": unsafe_exec or None,
+        }
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            raise typer.BadParameter(
+                f"{', '.join(given)}: with --harness, its tasks' own files say such things"
+            )
         results = api.evaluate_by_harness(
             source,
             tasks=[name.strip() for name in tasks.split(",") if name.strip()],

@@ -13,6 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from loratune.analyse.proportions import wilson
 from loratune.data.prepare import turn_ends
 from loratune.errors import EvaluationError, ModelError
@@ -111,13 +113,16 @@ def evaluate(
     adapter = _adapter_of(source)
     name = model or (source if adapter is None else _base_of(adapter))
     check_tasks(tasks, folder=Path.cwd(), unsafe_exec=unsafe_exec)
+    data = _data_with(prompt)
+    if answers is not None:
+        _check_writable(answers)
     base = load_base(
         name,
         precision=precision,
         device=choose_device(device),
         trust_remote_code=trust_remote_code,
     )
-    questions = [_ask(given, base, _data_with(prompt), folder=Path.cwd()) for given in tasks]
+    questions = [_ask(given, base, data, folder=Path.cwd()) for given in tasks]
     who = _fingerprint(name, adapter)
     kept = [_Kept(answers, who=who, asked=one) for one in questions]
     asked = [
@@ -372,16 +377,38 @@ def _ask(given: Task, base: Base, data: Data, *, folder: Path) -> TaskQuestions:
 
 
 def _data_with(prompt: str) -> Data:
-    """A data section that is nothing but a template: nothing is trained, but it needs the rest."""
-    return Data.model_validate(
-        {
-            "train": {"demo": "task"},
-            "prompt": "question",
-            "response": "answer",
-            "template": prompt,
-            "max_tokens": 2,
-        }
-    )
+    """A data section that is nothing but a template: nothing is trained, but it needs the rest.
+
+    Raises:
+        EvaluationError: it is no template.
+    """
+    try:
+        return Data.model_validate(
+            {
+                "train": {"demo": "task"},
+                "prompt": "question",
+                "response": "answer",
+                "template": prompt,
+                "max_tokens": 2,
+            }
+        )
+    except ValidationError as error:
+        raise EvaluationError(
+            f"prompt {prompt!r}: expected a text with {{prompt}}, where the question goes, or "
+            "alpaca, plain or chat"
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is loaded: raise EvaluationError where answers cannot be kept there."""
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise EvaluationError(
+            f"answers cannot be kept in {path}: {error.strerror}; give --answers a file in a "
+            "folder that is there"
+        ) from error
 
 
 def _fingerprint(model: str, adapter: Path | None) -> str:
@@ -412,9 +439,10 @@ class _Kept:
     def _read(self) -> Iterator[tuple[int, Answer]]:
         if self._path is None or not self._path.is_file():
             return
-        with self._path.open(encoding="utf-8") as lines:
+        # Line by line in bytes: one that is no UTF-8 is no answer of ours.
+        with self._path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     return  # The last one was being written when the process was killed.
                 try:
                     one = json.loads(line)

@@ -267,8 +267,20 @@ class _StoreFeed:
         if not self._claim(trial):
             return None
         training.watcher.trial_begins(trial)
-        path = training.folder.snapshot(trial.trial_id)
-        return Work(trial, training.workshop.load_snapshot(path) if path.is_file() else None)
+        return Work(trial, self._snapshot_of(trial))
+
+    def _snapshot_of(self, trial: Trial) -> Snapshot | None:
+        """What the trial can go on from with this engine, if anything."""
+        path = self._training.folder.snapshot(trial.trial_id)
+        snapshot = self._training.workshop.load_snapshot(path) if path.is_file() else None
+        assert self.provenance is not None
+        if snapshot is None or snapshot.engine == self.provenance.engine:
+            return snapshot
+        self._training.watcher.remarks(
+            f"{trial.trial_id} was under way on the {snapshot.engine} engine, whose snapshots the "
+            f"{self.provenance.engine} engine can't use: it begins anew"
+        )
+        return None
 
     def is_begun(self, trial: Trial) -> bool:
         return trial.trial_id in self._begun

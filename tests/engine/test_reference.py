@@ -335,7 +335,10 @@ def test_going_on_from_any_snapshot_is_bit_equal(tmp_path, method):
 def test_a_snapshot_file_that_is_torn_counts_as_none(tmp_path):
     path = tmp_path / "snapshot.safetensors"
     save_snapshot(
-        path, Snapshot("trial-test", 3, {"adapter.a": torch.ones(3)}, {"losses": [0.1 + 0.2]})
+        path,
+        Snapshot(
+            "trial-test", 3, {"adapter.a": torch.ones(3)}, {"losses": [0.1 + 0.2]}, "reference"
+        ),
     )
     whole = load_snapshot(path)
     assert whole is not None

@@ -320,6 +320,9 @@ def test_a_users_own_choices_take_the_right_ones_text_or_number(tmp_path):
         ('"{colour}"', '"{color}"', "did you mean 'colour'"),
         ("data: rows.json", "data: none.json", "does not exist"),
         ("task: colours", "tusk: [", "tusk|expected"),
+        ('stop: ["\\n"]', 'stop: ""', "stop.0: .*at least 1 character"),
+        ("task: colours", "task: gsm8k", "a task of loratune's; give it another name"),
+        ("grader: exact", "grader: number", "no number in any of 1 references .*row"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused_in_one_line(tmp_path, old, new, message):
@@ -327,6 +330,14 @@ def test_a_file_that_is_no_task_is_refused_in_one_line(tmp_path, old, new, messa
     with pytest.raises(EvaluationError, match=message) as error:
         load_questions(Task(name="colours.yaml"), folder=tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    own(tmp_path)
+    (tmp_path / "others.yaml").write_text(OWN, encoding="utf-8")
+    both = [Task(name="colours.yaml"), Task(name="others.yaml")]
+    with pytest.raises(EvaluationError, match=r"colours.yaml and others.yaml are both called"):
+        check_tasks(both, folder=tmp_path)
 
 
 def test_a_grader_that_cannot_judge_a_tasks_answers_is_refused_before_training(tmp_path):

@@ -33,12 +33,14 @@ class Snapshot:
     """Everything that the rest of a trial depends on, after `update` updates.
 
     `tensors` live on the CPU; `facts` is JSON-able: losses so far, the cut into micro-batches.
+    `engine` is the name of the one that made it; another can't go on from it.
     """
 
     trial_id: str
     update: int
     tensors: "Mapping[str, Tensor]"
     facts: Mapping[str, object]
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)

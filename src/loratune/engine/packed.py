@@ -953,13 +953,13 @@ class _Session:
             tensors=tensors,
             facts={
                 **seat.account.facts(),
-                "engine": PackedEngine.name,
                 "slot": slot,
                 "rows_done": seat.rows_done,
                 "loss_scale": seat.loss_scale,
                 "good_updates": seat.good_updates,
                 "has_magnitudes": seat.has_magnitudes,
             },
+            engine=PackedEngine.name,
         )
 
     def _restore(self, seat: _Seat, snapshot: Snapshot, free: Sequence[int]) -> None:

@@ -362,6 +362,7 @@ class _Run:
                 **self.account.facts(),
                 "tokens_per_microbatch": self.tokens_per_microbatch,
             },
+            engine=ReferenceEngine.name,
         )
 
     def _restore(

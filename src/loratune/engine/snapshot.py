@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from loratune.engine.base import Snapshot
 
-FORMAT = "loratune snapshot 1"
+FORMAT = "loratune snapshot 2"
 
 
 def save_snapshot(path: Path, snapshot: Snapshot) -> None:
@@ -29,6 +29,7 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
         "format": FORMAT,
         "trial_id": snapshot.trial_id,
         "update": str(snapshot.update),
+        "engine": snapshot.engine,
         # repr-exact floats: going on must be bit-equal.
         "facts": json.dumps(snapshot.facts),
     }
@@ -51,4 +52,5 @@ def load_snapshot(path: Path) -> Snapshot | None:
         update=int(metadata["update"]),
         tensors=tensors,
         facts=cast("dict[str, object]", json.loads(metadata["facts"])),
+        engine=metadata["engine"],
     )

@@ -30,7 +30,7 @@ from loratune.data.templates import fill, value_of
 from loratune.errors import DataError, EvaluationError
 from loratune.evaluation.graders import CHOICE_GRADERS, NUMBER_GRADERS, plain_number, read_number
 from loratune.evaluation.questions import Question, TaskDefinition
-from loratune.study.schema import GraderName, Section, Source, source_of
+from loratune.study.schema import GraderName, Section, Source, StopString, source_of
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -49,7 +49,7 @@ class CustomTask(Section):
     grader: GraderName
     extract: str | None = None
     choices: str | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    stop: Annotated[tuple[StopString, ...], BeforeValidator(_tuple)] = ()
     max_new_tokens: int = Field(default=256, gt=0)
 
 
@@ -119,12 +119,19 @@ def _load(
     del folder
     try:
         rows = read_rows(source or read.data, folder=path.parent)
-        return tuple(
+        questions = tuple(
             _question(read, row, where=f"{source_name(read.data)}, row {number}")
             for number, row in enumerate(rows, start=1)
         )
     except DataError as error:
         raise EvaluationError(f"task {read.task}: {error}") from error
+    if questions and all(one.reference is None for one in questions):
+        raise EvaluationError(
+            f"task {read.task}: grader {read.grader} finds no number in any of {len(questions)} "
+            f"references ({read.reference!r} of {source_name(source or read.data)}); name the "
+            "field that holds the answer, or take grader exact"
+        )
+    return questions
 
 
 def _question(read: CustomTask, row: Mapping[str, Any], *, where: str) -> Question:

@@ -67,7 +67,13 @@ def task(name: str, *, folder: Path = Path()) -> TaskDefinition:
     if name in _TASKS:
         return _TASKS[name]
     if is_custom(name):
-        return read_task(folder / Path(name).expanduser())
+        definition = read_task(folder / Path(name).expanduser())
+        if definition.name in _TASKS:
+            raise EvaluationError(
+                f"task file {name} calls itself {definition.name!r}, which is a task of "
+                "loratune's; give it another name, as scores are told apart by it"
+            )
+        return definition
     near = difflib.get_close_matches(name, [*_TASKS], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise EvaluationError(
@@ -88,10 +94,18 @@ def check_tasks(
 
     Raises:
         EvaluationError: a task is unknown, was given data or a grader that it has no use for, has
-            a prompt without {prompt}, or needs a sandbox that this machine does not offer.
+            a prompt without {prompt}, shares its name with another, or needs a sandbox that this
+            machine does not offer.
     """
+    files = dict[str, str]()
     for given in tasks:
         definition = task(given.name, folder=folder)
+        if definition.name in files:
+            raise EvaluationError(
+                f"{files[definition.name]} and {given.name} are both called {definition.name!r}; "
+                "give each task a name of its own, as scores are told apart by it"
+            )
+        files[definition.name] = given.name
         if given.data is not None and not definition.takes_data:
             raise EvaluationError(f"task {given.name} has questions of its own; remove its `data:`")
         if definition.grader == "tests":

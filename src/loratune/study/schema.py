@@ -403,6 +403,10 @@ def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+# An empty one would be found at once, and every answer would be empty.
+StopString = Annotated[str, Field(min_length=1)]
+
+
 class Task(Section):
     """A test to score adapters on; what is left out is the task's own default."""
 
@@ -411,7 +415,7 @@ class Task(Section):
         default=None, description="the questions, where they are not the task's own hub data set"
     )
     prompt: str | None = Field(default=None, description="decoding prompt, a text with {prompt}")
-    stop: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+    stop: Annotated[tuple[StopString, ...], BeforeValidator(_listed)] = Field(
         default=(), description="strings that end an answer"
     )
     max_new_tokens: int | None = Field(default=None, gt=0)

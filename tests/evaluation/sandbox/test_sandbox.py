@@ -282,6 +282,24 @@ def test_a_wrong_program_gets_its_reason(program, reason):
 
 
 @pytest.mark.parametrize(
+    ("program", "tests", "reason"),
+    [
+        # Work in C on what the program gave: no Python signal handler runs meanwhile.
+        ("from decimal import Decimal\ndef f(): return Decimal('1e99999999')",
+         "assert int(f()) == 42", "exceeded a limit with what the program gave"),
+        ("class X:\n    def __bool__(self): return False\ndef f(): return X()",
+         "assert f()", "neither true nor false"),
+        ("import collections\ndef f(): return collections.deque()",
+         "assert f()", "neither true nor false"),
+    ],
+)  # fmt: skip
+def test_what_a_program_gives_costs_itself_the_verdict(program, tests, reason):
+    judgement = judge_program(Check(program, tests, ("f",)), isolation=NONE, limits=LIMITS)
+    assert judgement.verdict == "wrong"
+    assert reason in judgement.reason
+
+
+@pytest.mark.parametrize(
     ("check", "reason"),
     [
         (Check(GOOD.program, "assert f( == 42", ("f",)), "the task's own code fails: SyntaxError"),

@@ -126,13 +126,15 @@ def _judge(check: Check, *, isolation: Isolation, limits: Limits) -> tuple[_Verd
 
 
 def _read(output: bytes, *, is_late: bool, limits: Limits) -> tuple[_Verdict, str]:
-    """The verdict in what the asking process wrote: "ready", then its verdict."""
+    """The verdict in what the asking process wrote: "ready", "called", then its verdict."""
     whole_lines = output.split(b"\n")[:-1]
     messages: list[dict[str, Any]] = [json.loads(line) for line in whole_lines]
     if messages and "verdict" in messages[-1]:
         return messages[-1]["verdict"], messages[-1]["reason"]
     if messages and is_late:
         return "wrong", f"no end within {limits.wall_seconds:g} seconds"
+    if messages and "called" in messages[-1]:
+        return "wrong", "the tests exceeded a limit with what the program gave them"
     if messages:
         return "error", "the tests' process ended without a verdict"
     return "error", "the sandbox did not start" + (" in time" if is_late else "")

@@ -29,9 +29,10 @@ class ProgramError(Exception):
 class _Program:
     """The other process, as far as the tests may know it."""
 
-    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+    def __init__(self, requests: BinaryIO, replies: BinaryIO, verdicts: TextIO) -> None:
         self._requests = requests
         self._replies = replies
+        self._verdicts = verdicts
         self._num_requests = 0
         self.fault: str | None = None  # of the program: the verdict is wrong
         self.error: str | None = None  # of the tests or the sandbox: no verdict is possible
@@ -46,6 +47,8 @@ class _Program:
         if self.fault or self.error:
             raise TestsFailed
         self._num_requests += 1
+        if self._num_requests == 2:  # The first defines it.
+            _say(self._verdicts, {"called": True})
         try:
             wire.send(self._requests, {"id": self._num_requests, **request})
         except wire.WireError as error:
@@ -68,7 +71,7 @@ class _Program:
 
     @property
     def was_called(self) -> bool:
-        return self._num_requests > 1  # the first request defines it
+        return self._num_requests > 1
 
     def value(self, data: Any) -> Any:
         try:
@@ -114,11 +117,13 @@ class Remote:
 
 
 def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, verdicts: TextIO) -> None:
-    """Run `job`, a `Check` as a dictionary; two lines of JSON go to `verdicts`.
+    """Run `job`, a `Check` as a dictionary; lines of JSON go to `verdicts`.
 
-    The first says that the program's process was ready, the second is the verdict.
+    The first says that the program's process was ready, the second that the program is called, the
+    last is the verdict. It may be missing: work in C on a value of the program's, as on a number of
+    a billion digits, cannot be interrupted from here, and ends with a limit.
     """
-    program = _Program(requests, replies)
+    program = _Program(requests, replies, verdicts)
     if not program.wait_until_ready():
         _say(verdicts, {"verdict": "error", "reason": "the program's process did not start"})
         return

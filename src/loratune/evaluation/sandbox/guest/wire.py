@@ -26,13 +26,19 @@ class WireError(Exception):
 
 
 class Opaque:
-    """A value of the other process that has no builtin form; it equals only itself."""
+    """A value of the other process that has no builtin form; it equals only itself.
+
+    It is neither true nor false: what it would be over there is not known here.
+    """
 
     def __init__(self, type_name: str) -> None:
         self.type_name = type_name
 
     def __repr__(self) -> str:
         return f"<{self.type_name} object of the program>"
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"{self!r} is no plain data, so that it is neither true nor false")
 
 
 def send(stream: BinaryIO, message: dict[str, Any]) -> None:
