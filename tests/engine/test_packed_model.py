@@ -14,6 +14,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedModel,
@@ -352,21 +354,26 @@ STRANGERS: dict[str, Callable[[], PreTrainedModel]] = {
         small(Gemma2Config, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
     ),
     # Logits that are scaled after the head.
-    "Cohere": lambda: CohereForCausalLM(small(CohereConfig, logit_scale=0.25)),
-    "Granite": lambda: GraniteForCausalLM(small(GraniteConfig, logits_scaling=8.0)),
+    "Cohere": lambda: CohereForCausalLM(small(CohereConfig, logit_scale=0.95)),
+    "Granite": lambda: GraniteForCausalLM(small(GraniteConfig, logits_scaling=1.05)),
+    # Attention with a sink for each head.
+    "GptOss": lambda: GptOssForCausalLM(
+        small(GptOssConfig, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    ),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", STRANGERS)
-def test_a_family_that_computes_something_else_is_refused_and_its_base_left_alone(name):
+def test_a_family_that_computes_something_else_is_refused_and_its_base_left_alone(name, dtype):
     base = tiny_base()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = STRANGERS[name]().eval().requires_grad_(False)
+        model = STRANGERS[name]().eval().requires_grad_(False).to(dtype)
     base = replace(base, model=model)
     before = state_of(model)
     trial = tiny_trial(DATA)
-    with pytest.raises(ModelError, match=rf"{name}ForCausalLM .* --engine reference"):
+    with pytest.raises(ModelError, match=rf"{name}(ForCausalLM|Attention) .* --engine reference"):
         pack([trial], [DATA], base=base, shape=shape_for([trial]))
     assert_unchanged(model, before)
 

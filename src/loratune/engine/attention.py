@@ -22,7 +22,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from loratune.errors import ModelError
+
 NAME = "loratune_packed"
+# What models hand to their attention that does not change it: where tokens are and what is kept is
+# said otherwise here, and a base with dropout of its own is refused.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
 
 
 def has_row_attention(device: torch.device) -> bool:
@@ -65,7 +81,7 @@ def packed_attention(
     longest_row: int = 0,
     padded_index_M: Tensor | None = None,
     num_rows: int = 0,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """1 x H x M x D each to 1 x M x H x D, in transformers' signature.
 
@@ -79,8 +95,17 @@ def packed_attention(
         longest_row: T.
         padded_index_M: a token's place in the B x T batch, for SDPA.
         num_rows: B.
+
+    Raises:
+        ModelError: the family asks for more, such as a soft cap on the scores or sinks.
     """
     assert attention_mask is None
+    strange = [name for name, value in more.items() if value is not None and name not in HARMLESS]
+    if strange:
+        raise ModelError(
+            f"{type(module).__name__} wants an attention with {', '.join(strange)}, which packing "
+            "does not do; use --engine reference"
+        )
     if padded_index_M is None:
         assert row_bounds is not None
         q_MHD, k_MGD, v_MGD = (heads[0].transpose(0, 1) for heads in (query, key, value))

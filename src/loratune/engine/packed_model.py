@@ -48,6 +48,8 @@ from loratune.models.targets import block_linears, decoder_blocks, target_module
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # How far the packed logits may lie from the base's own, relative to their largest: rounding.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# How far the base's own logits may lie from its head's product alone: the same one, rounded once.
+HEAD_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,17 +412,51 @@ def _apart(view: Tensor) -> Tensor:
 
 
 def check_rows(model: PreTrainedModel) -> list[tuple[list[int], Tensor]]:
-    """Two short rows of arbitrary tokens and the base's own logits for each."""
+    """Two short rows of arbitrary tokens and the base's own logits for each.
+
+    Raises:
+        ModelError: logits are not what the head makes of the last hidden states. That is looked at
+            apart, and in any precision closely: against rounding of all layers in 16 bits, a scale
+            or a soft cap could pass.
+    """
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        raise ModelError(
+            f"{type(model).__name__} caps its logits (final_logit_softcapping={cap:g}), which "
+            "packing does not do; use --engine reference"
+        )
     vocabulary = int(model.config.vocab_size)
     rows = [
         [(7919 * (at + 1)) % vocabulary for at in range(11)],
         [(104729 * (at + 3)) % vocabulary for at in range(6)],
     ]
-    with torch.no_grad():
-        return [
-            (ids, model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float())
-            for ids in rows
-        ]
+    head: Any = model.get_output_embeddings()
+    hidden = list[Tensor]()
+    handle = model.base_model.register_forward_hook(
+        lambda _, __, output: hidden.append(output.last_hidden_state)
+    )
+    expected = list[tuple[list[int], Tensor]]()
+    try:
+        with torch.no_grad():
+            for ids in rows:
+                ids_1T = torch.tensor([ids], device=model.device)
+                logits_TV = model(input_ids=ids_1T).logits[0].float()
+                error = _furthest(head(hidden.pop())[0].float(), logits_TV)
+                if not error <= HEAD_TOLERANCE[model.dtype]:
+                    raise ModelError(
+                        f"{type(model).__name__} does more to its logits than its head, which "
+                        f"packing does not (they differ by {error:.1e} of their largest); use "
+                        "--engine reference"
+                    )
+                expected.append((ids, logits_TV))
+    finally:
+        handle.remove()
+    return expected
+
+
+def _furthest(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the largest of what is wanted."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def _compare(
@@ -442,7 +478,7 @@ def _compare(
     first, second = (logits for _, logits in expected)
     found = logits_MV[: len(first) + len(second)]
     wanted = torch.cat([first, second])
-    error = float((found - wanted).abs().max() / wanted.abs().max())
+    error = _furthest(found, wanted)
     if not error <= LOGITS_TOLERANCE[model.dtype]:
         raise ModelError(
             f"{type(model).__name__} computes something that the packed engine does not: its "
