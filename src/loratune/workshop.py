@@ -362,7 +362,9 @@ class LocalWorkshop:
             groups.setdefault((self._is_packed(trial), *key), []).append(trial)
         return tuple(tuple(group) for group in groups.values())
 
-    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+    def engine(
+        self, group: Sequence[Trial], *, num_processes: int = 1, remark: Callable[[str], None]
+    ) -> Engine:
         """See `training.Workshop`.
 
         Raises:
@@ -384,7 +386,7 @@ class LocalWorkshop:
                 return PackedEngine(
                     base,
                     rows,
-                    shape=self._pack_shape(group),
+                    shape=self._pack_shape(group, num_processes=num_processes),
                     targets=group[0].targets,
                     noise=noise,
                 )
@@ -549,7 +551,7 @@ class LocalWorkshop:
                     )
         return self._base
 
-    def _pack_shape(self, group: Sequence[Trial]) -> PackShape:
+    def _pack_shape(self, group: Sequence[Trial], *, num_processes: int) -> PackShape:
         """From the device's whole memory, not what is free now."""
         on_cuda = self.device.type == "cuda"
         total = torch.cuda.get_device_properties(self.device).total_memory if on_cuda else None
@@ -558,6 +560,7 @@ class LocalWorkshop:
             group,
             model=self._survey.models[group[0].model],
             data=[self._survey.data[key] for key in row_sets],
+            num_processes=num_processes,
             memory_bytes=total,
             gradient_checkpointing=self.gradient_checkpointing,
         )

@@ -129,3 +129,17 @@ def test_a_planned_pack_fits_the_memory_it_was_planned_for(gibibytes: int):
     needed = pack_bytes(shape, model=model, precision=trials[0].precision, targets=TARGETS)
     assert needed <= SHARE_OF_MEMORY * gibibytes * 2**30
     assert shape.tokens_per_step >= 512
+
+
+@pytest.mark.parametrize(("num_processes", "slots"), [(1, 12), (2, 6), (5, 3)])
+def test_a_pack_has_slots_for_its_processs_part_of_the_trials(num_processes: int, slots: int):
+    data, model = random_data(40), facts_of("135m")
+    one = replace(tiny_trial(data, batch_size=4), targets=TARGETS)
+    shape = plan_pack(
+        [replace(one, trial_id=f"trial-{number}") for number in range(12)],
+        model=model,
+        data=[data.facts],
+        memory_bytes=None,
+        num_processes=num_processes,
+    )
+    assert shape.num_slots == slots
