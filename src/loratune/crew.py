@@ -2,9 +2,10 @@
 
 The parent trains nothing: it starts a process for each device, hands on what they report, and waits
 for their end. The work needs no dividing, since each process claims a trial when it has room for
-one, and holds no more than its share of those that are still open. Nothing is shared but the store and the results folder. No queue and no lock either: a process
-that is killed while it holds one would stop all others. Each has a pipe to the parent, and the end
-of the pipe says that the other side is gone: processes whose parent was killed stop with snapshots.
+one, and holds no more than its share of those that are still open. Nothing is shared but the store
+and the results folder. No queue and no lock either: a process that is killed while it holds one
+would stop all others. Each has a pipe to the parent, and the end of the pipe says that the other
+side is gone: processes whose parent was killed stop with snapshots.
 
 The others pass by what a process has claimed. If it is killed, new processes take that over when
 all have ended. What it had begun is suspected of having killed it (memory, say) and is then trained
