@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from feeds import ListFeed
 from loratune.data.order import row_order
@@ -803,6 +804,46 @@ def test_out_of_memory_after_an_update_does_not_make_it_twice(monkeypatch, call)
     assert refreshed.calls > call, "two are for the starts, the others for updates"
     for trial in trials:
         assert_same_numbers(packed, alone()[trial.trial_id], trial)
+
+
+class NoRoom(TorchDispatchMode):
+    """While `is_on`, whatever would take memory runs out of it, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_on = self.has_raised = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self.is_on and not self.has_raised and isinstance(result, Tensor):
+            given = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
+            storages = {one.untyped_storage().data_ptr() for one in given}
+            if result.untyped_storage().data_ptr() not in storages:
+                self.has_raised = True
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return result
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("call", [1, 4])
+def test_whatever_takes_memory_after_an_update_does_not_make_it_twice(monkeypatch, call, eps):
+    # Where B starts at zero, A's first step without eps is 0 / 0 on every engine.
+    names = ("lora", "pissa") if eps else ("pissa", "milora")
+    trials = [replace(one, eps=eps) for one in one_of_each() if one.method.name in names]
+    expected = pack(trials, [SMALL, LARGE])
+    memory, update_rows, calls = NoRoom(), packed_module.update_rows, count()
+
+    def is_full_after(*args: Any) -> Tensor:
+        norms = update_rows(*args)
+        memory.is_on = next(calls) >= call
+        return norms
+
+    monkeypatch.setattr(packed_module, "update_rows", is_full_after)
+    with memory:
+        packed = pack(trials, [SMALL, LARGE])
+    assert memory.has_raised
+    for trial in trials:
+        assert_same_numbers(packed, expected, trial)
 
 
 def test_validation_that_does_not_fit_costs_no_update(monkeypatch):

@@ -597,22 +597,36 @@ class _Session:
                 looked_at = ProbeRows("train", one.seat.data.train, one.seat.batch)
                 self._take_down(one.seat, looked_at, torch.cat(one.seat.watched))
         if updates:
-            norms_U = update_rows(self.slots, updates)
-            for one in done:
-                if one.seat.trial.eps == 0:
-                    self._clear_beyond_rank(one.seat)
-            which = sent(torch.tensor([one.slot for one in updates]), self.device)
-            results, event = self._sent_home(
-                torch.stack([self.loss_A[which], norms_U.to(torch.float64)])
-            )
-            self.loss_A.index_fill_(0, which, 0)
+            results, event = self._update(updates)
             for one in done:
                 one.seat.begin_batch(one.seat.update + 1)
         self.launched.append(_Launched(tuple(done), results, event, tokens))
+        # Last: if it does not fit, the updates have been made and must not be made again.
+        for one in done:
+            if one.seat.trial.eps == 0:
+                self._clear_beyond_rank(one.seat)
         if self.gains is not None:
-            # Last: if it does not fit, the updates have been made and must not be made again.
             self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
         return True
+
+    def _update(self, updates: Sequence[RowUpdate]) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Step the rows: float64[2, U] loss sums and gradient norms, there after the event.
+
+        Memory is taken before the first row is stepped: once it is, the update must be made known,
+        or it would be made again.
+        """
+        which = sent(torch.tensor([one.slot for one in updates]), self.device)
+        results = self.loss_A[which].expand(2, -1).clone()
+        self.loss_A.index_fill_(0, which, 0)
+        home, event = results, None
+        if self.device.type == "cuda":
+            home = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+            event = torch.cuda.Event()
+        results[1].copy_(update_rows(self.slots, updates))
+        if event is not None:
+            home.copy_(results, non_blocking=True)
+            event.record(torch.cuda.current_stream(self.device))
+        return home, event
 
     def _clear_beyond_rank(self, seat: _Seat) -> None:
         """Without eps, Adam's step of what only fills a row up to the pack's rank is 0 / 0."""
@@ -684,15 +698,6 @@ class _Session:
     def _most_rows(self, tokens: int) -> int:
         """Rows of a step: twice as many as tokens / mean length, so that the bound seldom binds."""
         return max(1, math.ceil(2 * tokens / self.mean_row_tokens))
-
-    def _sent_home(self, results: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self.device.type != "cuda":
-            return results, None
-        home = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
-        home.copy_(results, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return home, event
 
     # Rows looked at one by one ------------------------------------------------------------------
 
