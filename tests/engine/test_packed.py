@@ -27,14 +27,13 @@ from loratune.data.order import row_order
 from loratune.engine import packed as packed_module
 from loratune.engine.base import Finished, Snapshot
 from loratune.engine.dora_gains import DoraGains
-from loratune.engine.optimizer import RowUpdate
 from loratune.engine.packed import PackedEngine
 from loratune.engine.packed_model import PackedModel
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.errors import StudyError
 from loratune.methods import attach_files, load_method
 from loratune.methods.adapter_files import AdapterFiles
-from loratune.methods.base import LayerTensors
+from loratune.methods.base import AdamFactors, LayerTensors
 from loratune.methods.lora_method import LoraMethod
 from loratune.models.load import Base
 from loratune.models.targets import target_modules
@@ -586,11 +585,14 @@ def test_going_on_in_another_pack_gives_the_same_numbers(tmp_path, stop):
 class Rescaled:
     """A method whose A starts p times and B q times as large, with learning rates to match.
 
+    `with_adams_numbers`: eps and weight decay match, too.
+
     The trial that it is given has alpha / (p q) already; the method itself never sees that.
     """
 
-    def __init__(self, inner: Any, *, p: float, q: float) -> None:
+    def __init__(self, inner: Any, *, p: float, q: float, with_adams_numbers: bool) -> None:
         self._inner, self._p, self._q = inner, p, q
+        self._with_adams_numbers = with_adams_numbers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -604,13 +606,21 @@ class Rescaled:
             for name, one in layers.items()
         }
 
-    def lr_factors(self, trial: Trial) -> Mapping[str, float]:
-        factors = self._inner.lr_factors(trial)
-        return {"A": factors.get("A", 1.0) * self._p, "B": factors.get("B", 1.0) * self._q}
+    def adam_factors(self, trial: Trial) -> Mapping[str, AdamFactors]:
+        found = dict[str, AdamFactors]()
+        for name, by in (("A", self._p), ("B", self._q)):
+            one = self._inner.adam_factors(trial).get(name, AdamFactors())
+            other = 1 / by if self._with_adams_numbers else 1.0
+            found[name] = AdamFactors(
+                lr_factor=one.lr_factor * by,
+                eps_factor=one.eps_factor * other,
+                weight_decay_factor=one.weight_decay_factor * other,
+            )
+        return found
 
 
 @pytest.mark.parametrize(("p", "q"), [(2.0, 8.0), (0.25, 4.0), (16.0, 0.125)])
-def test_rescaling_a_and_b_with_adams_numbers_changes_no_bit(monkeypatch, p, q):
+def test_rescaling_a_and_b_with_adams_numbers_changes_no_bit(p, q):
     trials = [
         replace(one, weight_decay=0.1, eps=1e-6, dropout=0.1)
         for one in one_of_each()
@@ -618,29 +628,20 @@ def test_rescaling_a_and_b_with_adams_numbers_changes_no_bit(monkeypatch, p, q):
     ]
     plain = pack(trials, [SMALL, LARGE])
     others = [replace(one, alpha=one.alpha / (p * q), scale=one.scale / (p * q)) for one in trials]
-    update_rows = packed_module.update_rows
 
-    def with_adams_numbers(slots: Any, updates: Sequence[RowUpdate]) -> Tensor:
-        def divided(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
-            return (numbers[0] / p, numbers[1] / q, numbers[2])
+    def pack_with(*, adams_numbers: bool) -> Packed:
+        def find_method(name: str) -> Any:
+            return Rescaled(load_method(name), p=p, q=q, with_adams_numbers=adams_numbers)
 
-        changed = [
-            replace(one, eps=divided(one.eps), weight_decays=divided(one.weight_decays))
-            for one in updates
-        ]
-        return update_rows(slots, changed)
-
-    def find_method(name: str) -> Any:
-        return Rescaled(load_method(name), p=p, q=q)
+        return pack(others, [SMALL, LARGE], find_method=find_method)
 
     def losses(packed: Packed) -> list[tuple[Any, ...]]:
         found = [packed.finished(one.trial_id).outcome for one in trials]
         return [(*one.losses, one.validation_loss) for one in found]
 
     # Without Adam's numbers the training is another, and only its first loss the same.
-    without = losses(pack(others, [SMALL, LARGE], find_method=find_method))
-    monkeypatch.setattr(packed_module, "update_rows", with_adams_numbers)
-    packed = pack(others, [SMALL, LARGE], find_method=find_method)
+    without = losses(pack_with(adams_numbers=False))
+    packed = pack_with(adams_numbers=True)
     assert losses(packed) == losses(plain)
     for one, other in zip(without, losses(plain), strict=True):
         assert one[0] == other[0]
@@ -652,6 +653,29 @@ def test_rescaling_a_and_b_with_adams_numbers_changes_no_bit(monkeypatch, p, q):
         for name, tensor in adapter.tensors.items():
             factor = p if "lora_A" in name else q
             assert torch.equal(changed.tensors[name], tensor * factor), name
+
+
+def test_a_methods_own_eps_and_decay_are_the_reference_engines():
+    own = {
+        "A": AdamFactors(lr_factor=0.5, eps_factor=1e4, weight_decay_factor=5.0),
+        "B": AdamFactors(eps_factor=1e3, weight_decay_factor=0.0),
+        "other": AdamFactors(eps_factor=1e5, weight_decay_factor=3.0),
+    }
+    for name in ("lora", "dora"):
+        built_in: Any = load_method(name)
+        method = replace(built_in, adam_factors_of=lambda _: own)
+        trial = replace(
+            tiny_trial(LARGE, method=name, steps=12),
+            learning_rate=3e-3,
+            weight_decay=1.0,
+            eps=1e-6,
+        )
+        packed = pack([trial], [LARGE], find_method=lambda _, method=method: method)
+        reference = train(trial, LARGE, find_method=lambda _, method=method: method)
+        finished = packed.finished(trial.trial_id)
+        assert_as_close_as_on("cpu", trial, finished, Finished(*reference))
+        plain, _ = train(trial, LARGE)
+        assert furthest(plain.losses[1:], reference[0].losses[1:]) > 100 * SAME_NUMBERS
 
 
 # Adam without eps ---------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ from loratune.engine.slots import (
 from loratune.errors import LoratuneError, StudyError
 from loratune.methods import load_method
 from loratune.methods.adapter_files import AdapterFiles
-from loratune.methods.base import Method, Packable
+from loratune.methods.base import AdamFactors, Method, Packable
 from loratune.models.load import Base
 from loratune.models.targets import block_linears, target_modules
 from loratune.planning.horizon import lr_factor
@@ -235,7 +235,7 @@ class _Seat:
     data: PreparedData
     sizes: "_RowSizes"
     method: Packable
-    lr_factors: tuple[float, float, float]
+    factors: tuple[AdamFactors, AdamFactors, AdamFactors]
     frozen_P: Tensor | None
     watch: DivergenceWatch
     account: Account
@@ -298,15 +298,20 @@ class _Seat:
             num_updates=trial.num_updates,
             warmup=trial.warmup_steps,
         )
-        a, b, other = (trial.learning_rate * factor * one for one in self.lr_factors)
+        a, b, other = self.factors
+        lr, eps, decay = trial.learning_rate * factor, trial.eps, trial.weight_decay
         return RowUpdate(
             slot=self.slot,
             step=self.update + 1,
-            learning_rates=(a, b, other),
+            learning_rates=(lr * a.lr_factor, lr * b.lr_factor, lr * other.lr_factor),
             beta1=trial.beta1,
             beta2=trial.beta2,
-            eps=(trial.eps, trial.eps, trial.eps),
-            weight_decays=(trial.weight_decay, trial.weight_decay, trial.weight_decay),
+            eps=(eps * a.eps_factor, eps * b.eps_factor, eps * other.eps_factor),
+            weight_decays=(
+                decay * a.weight_decay_factor,
+                decay * b.weight_decay_factor,
+                decay * other.weight_decay_factor,
+            ),
             max_grad_norm=trial.max_grad_norm,
             loss_scale=self.loss_scale,
         )
@@ -490,7 +495,7 @@ class _Session:
         free = [slot for slot in range(self.shape.num_slots) if slot not in self.seats]
         data = self.data[trial.data_fingerprint]
         layout = self.slots.layout
-        factors = method.lr_factors(trial)
+        factors = method.adam_factors(trial)
         account, watch = (
             Account(),
             DivergenceWatch(trial.num_updates, vocab_size=self.base.model.config.vocab_size),
@@ -501,10 +506,10 @@ class _Session:
             data=data,
             sizes=self.sizes[trial.data_fingerprint],
             method=method,
-            lr_factors=(
-                factors.get("A", 1.0),
-                factors.get("B", 1.0),
-                factors.get("other", 1.0),
+            factors=(
+                factors.get("A", AdamFactors()),
+                factors.get("B", AdamFactors()),
+                factors.get("other", AdamFactors()),
             ),
             frozen_P=None,
             watch=watch,
@@ -602,8 +607,8 @@ class _Session:
                 one.seat.begin_batch(one.seat.update + 1)
         self.launched.append(_Launched(tuple(done), results, event, tokens))
         # Last: if it does not fit, the updates have been made and must not be made again.
-        for one in done:
-            if one.seat.trial.eps == 0:
+        for one, update in zip(done, updates, strict=True):
+            if 0 in update.eps:
                 self._clear_beyond_rank(one.seat)
         if self.gains is not None:
             self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
