@@ -754,20 +754,23 @@ def test_a_trial_that_somebody_else_trains_is_left_to_them():
     assert sorted(packed.ends()) == ["dora", "lora", "loraplus"]
 
 
-def test_a_dropped_trial_is_forgotten_without_a_word_and_its_slot_given_to_another():
+def test_a_dropped_trial_is_forgotten_without_a_word_and_its_slot_given_to_another(monkeypatch):
     trials = one_of_each()
+    steps = spied(monkeypatch)
     seen = list[str]()
 
     def drops(trial_id: str) -> bool:
-        # Asked once a step about every trial under way: at the fourth time.
+        # Asked once a step about every trial under way: at the third time.
         seen.append(trial_id)
-        return trial_id in ("milora", "dora") and seen.count(trial_id) > 3
+        return trial_id in ("rslora", "dora") and seen.count(trial_id) > 2
 
     packed = pack(trials, [SMALL, LARGE], drops=drops)
+    # In the middle of a batch of 16 rows, and in the middle of training.
+    assert len(steps.of("rslora")) % 16 > 0
+    assert 0 < len(packed.progress("dora")) < 4
     ends = packed.ends()
     assert len(ends) == len(set(ends))
-    assert set(ends) == {one.trial_id for one in trials} - {"milora", "dora"}
-    assert len(packed.progress("milora")) < 14
+    assert set(ends) == {one.trial_id for one in trials} - {"rslora", "dora"}
     for trial in trials:
         if trial.trial_id in ends:
             assert_same_numbers(packed, alone()[trial.trial_id], trial)
@@ -991,6 +994,7 @@ def half_base() -> Base:
 @pytest.mark.parametrize("first_scale", [1.0, 2.0**16, 2.0**40])
 def test_float16_gives_float32s_losses_whatever_loss_scale_it_begins_with(monkeypatch, first_scale):
     trials = one_of_each()
+    batches = {trial.trial_id: batches_of(trial) for trial in trials}
     monkeypatch.setattr(packed_module, "FIRST_LOSS_SCALE", first_scale)
     steps = spied(monkeypatch)
     packed = pack(trials, [SMALL, LARGE], base=half_base(), shape=shape_for(trials))
@@ -1007,5 +1011,40 @@ def test_float16_gives_float32s_losses_whatever_loss_scale_it_begins_with(monkey
         if first_scale > 2**30:
             # Each overflow takes a batch back and halves the scale; the gradient is tried again.
             assert begun > trial.num_updates + 10
-        # Batches taken back are seen again from their beginning, and no other row is.
-        assert len(steps.of(trial.trial_id)) >= trial.num_samples
+        # A batch that is taken back is seen again from its beginning, and no other row is.
+        seen, tries = steps.of(trial.trial_id), 0
+        for batch in batches[trial.trial_id]:
+            assert batch
+            is_again = False
+            while seen[: len(batch)] == batch:
+                seen, tries, is_again = seen[len(batch) :], tries + 1, True
+            assert is_again
+        assert not seen
+        assert tries == begun
+        assert tries == trial.num_updates or first_scale > 1
+
+
+def batches_of(trial: Trial) -> list[list[tuple[bytes, int]]]:
+    """Token ids and dropout key of every row of every batch, in order, from a pack in float32."""
+    rows = plainly_packed(0.0)[1].of(trial.trial_id)
+    return [rows[at : at + trial.batch_size] for at in range(0, len(rows), trial.batch_size)]
+
+
+def test_a_loss_scale_grows_after_many_good_updates_from_whatever_value_and_in_float16_alone(
+    monkeypatch,
+):
+    monkeypatch.setattr(packed_module, "FIRST_LOSS_SCALE", 1.0)
+    monkeypatch.setattr(packed_module, "UPDATES_BEFORE_GROWTH", 2)
+    update_rows, scales = packed_module.update_rows, list[float]()
+
+    def noted(slots: Any, updates: Any) -> Tensor:
+        scales.extend(one.loss_scale for one in updates)
+        return update_rows(slots, updates)
+
+    monkeypatch.setattr(packed_module, "update_rows", noted)
+    trial = tiny_trial(LARGE, batch_size=8, learning_rate=1e-3)
+    pack([trial], [LARGE], base=half_base())
+    assert scales == [1.0, 1.0, 2.0, 2.0, 4.0]
+    scales.clear()
+    pack([trial], [LARGE])
+    assert scales == [1.0] * 5

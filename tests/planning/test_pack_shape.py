@@ -86,13 +86,23 @@ def random_packs() -> list[Any]:
     return found
 
 
-def test_planned_memory_is_near_that_of_every_recorded_random_pack():
-    # Not all within 5%: rows of many lengths leave holes in the allocator's segments, and of a pack
-    # of 1 GiB the smallest segments are several percent. What is planned must not be far short.
-    ratios = [
+def planned_over_taken() -> list[float]:
+    return [
         pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS) / taken
         for shape, taken in random_packs()
     ]
+
+
+@pytest.mark.xfail(strict=True, reason="reached by three in four: docs/benchmarks.md")
+def test_planned_memory_is_within_5_percent_of_every_recorded_random_pack():
+    # Rows of many lengths leave holes in the allocator's segments, and of a pack of 1 GiB the
+    # smallest segments are several percent.
+    assert all(0.95 <= one <= 1.05 for one in planned_over_taken())
+
+
+def test_planned_memory_of_random_packs_is_no_further_off_than_docs_benchmarks_says():
+    # Not what is promised: what was found, so that a change for the worse shows.
+    ratios = planned_over_taken()
     assert sum(0.95 <= one <= 1.05 for one in ratios) >= 0.75 * len(ratios)
     assert 0.86 < min(ratios) < max(ratios) < 1.16
 

@@ -829,9 +829,11 @@ class _Session:
     def _rescaled(self, one: _Done, *, loss: float, norm: float) -> bool:
         """Whether a float16 gradient overflowed: its batch is begun anew at a smaller scale."""
         seat = one.seat
+        if self.base.model.dtype != torch.float16:
+            return False
         if math.isfinite(norm):
             seat.good_updates += 1
-            if seat.loss_scale != 1 and seat.good_updates == UPDATES_BEFORE_GROWTH:
+            if seat.good_updates == UPDATES_BEFORE_GROWTH:
                 seat.loss_scale, seat.good_updates = seat.loss_scale * 2, 0
             return False
         if seat.loss_scale <= 1 or not math.isfinite(loss):
