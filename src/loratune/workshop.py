@@ -39,7 +39,13 @@ from loratune.methods import load_method
 from loratune.methods.base import Packable
 from loratune.models.demo import DEMO_MODELS, resolve_demo_model
 from loratune.models.describe import describe_model
-from loratune.models.load import Base, Precision, load_base, load_tokenizer
+from loratune.models.load import (
+    Base,
+    Precision,
+    check_precision,
+    load_base,
+    load_tokenizer,
+)
 from loratune.models.targets import block_linears
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
 from loratune.planning.cost import H100, QUANTISED_BYTES, Rate, tokens_that_fit
@@ -311,6 +317,8 @@ class LocalWorkshop:
             LoratuneError: what the study asks for can't be had or can't be done.
         """
         self._refuse_what_cannot_be_packed()
+        for name in self.loaded.study.model:
+            check_precision(name, self.loaded.study.precision, device=self.device)
         plan = make_plan(
             self.loaded.study,
             models=self._survey.models,
