@@ -843,19 +843,30 @@ class TooSmall:
 
     inner: Any
     fails: Callable[[int], bool]
+    error: Exception
     calls: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         assert self.calls < 500, "it goes on for ever"
         if self.fails(self.calls - 1):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise self.error
         return self.inner(*args, **kwargs)
 
 
-def too_small(monkeypatch: Any, owner: Any, name: str, fails: Callable[[int], bool]) -> TooSmall:
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def too_small(
+    monkeypatch: Any,
+    owner: Any,
+    name: str,
+    fails: Callable[[int], bool],
+    *,
+    error: Exception = OUT_OF_MEMORY,
+) -> TooSmall:
     """Make a function or method of `owner` fail like that."""
-    made = TooSmall(getattr(owner, name), fails)
+    made = TooSmall(getattr(owner, name), fails, error)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: made(*args, **kwargs))
     return made
 
@@ -876,6 +887,24 @@ def test_out_of_memory_all_trials_go_on_in_a_smaller_pack_with_the_same_numbers(
         updates = [one.update for one in packed.progress(trial.trial_id)]
         assert updates == list(range(trial.num_updates)), "none twice, none left out"
         assert_same_numbers(packed, alone()[trial.trial_id], trial)
+
+
+@pytest.mark.parametrize("owner", [PackedModel, LoraMethod])
+def test_out_of_memory_that_only_its_words_tell_makes_the_pack_smaller_too(monkeypatch, owner):
+    trials = one_of_each()
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`")
+    name = "train_step" if owner is PackedModel else "start"
+    too_small(monkeypatch, owner, name, lambda call: call == 3, error=error)
+    packed = pack(trials, [SMALL, LARGE])
+    for trial in trials:
+        assert_same_numbers(packed, alone()[trial.trial_id], trial)
+
+
+def test_any_other_error_ends_the_engine(monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    too_small(monkeypatch, PackedModel, "train_step", lambda call: call == 3, error=error)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pack(one_of_each(), [SMALL, LARGE])
 
 
 @pytest.mark.parametrize("call", [2, 5])

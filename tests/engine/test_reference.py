@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -398,19 +398,31 @@ class _TooLarge:
 
     inner: Any
     times: int
+    error: Exception = field(
+        default_factory=lambda: torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB"
+        )
+    )
 
     def attach(self, model: Any, trial: Trial, *, targets: Sequence[str]) -> Any:
         self.times -= 1
         if self.times >= 0:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise self.error
         return self.inner.attach(model, trial, targets=targets)
 
 
-def test_a_trial_that_does_not_fit_is_cut_smaller_and_goes_on():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_trial_that_does_not_fit_is_cut_smaller_and_goes_on(error):
     data = random_data(40)
     trial = tiny_trial(data, batch_size=20)
     whole, _ = train(trial, data)
-    small = _TooLarge(load_method("lora"), times=2)
+    small = _TooLarge(load_method("lora"), times=2, error=error)
     cut, _ = train(trial, data, tokens_per_microbatch=200, find_method=lambda _: small)
     assert cut.status == "done"
     assert cut.losses == pytest.approx(whole.losses, rel=2e-5)

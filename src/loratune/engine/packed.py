@@ -42,7 +42,7 @@ from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.dora_gains import DoraGains
 from loratune.engine.laying import StepRows, most_filler_rows
 from loratune.engine.loss import num_targets
-from loratune.engine.memory import release_memory, sent
+from loratune.engine.memory import out_of_memory_reason, release_memory, sent
 from loratune.engine.optimizer import RowUpdate, update_rows
 from loratune.engine.packed_gradients import PackedGradients, ProbedSlot, probed_rows
 from loratune.engine.packed_model import StepSize, group_targets, installed
@@ -438,8 +438,10 @@ class _Session:
                             yield from self._read()
                         for _, seat in sorted(self.seats.items()):
                             yield self._snapshot(seat)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+        except RuntimeError as error:
+            reason = out_of_memory_reason(error)
+            if reason is None:
+                raise
         # Not within the handler: the error's traceback would keep tensors alive.
         yield from self._probes_made()
         while self.launched:
@@ -462,8 +464,9 @@ class _Session:
                 return
             try:
                 self._seat(work)
-            except torch.OutOfMemoryError:
-                self.parked.insert(0, work)
+            except RuntimeError as error:
+                if out_of_memory_reason(error) is not None:
+                    self.parked.insert(0, work)
                 raise
             except LoratuneError as error:
                 yield Failed(work.trial.trial_id, error)

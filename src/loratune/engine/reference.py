@@ -32,7 +32,7 @@ from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot
 from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.hooked_gradients import HookedGradients
 from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
-from loratune.engine.memory import release_memory
+from loratune.engine.memory import out_of_memory_reason, release_memory
 from loratune.engine.row_gradients import ProbeRows, probe_record, probes_apart
 from loratune.methods import load_method
 from loratune.methods.base import Attached, Method
@@ -97,8 +97,10 @@ class ReferenceEngine:
             try:
                 yield from run.events(snapshot, feed)
                 return
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+                if reason is None:
+                    raise
             release_memory(self._base.device)
             if budget <= longest:
                 yield Finished(_out_of_memory(trial, reason, self._clock() - started), None)
