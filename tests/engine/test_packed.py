@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from devices import DEVICES, ON_CUDA
 from feeds import ListFeed
 from loratune.data.order import row_order
+from loratune.engine import loss_scale
 from loratune.engine import packed as packed_module
 from loratune.engine.base import Finished, Snapshot
 from loratune.engine.dora_gains import DoraGains
@@ -1042,23 +1043,18 @@ def test_a_trial_whose_start_does_not_fit_is_not_lost(monkeypatch, calls):
 # Precision ----------------------------------------------------------------------------------------
 
 
-def half_base() -> Base:
-    base = tiny_base()
-    to: Any = base.model.to  # transformers wraps nn.Module.to untyped
-    to(torch.float16)
-    return base
-
-
 @pytest.mark.parametrize("first_scale", [1.0, 2.0**16, 2.0**40])
 def test_float16_gives_float32s_losses_whatever_loss_scale_it_begins_with(monkeypatch, first_scale):
     trials = one_of_each()
-    batches = {trial.trial_id: batches_of(trial) for trial in trials}
-    monkeypatch.setattr(packed_module, "FIRST_LOSS_SCALE", first_scale)
+    batches, in_float32 = {trial.trial_id: batches_of(trial) for trial in trials}, alone()
+    monkeypatch.setattr(loss_scale, "FIRST_LOSS_SCALE", first_scale)
     steps = spied(monkeypatch)
-    packed = pack(trials, [SMALL, LARGE], base=half_base(), shape=shape_for(trials))
+    packed = pack(
+        trials, [SMALL, LARGE], base=tiny_base(dtype=torch.float16), shape=shape_for(trials)
+    )
     for trial in trials:
         outcome = packed.finished(trial.trial_id).outcome
-        exact = alone()[trial.trial_id].finished(trial.trial_id).outcome
+        exact = in_float32[trial.trial_id].finished(trial.trial_id).outcome
         assert outcome.status == "done", outcome.reason
         updates = [one.update for one in packed.progress(trial.trial_id)]
         assert updates == list(range(trial.num_updates))
@@ -1091,8 +1087,8 @@ def batches_of(trial: Trial) -> list[list[tuple[bytes, int]]]:
 def test_a_loss_scale_grows_after_many_good_updates_from_whatever_value_and_in_float16_alone(
     monkeypatch,
 ):
-    monkeypatch.setattr(packed_module, "FIRST_LOSS_SCALE", 1.0)
-    monkeypatch.setattr(packed_module, "UPDATES_BEFORE_GROWTH", 2)
+    monkeypatch.setattr(loss_scale, "FIRST_LOSS_SCALE", 1.0)
+    monkeypatch.setattr(loss_scale, "UPDATES_BEFORE_GROWTH", 2)
     update_rows, scales = packed_module.update_rows, list[float]()
 
     def noted(slots: Any, updates: Any) -> Tensor:
@@ -1101,7 +1097,7 @@ def test_a_loss_scale_grows_after_many_good_updates_from_whatever_value_and_in_f
 
     monkeypatch.setattr(packed_module, "update_rows", noted)
     trial = tiny_trial(LARGE, batch_size=8, learning_rate=1e-3)
-    pack([trial], [LARGE], base=half_base())
+    pack([trial], [LARGE], base=tiny_base(dtype=torch.float16))
     assert scales == [1.0, 1.0, 2.0, 2.0, 4.0]
     scales.clear()
     pack([trial], [LARGE])

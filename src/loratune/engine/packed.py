@@ -42,6 +42,7 @@ from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.dora_gains import DoraGains
 from loratune.engine.laying import StepRows, most_filler_rows
 from loratune.engine.loss import num_targets
+from loratune.engine.loss_scale import LossScale
 from loratune.engine.memory import out_of_memory_reason, release_memory, sent
 from loratune.engine.optimizer import RowUpdate, update_rows
 from loratune.engine.packed_gradients import PackedGradients, ProbedSlot, probed_rows
@@ -70,10 +71,6 @@ from loratune.records import FinishedStatus, NoiseProbe, NoiseSchedule, Outcome,
 
 # Steps that are not full run at a part of the size, if that holds them: each size compiles once.
 PARTS_OF_A_STEP = (1, 4, 16)
-# float16 gradients below 6e-8 vanish: losses are multiplied by a power of two, as large as keeps
-# the gradients finite. Start, factor and patience as in torch.amp.GradScaler.
-FIRST_LOSS_SCALE = 2.0**16
-UPDATES_BEFORE_GROWTH = 2000
 
 
 class PackedEngine:
@@ -241,13 +238,12 @@ class _Seat:
     watch: DivergenceWatch
     bar: Bar | None
     account: Account
-    loss_scale: float
+    loss_scale: LossScale
     probing: Probing
     has_magnitudes: bool = False
     update: int = 0
     rows_done: int = 0
     attempt: int = 0
-    good_updates: int = 0
     batch: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     targets: int = 0
@@ -315,7 +311,7 @@ class _Seat:
                 decay * other.weight_decay_factor,
             ),
             max_grad_norm=trial.max_grad_norm,
-            loss_scale=self.loss_scale,
+            loss_scale=self.loss_scale.value,
         )
 
 
@@ -520,7 +516,7 @@ class _Session:
             watch=watch,
             bar=work.bar,
             account=account,
-            loss_scale=FIRST_LOSS_SCALE if self.base.model.dtype == torch.float16 else 1.0,
+            loss_scale=LossScale.first(self.base.model.dtype),
             probing=probing(trial, self.noise, num_validation_rows=data.facts.num_validation_rows),
         )
         if work.snapshot is None:
@@ -674,7 +670,7 @@ class _Session:
             tokens.append((seat, len(part.input_ids)))
             slots += [slot] * count
             # Of the whole batch: summed over steps, the gradient is that of the batch's token mean.
-            weights += [seat.loss_scale / seat.targets] * count
+            weights += [seat.loss_scale.value / seat.targets] * count
             place = seat.update * seat.trial.batch_size + seat.rows_done
             keys.append(_row_keys(seat.trial.seed, place, count))
             if seat.rows_done == 0:
@@ -736,7 +732,7 @@ class _Session:
                 self.slots,
                 seat.as_probed(),
                 squares_N32,
-                loss_scale=seat.loss_scale,
+                loss_scale=seat.loss_scale.value,
                 has_magnitudes=seat.has_magnitudes,
             ),
         )
@@ -764,7 +760,7 @@ class _Session:
     def _squares_of(self, seat: _Seat, one: ProbeRows) -> Tensor:
         """float64[N, blocks, kinds] of a pass of its own, without dropout."""
         slot, rows = seat.slot, one.rows.take(one.indices)
-        weight = seat.loss_scale / num_targets(one.rows, one.indices)
+        weight = seat.loss_scale.value / num_targets(one.rows, one.indices)
         left: list[int] = rows.lengths.tolist()
         squares, unused_A = list[Tensor](), torch.zeros_like(self.loss_A)
         if self.keep_A is not None:
@@ -817,7 +813,8 @@ class _Session:
     def _take_in(self, one: _Done, *, loss_sum: float, norm: float) -> Generator[Event]:
         seat, trial = one.seat, one.seat.trial
         loss = loss_sum / one.targets
-        if self._rescaled(one, loss=loss, norm=norm):
+        if seat.loss_scale.has_overflowed(loss=loss, norm=norm):
+            self._rewind(seat, one.update)
             return
         account = seat.account
         account.losses.append(loss)
@@ -834,22 +831,6 @@ class _Session:
             yield Finished(
                 self._outcome(seat, status, stopped_at_update=one.update, reason=reason), None
             )
-
-    def _rescaled(self, one: _Done, *, loss: float, norm: float) -> bool:
-        """Whether a float16 gradient overflowed: its batch is begun anew at a smaller scale."""
-        seat = one.seat
-        if self.base.model.dtype != torch.float16:
-            return False
-        if math.isfinite(norm):
-            seat.good_updates += 1
-            if seat.good_updates == UPDATES_BEFORE_GROWTH:
-                seat.loss_scale, seat.good_updates = seat.loss_scale * 2, 0
-            return False
-        if seat.loss_scale <= 1 or not math.isfinite(loss):
-            return False
-        seat.loss_scale, seat.good_updates = seat.loss_scale / 2, 0
-        self._rewind(seat, one.update)
-        return True
 
     def _rewind(self, seat: _Seat, update: int) -> None:
         seat.attempt += 1
@@ -976,8 +957,7 @@ class _Session:
                 **seat.account.facts(),
                 "slot": slot,
                 "rows_done": seat.rows_done,
-                "loss_scale": seat.loss_scale,
-                "good_updates": seat.good_updates,
+                **seat.loss_scale.facts(),
                 "has_magnitudes": seat.has_magnitudes,
             },
             engine=PackedEngine.name,
@@ -990,8 +970,7 @@ class _Session:
         seat.slot = before if before in free else free[0]
         seat.account = Account.from_facts(facts)
         seat.account.replay(seat.watch)
-        seat.loss_scale = cast("float", facts["loss_scale"])
-        seat.good_updates = cast("int", facts["good_updates"])
+        seat.loss_scale.take_over(facts)
         seat.has_magnitudes = cast("bool", facts["has_magnitudes"])
         self._check_room(
             trial, corrected="frozen" in snapshot.tensors, magnitudes=seat.has_magnitudes
