@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loratune import api, cli
 from loratune.engine.decoding import Decoder
@@ -139,6 +140,39 @@ def test_kept_answers_are_gone_on_with_and_another_adapter_has_its_own(
     assert counted == []
     api.evaluate(adapters(trained)[1], **asked)
     assert counted == [len(GSM8K)]
+
+
+@pytest.mark.parametrize("changed", ["lora_alpha", "base", "precision"])
+def test_kept_answers_of_the_same_weights_in_another_setting_are_not_taken(
+    tmp_path, trained, model, changed
+):
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(adapters(trained)[0], adapter)
+    shutil.copytree(model, base)
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "test.jsonl", GSM8K),
+        "max_new_tokens": 2,
+        "device": "cpu",
+        "model": str(base),
+        "answers": tmp_path / "answers.jsonl",
+        "engine": "reference",
+    }
+    api.evaluate(adapter, **asked)
+    kept = (tmp_path / "answers.jsonl").read_text()
+    api.evaluate(adapter, **asked)
+    assert (tmp_path / "answers.jsonl").read_text() == kept
+    if changed == "lora_alpha":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 80}))
+    elif changed == "base":  # Trained on in the same folder.
+        tensors = load_file(base / "model.safetensors")
+        changed_tensors = {name: tensor * 1.5 for name, tensor in tensors.items()}
+        save_file(changed_tensors, base / "model.safetensors", metadata={"format": "pt"})
+    else:
+        asked["precision"] = "bfloat16"
+    api.evaluate(adapter, **asked)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * len(GSM8K)
 
 
 def test_what_is_no_adapter_model_or_file_of_answers_is_refused(tmp_path, trained, model):
@@ -395,12 +429,14 @@ metric_list: [{{metric: exact_match}}]
         (["--answers", "{tmp}/none/a.jsonl"], "answers cannot be kept in .*No such file"),
         (["--answers", "{tmp}"], "answers cannot be kept in .*Is a directory"),
         (["--answers", "{tmp}/latin.jsonl"], "line 1: no answer of `loratune evaluate`"),
+        (["--answers", "{tmp}/notes.txt"], "line 1: no answer of `loratune evaluate`"),
     ],
 )
 def test_what_evaluate_cannot_do_is_said_in_a_line(
     tmp_path, model, monkeypatch, capsys, arguments, message
 ):
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "notes.txt").write_text("precious, and without a new line")
     given = [one.replace("{tmp}", str(tmp_path)) for one in arguments]
     asked = ["evaluate", str(model), "--task", "gsm8k", "--device", "cpu"]
     if "--data" not in given:
@@ -412,6 +448,7 @@ def test_what_evaluate_cannot_do_is_said_in_a_line(
     told = capsys.readouterr().err
     assert re.search(message, told)
     assert "Traceback" not in told
+    assert (tmp_path / "notes.txt").read_text() == "precious, and without a new line"
 
 
 @pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"questions": 0}, {"grader": "x"}])

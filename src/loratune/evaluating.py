@@ -6,7 +6,7 @@ it was stopped, and another grader needs no model. Of a results folder the score
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +22,7 @@ from loratune.evaluation.answering import Asked, answer_all
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.tasks import ask, check_tasks, load_questions
 from loratune.folder import ResultsFolder, open_results
+from loratune.methods.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base, Precision, load_base
 from loratune.records import (
@@ -114,8 +115,7 @@ def evaluate(
     name = model or (source if adapter is None else _base_of(adapter))
     check_tasks(tasks, folder=Path.cwd(), unsafe_exec=unsafe_exec)
     data = _data_with(prompt)
-    if answers is not None:
-        _check_writable(answers)
+    known = [] if answers is None else _read_answers(answers)
     base = load_base(
         name,
         precision=precision,
@@ -123,8 +123,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     questions = [_ask(given, base, data, folder=Path.cwd()) for given in tasks]
-    who = _fingerprint(name, adapter)
-    kept = [_Kept(answers, who=who, asked=one) for one in questions]
+    who = _fingerprint(base, adapter, precision)
+    kept = [_Kept(answers, known, who=who, asked=one) for one in questions]
     asked = [
         Asked(adapter, one, of_one.answers) for one, of_one in zip(questions, kept, strict=True)
     ]
@@ -399,25 +399,51 @@ def _data_with(prompt: str) -> Data:
         ) from error
 
 
-def _check_writable(path: Path) -> None:
-    """Before anything is loaded: raise EvaluationError where answers cannot be kept there."""
+def _fingerprint(base: Base, adapter: Path | None, precision: Precision) -> str:
+    """Who answers: a hash of all that its answers come from, wherever the files lie."""
+    parts = [base.fingerprint, precision]
+    if adapter is not None:
+        files = [path for name in (CONFIG_NAME, WEIGHTS_NAME) if (path := adapter / name).is_file()]
+        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
+
+
+# What every line of a file of answers begins with, and so the one that was being written when the
+# process was killed.
+_BEGINNING = b'{"who": '
+
+
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a file of answers; afterwards it is there, and lines can be added to it.
+
+    Raises:
+        EvaluationError: it holds anything else, or cannot be written.
+    """
+    foreign = "no answer of `loratune evaluate`; give another file for --answers"
+    found = list[dict[str, Any]]()
     try:
-        with path.open("a", encoding="utf-8"):
-            pass
+        with path.open("a+b") as file:
+            file.seek(0)
+            # Line by line in bytes: one that is no UTF-8 is no answer of ours.
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    if line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
+                        raise EvaluationError(f"{path}, line {number}: {foreign}")
+                    file.truncate(file.tell() - len(line))
+                    break
+                try:
+                    one = json.loads(line)
+                    Answer(one["text"], one["num_tokens"], one["finished"])
+                    int(one["question_index"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise EvaluationError(f"{path}, line {number}: {foreign}") from error
+                found.append(one)
     except OSError as error:
         raise EvaluationError(
             f"answers cannot be kept in {path}: {error.strerror}; give --answers a file in a "
             "folder that is there"
         ) from error
-
-
-def _fingerprint(model: str, adapter: Path | None) -> str:
-    """Who answers: the model's name, and a hash of the adapter's weights."""
-    if adapter is None:
-        return model
-    weights = adapter / "adapter_model.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
-    return f"{model}+sha256:{digest[:16]}"
+    return found
 
 
 class _Kept:
@@ -426,7 +452,15 @@ class _Kept:
     `answers`: those that were in it at the beginning, by question.
     """
 
-    def __init__(self, path: Path | None, *, who: str, asked: TaskQuestions) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        known: Sequence[Mapping[str, Any]],
+        *,
+        who: str,
+        asked: TaskQuestions,
+    ) -> None:
+        """`known`: what `_read_answers` found in the file."""
         self._path = path
         self._key = {
             "who": who,
@@ -434,33 +468,16 @@ class _Kept:
             "task_version": asked.version,
             "decoding": asked.decoding,
         }
-        self.answers = dict(self._read())
-
-    def _read(self) -> Iterator[tuple[int, Answer]]:
-        if self._path is None or not self._path.is_file():
-            return
-        # Line by line in bytes: one that is no UTF-8 is no answer of ours.
-        with self._path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    return  # The last one was being written when the process was killed.
-                try:
-                    one = json.loads(line)
-                    answer = Answer(one["text"], one["num_tokens"], one["finished"])
-                    index = int(one["question_index"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise EvaluationError(
-                        f"{self._path}, line {number}: no answer of `loratune evaluate`; give "
-                        "another file for --answers"
-                    ) from error
-                if {name: one.get(name) for name in self._key} == self._key:
-                    yield index, answer
+        self.answers = {
+            int(one["question_index"]): Answer(one["text"], one["num_tokens"], one["finished"])
+            for one in known
+            if {name: one.get(name) for name in self._key} == self._key
+        }
 
     def write(self, answers: Mapping[int, Answer]) -> None:
         """Add answers, by question, to the file."""
         if self._path is None:
             return
-        self._cut_torn_line()
         with self._path.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
                 line = {
@@ -471,11 +488,3 @@ class _Kept:
                     "text": answer.text,
                 }
                 file.write(json.dumps(line) + "\n")
-
-    def _cut_torn_line(self) -> None:
-        assert self._path is not None
-        if self._path.is_file():
-            content = self._path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole != len(content):
-                self._path.write_bytes(content[:whole])
