@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from loratune import api, cli
 from loratune.engine.decoding import Decoder
 from loratune.errors import EvaluationError, ModelError
-from loratune.records import Prediction, Score
+from loratune.evaluation.code_answers import CodeReference
+from loratune.evaluation.tasks import task
+from loratune.records import Prediction, QuestionSet, Score
 from loratune.store.database import open_store
 from tiny_models import save_tiny
 
@@ -255,6 +257,50 @@ def test_grading_anew_needs_neither_the_questions_data_nor_a_model(tmp_path, tra
     assert all(one.before.total == one.after.total for one in made)
 
 
+def test_a_task_of_ones_own_is_graded_anew_from_the_store_alone(tmp_path, trained):
+    folder, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
+    shutil.copytree(trained.parent / "copy", folder)
+    elsewhere.mkdir()
+    write(elsewhere / "sums.jsonl", [{"q": f"{n} + {n}", "a": 2 * n} for n in range(4)])
+    file = elsewhere / "sums.yaml"
+    file.write_text(
+        "task: sums\ndata: sums.jsonl\nprompt: q\nreference: a\ngrader: strict\n"
+        "max_new_tokens: 4\n",
+        encoding="utf-8",
+    )
+    asked = api.evaluate(folder, tasks=[str(file)], device="cpu")
+    shutil.rmtree(elsewhere)
+    made = api.score(folder, grader="pissa", tasks=["sums"])
+    assert [one.after.total for one in made] == [4, 4]
+    assert {one.after.task_version for one in made} == {one.score.task_version for one in asked}
+    assert api.score(folder, grader="pissa", tasks=["sums"]) == ()
+
+
+def test_what_an_older_grader_or_a_broken_sandbox_judged_is_judged_anew(tmp_path, trained):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    with closing(sqlite3.connect(folder / "loratune.db")) as connection, connection:
+        for table in ("scores", "question_sets"):
+            connection.execute(f"UPDATE {table} SET task_version = '0'")
+    made = api.score(folder, grader="strict")
+    assert [(one.before.task_version, one.after.task_version) for one in made] == [
+        ("0", task("gsm8k").version)
+    ] * 2
+    assert [one.after.correct for one in made] == [one.before.correct for one in made]
+
+    reference = CodeReference(prefix="", tests="assert f() == 1", names=("f",), setup="").to_text()
+    with open_store(folder / "loratune.db", create=False) as store:
+        (first, *_) = store.all_scores("scored")
+        definition = task("mbpp")
+        asked = QuestionSet("mbpp", definition.version, "greedy", "test", references=(reference,))
+        failed = Prediction(0, "```python\ndef f(): return 1\n```", 9, "error", True, "no space")
+        score = Score("mbpp", definition.version, "tests", "greedy", "test", 0, 0, 0, 1)
+        store.add_score(first.trial_id, score, [failed], questions=asked)
+    (one,) = api.score(folder, grader="tests", unsafe_exec=True)
+    assert (one.before.errors, one.after.errors, one.after.correct) == (1, 0, 1)
+    assert api.score(folder, grader="tests", unsafe_exec=True) == ()
+
+
 def test_scores_without_their_questions_are_graded_by_the_tasks_data_where_it_is_the_same(
     tmp_path, trained
 ):
@@ -300,7 +346,10 @@ def test_an_account_counts_answers_by_verdict_and_reason(tmp_path, trained, monk
     ("options", "message"),
     [
         ({"grader": "strict", "tasks": ["svamp"]}, "none of the study's test tasks"),
-        ({"grader": "plain", "tasks": ["gsm8k"]}, "is not judged by grader plain"),
+        ({"grader": "plain", "tasks": ["gsm8k"]}, "grader plain judges none of the answers to gsm"),
+        ({"grader": "tests"}, "judges none of the answers to gsm8k; choose strict or pissa for gs"),
+        ({"grader": "pissa", "data": {"zzz": "c.jsonl"}}, "task 'zzz' is none of the study's"),
+        ({"grader": "pissa", "data": {"gsm8k": ""}}, "data of task gsm8k is ''; give a file"),
     ],
 )
 def test_what_cannot_be_graded_anew_is_refused(trained, options, message):

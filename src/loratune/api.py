@@ -310,16 +310,21 @@ def score(
     Args:
         folder: a results folder whose study has test tasks.
         grader: pissa, strict, exact, plain, normalised or tests.
-        tasks: only these of the study's; None: all that the grader can judge.
-        data: questions by task, where the study's paths lead nowhere from here.
+        tasks: only these, by their names in the tables; None: all that the grader can judge.
+        data: questions by task, for scores of older versions, which did not keep them, where the
+            study's paths lead nowhere from here.
         unsafe_exec: run generated code where it cannot be isolated.
 
     Raises:
-        LoratuneError: no such folder or task, or questions that are not those that were asked.
+        LoratuneError: no such folder or task, none that the grader can judge, or questions that are
+            not those that were asked.
     """
     from loratune.regrading import regrade
     from loratune.study.schema import Source, source_of
 
+    for name, path in (data or {}).items():
+        if not path:
+            raise EvaluationError(f"data of task {name} is {path!r}; give a file, or a hub id")
     place, store, _ = open_results(folder)
     with store:
         return regrade(

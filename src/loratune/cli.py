@@ -355,7 +355,7 @@ def score(
     moved = dict[str, str]()
     for one in data or ():
         name, sign, path = one.partition("=")
-        if not sign:
+        if not sign or not path:
             raise typer.BadParameter(f"--data {one!r}; give TASK=FILE, as in gsm8k=test.jsonl")
         moved[name] = path
     made = api.score(folder, grader=grader.value, tasks=task, data=moved, unsafe_exec=unsafe_exec)
@@ -368,7 +368,8 @@ def score(
             f"{one.trial_id} {after.task}: {after.correct} of {after.total} right by "
             f"{after.grader}, {before.correct} by {before.grader}"
         )
-    _say(f"{len(made)} scores added")
+    stand = "" if made else f"; what grader {grader.value} judges here, it has judged"
+    _say(f"{len(made)} scores added{stand}")
 
 
 @app.command()

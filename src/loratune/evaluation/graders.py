@@ -17,7 +17,8 @@ the same answers they can be several points apart:
 
 The first two do not look at the working, and neither understands units, words for numbers, LaTeX or
 `\\boxed{}`: an answer without its marker cannot be read. This file knows nothing of models. What a
-grader reads is part of every task's version (tasks.py): change one, and raise the other.
+grader reads is part of the version of every task whose answers are texts, a user's own included:
+whoever changes it raises `VERSION`.
 """
 
 import math
@@ -28,6 +29,8 @@ from fractions import Fraction
 from typing import Literal
 
 from loratune.errors import EvaluationError
+
+VERSION = "2"
 
 Verdict = Literal["correct", "wrong", "truncated", "error"]
 
