@@ -18,7 +18,7 @@ from loratune.engine.decoding import Decoder
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.tasks import task
-from loratune.records import Prediction, QuestionSet, Score
+from loratune.records import NotScored, Prediction, QuestionSet, Score, Scored
 from loratune.store.database import open_store
 from tiny_models import save_tiny
 
@@ -506,6 +506,81 @@ def test_wrong_arguments_are_loratunes_own_errors(model, values):
         api.evaluate(model, tasks=["gsm8k"], **values)
 
 
+def test_what_one_task_has_no_room_for_is_said_before_any_is_asked(tmp_path, model, monkeypatch):
+    def no_answers(*_: object, **__: object) -> None:
+        raise AssertionError("a task was asked")
+
+    monkeypatch.setattr("loratune.evaluating.answer_all", no_answers)
+    write(tmp_path / "long.jsonl", [{"q": "short", "a": "1"}, {"q": "x" * 600, "a": "2"}])
+    for name, rest in (
+        ("long", "grader: exact\nmax_new_tokens: 5\n"),
+        ("chosen", "grader: plain\nchoices: c\n"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndata: {name}.jsonl\nprompt: q\nreference: a\n{rest}"
+        )
+    write(tmp_path / "chosen.jsonl", [{"q": "a", "a": "x" * 600, "c": ["b", "x" * 600]}])
+    long, chosen = str(tmp_path / "long.yaml"), str(tmp_path / "chosen.yaml")
+    with pytest.raises(EvaluationError, match="task long, question 2: the prompt has 601 tokens a"):
+        api.evaluate(model, tasks=["demo", long], questions=2, device="cpu")
+    with pytest.raises(EvaluationError, match=r"task chosen, question 1: .*the longest choice up"):
+        api.evaluate(model, tasks=["demo", chosen], questions=1, device="cpu")
+    with pytest.raises(EvaluationError, match="task demo is named twice"):
+        api.evaluate(model, tasks=["demo", "demo"], device="cpu")
+
+
+def test_scores_that_there_are_come_with_the_failure_of_another(
+    tmp_path, model, monkeypatch, capsys
+):
+    def one_fails(*_: object, **__: object) -> Any:
+        yield Scored(0, Score("demo", "1", "strict", "greedy", "test", 1, 1, 0, 0), ())
+        yield NotScored(1, "no reason")
+
+    monkeypatch.setattr("loratune.evaluating.answer_all", one_fails)
+    questions = write(tmp_path / "sums.jsonl", [{"q": "1 + 1", "a": "2"}])
+    (tmp_path / "sums.yaml").write_text(
+        f"task: sums\ndata: {questions}\nprompt: q\nreference: a\ngrader: number\n"
+    )
+    asked = ["evaluate", str(model), "--task", "demo", "--task", str(tmp_path / "sums.yaml")]
+    asked += ["--questions", "1", "--max-new-tokens", "4", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "demo: 50.0%" in printed.out
+    assert "can't be scored on sums: no reason" in printed.err
+
+
+def test_paths_for_a_results_folder_start_at_the_working_folder(tmp_path, trained, monkeypatch):
+    folder = without_scores(trained, tmp_path / "out")
+    write(tmp_path / "g.jsonl", GSM8K[:2])
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ndata: g.jsonl\nprompt: question\nreference: answer\ngrader: exact\n"
+        "max_new_tokens: 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for named in ({"tasks": ["own.yaml"]}, {"tasks": ["gsm8k"], "data": "g.jsonl"}):
+        found = api.evaluate(folder, **named, max_new_tokens=2, device="cpu")
+        assert [one.score.total for one in found] == [2, 2]
+
+
+def test_a_study_whose_task_does_not_fit_is_refused_before_training(
+    tmp_path, trained, monkeypatch, capsys
+):
+    text = (trained.parent / "study.yaml").read_text()
+    assert "max_new_tokens: 8" in text
+    (tmp_path / "study.yaml").write_text(text.replace("max_new_tokens: 8", "max_new_tokens: 4000"))
+    asked = ["run", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked, "--device", "cpu", "--quiet"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "task gsm8k, question 1: the prompt has" in told
+    assert "choose max_new_tokens of at most" in told
+
+
 def test_options_that_a_harness_has_no_use_for_are_refused(model, monkeypatch, capsys):
     asked = ["evaluate", str(model), "--harness", "lm-eval", "--tasks", "gsm8k"]
     monkeypatch.setattr("sys.argv", ["loratune", *asked, "--prompt", "{prompt}", "--unsafe-exec"])
@@ -613,7 +688,9 @@ def test_an_adapter_of_a_results_folder_that_cannot_answer_is_said_and_the_other
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr()
+    told = printed.err
+    assert "of 12; grader strict" in printed.out
     assert f"{broken.name} can't be scored on gsm8k: " in told
     assert "uses bias" in told
     assert "Traceback" not in told

@@ -385,21 +385,27 @@ def evaluate(
 
     Raises:
         LoratuneError: no such adapter, model or task, or they do not fit together.
+        evaluating.NotAllScoredError: something has no score; it holds what has, as `found`.
     """
     from loratune.evaluating import DEFAULT_PROMPT, evaluate_results, is_results_folder
     from loratune.evaluating import evaluate as evaluate_source
+    from loratune.evaluation.custom import is_custom
     from loratune.study.schema import Source, Task, source_of
     from loratune.workshop import choose_device
 
     if not tasks:
         raise EvaluationError("no task is named; give at least one, such as gsm8k")
+    twice = sorted({name for name in tasks if tasks.count(name) > 1})
+    if twice:
+        raise EvaluationError(f"task {twice[0]} is named twice; name each task once")
     if data is not None and len(tasks) > 1:
         raise EvaluationError(f"data={data!r} for {len(tasks)} tasks; give one task with it")
     try:
         asked = [
             Task(
-                name=name,
-                data=None if data is None else Source.model_validate(source_of(data)),
+                # Relative to the working folder, a results folder's adapters or not.
+                name=str(Path(name).expanduser().absolute()) if is_custom(name) else name,
+                data=None if data is None else Source.model_validate(source_of(_absolute(data))),
                 grader=grader,
                 questions=questions,
                 max_new_tokens=max_new_tokens,
@@ -492,6 +498,8 @@ def evaluate_by_harness(
 
 
 def _absolute(name: str) -> str:
+    if not name:
+        return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 

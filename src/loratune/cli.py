@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
     from loratune.analyse.tables import TableFormat
+    from loratune.evaluating import Evaluation
     from loratune.recommendation.grid import Recommendation
     from loratune.sweep import Sweep
 
@@ -467,22 +468,32 @@ def evaluate(
         raise typer.BadParameter(
             "--tasks, --include-path, --num-fewshot and --chat belong to --harness lm-eval"
         )
-    found = api.evaluate(
-        source,
-        tasks=task or [],
-        data=data,
-        grader=None if grader is None else grader.value,
-        questions=questions,
-        model=model,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        answers=answers,
-        engine=engine.value,
-        remark=_say,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        unsafe_exec=unsafe_exec,
-    )
+    from loratune.evaluating import NotAllScoredError  # It takes seconds to import.
+
+    try:
+        found = api.evaluate(
+            source,
+            tasks=task or [],
+            data=data,
+            grader=None if grader is None else grader.value,
+            questions=questions,
+            model=model,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            answers=answers,
+            engine=engine.value,
+            remark=_say,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            unsafe_exec=unsafe_exec,
+        )
+    except NotAllScoredError as error:
+        _print_evaluations(error.found, as_json=as_json)
+        raise
+    _print_evaluations(found, as_json=as_json)
+
+
+def _print_evaluations(found: "Sequence[Evaluation]", *, as_json: bool) -> None:
     if as_json:
         _print(_json_of([one.to_json() for one in found]))
         return

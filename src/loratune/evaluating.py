@@ -24,7 +24,7 @@ from loratune.evaluation.tasks import ask, check_tasks, load_questions
 from loratune.folder import ResultsFolder, open_results
 from loratune.methods.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from loratune.methods.attach_files import attach_files
-from loratune.models.load import Base, Precision, load_base
+from loratune.models.load import Base, Precision, load_base, positions_of
 from loratune.records import (
     Answer,
     NotScored,
@@ -43,6 +43,14 @@ from loratune.workshop import EngineChoice, choose_device, model_source
 
 # lm-evaluation-harness's and most papers' prompt for a model that was not trained on another one.
 DEFAULT_PROMPT = "Question: {prompt}\nAnswer:"
+
+
+class NotAllScoredError(EvaluationError):
+    """Something could not be scored. `found` is what could."""
+
+    def __init__(self, message: str, found: tuple["Evaluation", ...]) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +117,9 @@ def evaluate(
         unsafe_exec: see `sandbox.choose_isolation`.
 
     Raises:
-        LoratuneError: no such adapter, model or task, or they do not fit together.
+        LoratuneError: no such adapter, model or task, or they do not fit together; nothing has been
+            asked then.
+        NotAllScoredError: some tasks have no score; it holds the others.
     """
     adapter = _adapter_of(source)
     name = model or (source if adapter is None else _base_of(adapter))
@@ -129,6 +139,7 @@ def evaluate(
         Asked(adapter, one, of_one.answers) for one, of_one in zip(questions, kept, strict=True)
     ]
     scores = dict[int, Score]()
+    failures = list[str]()
     waiting = dict[int, dict[int, Answer]]()
 
     def write() -> None:
@@ -145,12 +156,15 @@ def evaluate(
                 elif isinstance(event, Scored):
                     scores[event.asked] = event.score
                 else:
-                    raise EvaluationError(event.reason)
+                    task = questions[event.asked].task
+                    failures.append(f"{source} can't be scored on {task}: {event.reason}")
                 if sum(map(len, waiting.values())) >= ANSWERS_AT_ONCE:
                     write()
     finally:
         write()
-    return tuple(_evaluation(name, adapter, scores[index]) for index in range(len(asked)))
+    found = tuple(_evaluation(name, adapter, scores[index]) for index in sorted(scores))
+    _check_all_scored(failures, found)
+    return found
 
 
 def evaluate_results(
@@ -169,8 +183,8 @@ def evaluate_results(
     already is not asked again.
 
     Raises:
-        LoratuneError: no adapter is kept, no such task, the base cannot be had, or an adapter
-            can't be scored; the scores of the others are in the store by then.
+        LoratuneError: no adapter is kept, no such task, or the base cannot be had.
+        NotAllScoredError: an adapter can't be scored; the scores of all others are in the store.
     """
     place, store, record = open_results(folder)
     with store:
@@ -183,6 +197,7 @@ def evaluate_results(
             )
         check_tasks(tasks, folder=place.root, unsafe_exec=unsafe_exec)
         found = list[Evaluation]()
+        failures = list[str]()
         for model, of_model in groupby(kept, key=lambda one: one.trial.model):
             source = model_source(model, folder=place.root)
             base = load_base(
@@ -193,7 +208,7 @@ def evaluate_results(
             )
             questions = [_ask(given, base, study.data, folder=place.root) for given in tasks]
             results_of_model = list(of_model)
-            scores = _score_results(
+            scores, unscored = _score_results(
                 base,
                 results_of_model,
                 questions,
@@ -207,8 +222,17 @@ def evaluate_results(
                 _evaluation(model, place.adapter(one.trial.trial_id), scores[index, number])
                 for index, one in enumerate(results_of_model)
                 for number in range(len(questions))
+                if (index, number) in scores
             ]
+            failures += unscored
+        _check_all_scored(failures, tuple(found))
         return tuple(found)
+
+
+def _check_all_scored(failures: Sequence[str], found: tuple[Evaluation, ...]) -> None:
+    if failures:
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise NotAllScoredError(f"{failures[0]}{others}", found)
 
 
 def _score_results(
@@ -221,11 +245,10 @@ def _score_results(
     engine: EngineChoice,
     remark: Callable[[str], None],
     unsafe_exec: bool,
-) -> dict[tuple[int, int], Score]:
-    """Every trial's score on every task, by their indices; those that are missing are made.
+) -> tuple[dict[tuple[int, int], Score], list[str]]:
+    """Every trial's score on every task, by their indices, and why there is none.
 
-    Raises:
-        EvaluationError: one that can't be had; all the others are in the store by then.
+    Those that are missing are made, and are in the store then.
     """
     scores = dict[tuple[int, int], Score]()
     wanted = list[tuple[int, int]]()
@@ -255,10 +278,7 @@ def _score_results(
                     f"{results[index].trial.trial_id} can't be scored on {questions[number].task}: "
                     f"{event.reason}"
                 )
-    if failures:
-        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise EvaluationError(f"{failures[0]}{others}")
-    return scores
+    return scores, failures
 
 
 def evaluate_by_harness(
@@ -365,8 +385,8 @@ def _base_of(adapter: Path) -> str:
 
 
 def _ask(given: Task, base: Base, data: Data, *, folder: Path) -> TaskQuestions:
-    """A task as a study with this data section would ask it."""
-    return ask(
+    """A task as a study with this data section would ask it, if the model has room for it."""
+    asked = ask(
         given,
         load_questions(given, folder=folder),
         data=data,
@@ -374,6 +394,8 @@ def _ask(given: Task, base: Base, data: Data, *, folder: Path) -> TaskQuestions:
         folder=folder,
         end_ids=turn_ends(data, tokenizer=base.tokenizer),
     )
+    asked.check_room(positions_of(base.model.config))
+    return asked
 
 
 def _data_with(prompt: str) -> Data:

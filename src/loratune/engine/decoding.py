@@ -75,7 +75,7 @@ from loratune.engine.decoding_text import (
 )
 from loratune.engine.memory import release_memory
 from loratune.errors import CapacityError, EvaluationError
-from loratune.models.load import Base
+from loratune.models.load import Base, positions_of
 from loratune.records import Answer
 
 # Unless the caller says: rows at once, where memory allows; adapters at once; tokens of prompts.
@@ -384,8 +384,7 @@ class Decoder:
                 f"request {index} has a prompt without a token, and an answer has to start from "
                 "one; give a prompt that is not empty"
             )
-        config = self._base.model.config.get_text_config()
-        positions: int | None = getattr(config, "max_position_embeddings", None)
+        positions = positions_of(self._base.model.config)
         if positions is not None and len(ids) + num_more > positions:
             raise EvaluationError(
                 f"request {index} has a prompt of {len(ids)} tokens, and with {num_more} more it "
