@@ -469,6 +469,40 @@ metric_list: [{{metric: exact_match}}]
         api.evaluate_by_harness(model, tasks=["sampled"], include_path=tmp_path, device="cpu")
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", ","], "no task is named"),
+        (["--tasks", "gone", "--include-path", "{tmp}/none"], "none is no folder"),
+        (["--tasks", "gone", "--include-path", "{tmp}"], "cannot load task gone: .*gone.jsonl"),
+        (["--tasks", "bare", "--include-path", "{tmp}", "--chat"], "cannot run bare: .*template"),
+    ],
+)
+def test_what_the_harness_cannot_do_is_said_in_a_line(
+    tmp_path, model, monkeypatch, capsys, arguments, message
+):
+    there = write(tmp_path / "there.jsonl", GSM8K)
+    for name, data in (("gone", tmp_path / "gone.jsonl"), ("bare", there)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\n"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+            "output_type: generate_until\ndoc_to_text: question\ndoc_to_target: answer\n"
+            "generation_kwargs: {until: ['x'], max_gen_toks: 2}\n"
+            "metric_list: [{metric: exact_match}]\n",
+            encoding="utf-8",
+        )
+    given = [one.replace("{tmp}", str(tmp_path)) for one in arguments]
+    asked = ["evaluate", str(model), "--harness", "lm-eval", "--device", "cpu", *given]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, told)
+    assert "Traceback" not in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -301,7 +301,7 @@ def evaluate_by_harness(
             samples.
     """
     try:
-        from loratune.evaluation.harness import run_harness
+        from loratune.evaluation.harness import manager_of, run_harness
     except ImportError as error:
         raise EvaluationError(
             f"lm-evaluation-harness is not installed ({error}); install it with "
@@ -309,11 +309,12 @@ def evaluate_by_harness(
         ) from error
     adapter = _adapter_of(source)
     name = model or (source if adapter is None else _base_of(adapter))
+    manager = manager_of(tasks, include_path=include_path)  # Before the base is loaded.
     with _attached(name, adapter, precision, device, trust_remote_code) as base:
         return run_harness(
             base,
             tasks,
-            include_path=include_path,
+            manager=manager,
             num_fewshot=num_fewshot,
             limit=limit,
             chat=chat,
