@@ -16,10 +16,11 @@ the same answers they can be several points apart:
 - `tests` judges programs by running them, in code_answers.py.
 
 The first two do not look at the working, and neither understands units (18 cents are 18), words for
-numbers, LaTeX or `\\boxed{}`: an answer without its marker cannot be read. Of a mixed number (5 1/2)
-and of digits grouped by spaces (1 000) `strict` reads nothing, and `pissa` the first part. This
-file knows nothing of models. What a grader reads is part of the version of every task whose answers
-are texts, a user's own included: whoever changes it raises `VERSION`.
+numbers, LaTeX or `\\boxed{}`: an answer without its marker cannot be read. Of a mixed number (5
+1/2) and of digits grouped by spaces (1 000) `strict` reads nothing, and `pissa` the first part.
+
+This file knows nothing of models. What a grader reads is part of the version of every task whose
+answers are texts, a user's own included: whoever changes it raises `VERSION`.
 """
 
 import math
@@ -48,7 +49,10 @@ _MOST_DIGITS = 1000
 _SIGN = "[-+\u2212]?"
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _DOLLAR = r"\\?\$"
-_NUMBER = rf"(?:{_DOLLAR}(?=[-+\u2212]))?(?P<sign>{_SIGN})(?:{_DOLLAR})?(?P<size>{_UNSIGNED})(?:/(?P<divisor>[0-9]+))?"
+_NUMBER = (
+    rf"(?:{_DOLLAR}(?=[-+\u2212]))?(?P<sign>{_SIGN})(?:{_DOLLAR})?"
+    rf"(?P<size>{_UNSIGNED})(?:/(?P<divisor>[0-9]+))?"
+)
 # Asterisks around marker or number are Markdown's bold. What may not follow: anything that makes
 # the number a part of something longer, such as the 1 of 1,2345 or 1e5 or 1:30, or the 5 of 5 1/2.
 # A full stop at the end of a sentence may.
