@@ -594,7 +594,11 @@ def test_paths_for_a_results_folder_start_at_the_working_folder(tmp_path, traine
         "max_new_tokens: 2\n"
     )
     monkeypatch.chdir(tmp_path)
-    for named in ({"tasks": ["own.yaml"]}, {"tasks": ["gsm8k"], "data": "g.jsonl"}):
+    both: tuple[dict[str, Any], ...] = (
+        {"tasks": ["own.yaml"]},
+        {"tasks": ["gsm8k"], "data": "g.jsonl"},
+    )
+    for named in both:
         found = api.evaluate(folder, **named, max_new_tokens=2, device="cpu")
         assert [one.score.total for one in found] == [2, 2]
 
