@@ -109,6 +109,25 @@ def test_an_adapters_own_base_is_used_and_the_account_is_whole(tmp_path, trained
     assert (bare.adapter, bare.score.total) == (None, 5)
 
 
+def test_an_adapter_on_the_hub_is_scored_as_its_folder_is(tmp_path, trained, monkeypatch):
+    folder = adapters(trained)[0]
+
+    def from_cache(repo_id: str, **_: Any) -> str:
+        assert repo_id == "someone/adapter"
+        return str(folder)
+
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "test.jsonl", GSM8K),
+        "max_new_tokens": 4,
+        "device": "cpu",
+    }
+    (local,) = api.evaluate(folder, **asked)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", from_cache)
+    (one,) = api.evaluate("someone/adapter", **asked)
+    assert (one.model, one.adapter, one.score) == (local.model, "someone/adapter", local.score)
+
+
 def test_kept_answers_are_gone_on_with_and_another_adapter_has_its_own(
     tmp_path, trained, monkeypatch
 ):

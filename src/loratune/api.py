@@ -359,14 +359,14 @@ def evaluate(
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> "tuple[Evaluation, ...]":
-    """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
+    """Any PEFT adapter, or a model itself, on tasks; no study is needed.
 
     Of a results folder every adapter that it keeps, with the study's own prompts; scores and
     answers go into its store, and what is there is not asked again.
 
     Args:
-        source: the adapter's folder, a hub id, folder, file.gguf or demo model, or a results
-            folder.
+        source: an adapter's folder or hub id; a model's hub id, folder, file.gguf or demo model;
+            or a results folder.
         tasks: names of tasks, or paths of a task's .yaml file.
         data: the questions, where there is one task and they are not its own.
         grader: in the place of the tasks' own.
@@ -465,7 +465,7 @@ def evaluate_by_harness(
     """lm-evaluation-harness's own tasks, asked of an adapter or a model; its results by task.
 
     Args:
-        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        source: an adapter's folder or hub id; or a model's hub id, folder, file.gguf or demo model.
         tasks: names of the harness's tasks.
         model: the adapter's base; None: the one that its adapter_config.json names.
         precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.

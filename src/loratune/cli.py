@@ -378,7 +378,8 @@ def evaluate(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="ADAPTER|MODEL|DIR", help="A PEFT folder, a model, or a results folder."
+            metavar="ADAPTER|MODEL|DIR",
+            help="A PEFT adapter or a model, each a folder or hub id, or a results folder.",
         ),
     ],
     *,

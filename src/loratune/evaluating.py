@@ -23,6 +23,7 @@ from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.tasks import ask, check_tasks, load_questions
 from loratune.folder import ResultsFolder, open_results
 from loratune.methods.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from loratune.methods.adapter_sources import locate_adapter
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base, Precision, load_base, positions_of
 from loratune.records import (
@@ -101,10 +102,11 @@ def evaluate(
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> tuple[Evaluation, ...]:
-    """Score an adapter's folder, or a model, on tasks.
+    """Score an adapter, or a model, on tasks.
 
     Args:
-        source: a folder in PEFT's format, or a model: hub id, folder, file.gguf or demo model.
+        source: an adapter in PEFT's format, a folder or a hub id, or a model: hub id, folder,
+            file.gguf or demo model.
         tasks: what to ask.
         model: the adapter's base; None: the one that its adapter_config.json names.
         prompt: a text with {prompt}, or alpaca, plain or chat, for tasks without one of their own.
@@ -121,11 +123,11 @@ def evaluate(
             asked then.
         NotAllScoredError: some tasks have no score; it holds the others.
     """
-    adapter = _adapter_of(source)
-    name = model or (source if adapter is None else _base_of(adapter))
     check_tasks(tasks, folder=Path.cwd(), unsafe_exec=unsafe_exec)
     data = _data_with(prompt)
     known = [] if answers is None else _read_answers(answers)
+    adapter = _adapter_of(source)
+    name = model or (source if adapter is None else _base_of(adapter))
     base = load_base(
         name,
         precision=precision,
@@ -162,7 +164,8 @@ def evaluate(
                     write()
     finally:
         write()
-    found = tuple(_evaluation(name, adapter, scores[index]) for index in sorted(scores))
+    who_answers = None if adapter is None else source
+    found = tuple(_evaluation(name, who_answers, scores[index]) for index in sorted(scores))
     _check_all_scored(failures, found)
     return found
 
@@ -219,7 +222,7 @@ def evaluate_results(
                 unsafe_exec=unsafe_exec,
             )
             found += [
-                _evaluation(model, place.adapter(one.trial.trial_id), scores[index, number])
+                _evaluation(model, str(place.adapter(one.trial.trial_id)), scores[index, number])
                 for index, one in enumerate(results_of_model)
                 for number in range(len(questions))
                 if (index, number) in scores
@@ -331,14 +334,14 @@ def _adapter_of(source: str) -> Path | None:
 
     Raises:
         EvaluationError: it is a results folder.
+        ModelError: as `locate_adapter` says.
     """
-    folder = Path(source).expanduser()
     if is_results_folder(source):
         raise EvaluationError(
             f"{source} is a results folder; give one of its adapters, such as "
-            f"{folder / 'adapters' / 'trial-...'}"
+            f"{Path(source).expanduser() / 'adapters' / 'trial-...'}"
         )
-    return folder if (folder / "adapter_config.json").is_file() else None
+    return locate_adapter(source)
 
 
 @contextmanager
@@ -364,9 +367,9 @@ def _attached(
             attached.detach()
 
 
-def _evaluation(model: str, adapter: Path | None, score: Score) -> Evaluation:
+def _evaluation(model: str, adapter: str | None, score: Score) -> Evaluation:
     low, high = wilson(score.correct, score.total)
-    return Evaluation(model, None if adapter is None else str(adapter), score, low, high)
+    return Evaluation(model, adapter, score, low, high)
 
 
 def _base_of(adapter: Path) -> str:
