@@ -13,6 +13,7 @@ from loratune.engine.base import Finished, Progress, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.models.load import Base
+from loratune.planning.bar import Bar
 from loratune.planning.horizon import horizon
 from loratune.records import DataFacts, DataSummary, Outcome, Trial
 from loratune.study.methods import choose, describe
@@ -128,6 +129,7 @@ def train(
     base: Base | None = None,
     tokens_per_microbatch: int = 10_000,
     snapshot: Snapshot | None = None,
+    bar: Bar | None = None,
     **engine: Any,
 ) -> tuple[Outcome, AdapterFiles | None]:
     """The whole trial on the reference engine."""
@@ -138,7 +140,8 @@ def train(
         **engine,
     )
     updates = list[int]()
-    for event in made.train(ListFeed([trial], {trial.trial_id: snapshot})):
+    bars = {} if bar is None else {trial.trial_id: bar}
+    for event in made.train(ListFeed([trial], {trial.trial_id: snapshot}, bars=bars)):
         if isinstance(event, Progress):
             updates.append(event.update)
         if isinstance(event, Finished):

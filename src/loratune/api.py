@@ -269,9 +269,12 @@ def recommend(
 
 
 def _results_of(folder: Path) -> tuple[TrialResult, ...]:
+    """All trials; with their losses where some were stopped, of which no other number is known."""
     _, store, record = open_results(folder)
     with store:
-        return store.results(record.name, with_losses=False)
+        found = store.results(record.name, with_losses=False)
+        stopped = any(one.status == "stopped" for one in found)
+        return store.results(record.name) if stopped else found
 
 
 def compare(folder: str | Path) -> tuple[Comparison, ...]:

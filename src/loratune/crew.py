@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -30,6 +30,7 @@ from types import FrameType
 from loratune.engine.base import Progress
 from loratune.errors import LoratuneError
 from loratune.folder import ResultsFolder
+from loratune.planning.bar import Bar
 from loratune.planning.build import Plan
 from loratune.records import FINAL_STATUSES, Outcome, Score, Trial
 from loratune.store.database import Store, open_store
@@ -53,7 +54,8 @@ class CrewMember:
 class Assignment:
     """What every process of a crew is told.
 
-    `since` is the store's newest attempt before them; `suspects` are trained last, each alone.
+    `since` is the store's newest attempt before them; `bars` say what stops a trial half-way, by
+    trial id; `suspects` are trained last, each alone.
     """
 
     study: str
@@ -62,6 +64,7 @@ class Assignment:
     wants_adapters: bool
     snapshot_seconds: float
     since: int
+    bars: Mapping[str, Bar] = field(default_factory=dict[str, Bar])
     suspects: tuple[Trial, ...] = ()
 
 
@@ -298,6 +301,7 @@ def _work(make_workshop: Callable[[], Workshop], assignment: Assignment, pipe: C
                 should_stop=parent.is_to_stop,
                 snapshot_seconds=assignment.snapshot_seconds,
                 since=assignment.since,
+                bars=assignment.bars,
             )
             alone = ((trial,) for trial in assignment.suspects)
             for group in (*workshop.groups(assignment.trials), *alone):

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from loratune.engine.base import Engine, Event, Failed, Finished, Progress, Snapshot, Work
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder, replace_folder
+from loratune.planning.bar import Bar
 from loratune.planning.build import Plan
 from loratune.records import (
     DataSummary,
@@ -155,7 +156,7 @@ class Training:
 
     `since` is for processes that share a sweep: the newest attempt in the store when it began. What
     another of them holds is then nothing to remark on, and what has failed with one of them is not
-    tried by the next.
+    tried by the next. `bars`, by trial id, say what stops a trial half-way; more may come.
     """
 
     folder: ResultsFolder
@@ -167,6 +168,7 @@ class Training:
     snapshot_seconds: float = SNAPSHOT_SECONDS
     clock: Callable[[], float] = time.monotonic
     since: int | None = None
+    bars: Mapping[str, Bar] = field(default_factory=dict[str, Bar])
 
     def train(
         self, group: tuple[Trial, ...], *, calls_for: Callable[[Trial], Sequence[Trial]]
@@ -267,7 +269,7 @@ class _StoreFeed:
         if not self._claim(trial):
             return None
         training.watcher.trial_begins(trial)
-        return Work(trial, self._snapshot_of(trial))
+        return Work(trial, self._snapshot_of(trial), training.bars.get(trial.trial_id))
 
     def _snapshot_of(self, trial: Trial) -> Snapshot | None:
         """What the trial can go on from with this engine, if anything."""

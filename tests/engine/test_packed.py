@@ -35,6 +35,7 @@ from loratune.methods.base import LayerTensors
 from loratune.methods.lora_method import LoraMethod
 from loratune.models.load import Base
 from loratune.models.targets import target_modules
+from loratune.planning.bar import Bar
 from loratune.planning.packing import PackShape
 from loratune.records import Outcome, Trial
 from tiny_packs import PACKABLE, Packed, Steps, mixed_trials, pack, rescaled, shape_for, spied
@@ -691,6 +692,34 @@ def test_a_dropped_trial_is_forgotten_without_a_word_and_its_slot_given_to_anoth
     for trial in trials:
         if trial.trial_id in ends:
             assert_same_numbers(packed, alone()[trial.trial_id], trial)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_trial_above_its_bar_stops_there_and_its_slot_goes_to_another(steps_ahead):
+    trials = one_of_each()
+    bars = {
+        "lora": Bar(begin=3, end=5, loss=0.0),
+        "dora": Bar(begin=0, end=1, loss=0.0),
+        "pissa": Bar(begin=3, end=5, loss=99.0),
+    }
+    packed = pack(trials, [SMALL, LARGE], bars=bars, steps_ahead=steps_ahead)
+    for trial in trials:
+        whole = alone()[trial.trial_id].finished(trial.trial_id).outcome
+        found = packed.finished(trial.trial_id)
+        if trial.trial_id not in ("lora", "dora"):
+            assert_same_numbers(packed, alone()[trial.trial_id], trial)
+            continue
+        end = bars[trial.trial_id].end
+        assert (found.outcome.status, found.adapter) == ("stopped", None)
+        assert (found.outcome.num_updates, found.outcome.stopped_at_update) == (end, end - 1)
+        assert furthest(found.outcome.losses, whole.losses[:end]) < SAME_NUMBERS
+        assert found.outcome.validation_loss is None
+        assert "training loss" in str(found.outcome.reason)
+        # The reference engine stops where the pack does.
+        data = DATA[trial.data_fingerprint]
+        outcome, adapter = train(trial, data, bar=bars[trial.trial_id])
+        assert (outcome.status, outcome.num_updates, adapter) == ("stopped", end, None)
+        assert furthest(outcome.losses, found.outcome.losses) < PROMISED
 
 
 @pytest.mark.parametrize(

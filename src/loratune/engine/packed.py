@@ -62,10 +62,11 @@ from loratune.methods.adapter_files import AdapterFiles
 from loratune.methods.base import Method, Packable
 from loratune.models.load import Base
 from loratune.models.targets import block_linears, target_modules
+from loratune.planning.bar import Bar
 from loratune.planning.horizon import lr_factor
 from loratune.planning.packing import Demand, PackShape, choose_next, fill_step
 from loratune.planning.probes import Probing, probing
-from loratune.records import NoiseProbe, NoiseSchedule, Outcome, Trial
+from loratune.records import FinishedStatus, NoiseProbe, NoiseSchedule, Outcome, Trial
 
 # Steps that are not full run at a part of the size, if that holds them: each size compiles once.
 PARTS_OF_A_STEP = (1, 4, 16)
@@ -238,6 +239,7 @@ class _Seat:
     lr_factors: tuple[float, float, float]
     frozen_P: Tensor | None
     watch: DivergenceWatch
+    bar: Bar | None
     account: Account
     loss_scale: float
     probing: Probing
@@ -508,6 +510,7 @@ class _Session:
             ),
             frozen_P=None,
             watch=watch,
+            bar=work.bar,
             account=account,
             loss_scale=FIRST_LOSS_SCALE if self.base.model.dtype == torch.float16 else 1.0,
             probing=probing(trial, self.noise, num_validation_rows=data.facts.num_validation_rows),
@@ -810,10 +813,13 @@ class _Session:
         account.num_tokens += one.num_tokens
         yield Progress(trial.trial_id, one.update, one.num_rows, loss)
         reason = seat.watch.reason_after(loss, update=one.update, grad_norm=norm)
+        status: FinishedStatus = "diverged"
+        if reason is None and seat.bar is not None:
+            status, reason = "stopped", seat.bar.reason_after(account.losses)
         if reason is not None:
             del self.seats[seat.slot]
             yield Finished(
-                self._outcome(seat, "diverged", stopped_at_update=one.update, reason=reason), None
+                self._outcome(seat, status, stopped_at_update=one.update, reason=reason), None
             )
 
     def _rescaled(self, one: _Done, *, loss: float, norm: float) -> bool:
@@ -894,12 +900,12 @@ class _Session:
         ordered = {name: layers[name] for name in self.targets}
         return seat.method.export_layers(self.base.model, seat.trial, ordered)
 
-    def _outcome(self, seat: _Seat, status: str, **more: object) -> Outcome:
+    def _outcome(self, seat: _Seat, status: FinishedStatus, **more: object) -> Outcome:
         on_cuda = self.device.type == "cuda"
         longest = int(seat.data.train.lengths.max())
         return seat.account.outcome(
             seat.trial,
-            "done" if status == "done" else "diverged",
+            status,
             peak_memory_bytes=torch.cuda.max_memory_reserved(self.device) if on_cuda else None,
             rows_per_microbatch=min(
                 seat.trial.batch_size, max(1, self.shape.tokens_per_step // longest)
@@ -1019,7 +1025,7 @@ class _Session:
                 for name, tensor in snapshot.tensors.items()
                 if name not in ("gain", "inverse_norm")
             }
-            works.append(Work(seat.trial, replace(snapshot, tensors=tensors)))
+            works.append(Work(seat.trial, replace(snapshot, tensors=tensors), seat.bar))
         self.seats.clear()
         return works + self.parked
 

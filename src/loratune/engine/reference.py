@@ -28,7 +28,7 @@ from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
 from loratune.data.rows import EncodedRows, cut_microbatches
 from loratune.engine.account import Account
-from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot
+from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot, Work
 from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.hooked_gradients import HookedGradients
 from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
@@ -38,9 +38,10 @@ from loratune.methods import load_method
 from loratune.methods.base import Attached, Method
 from loratune.models.load import Base
 from loratune.models.targets import target_modules
+from loratune.planning.bar import Bar
 from loratune.planning.horizon import lr_factor
 from loratune.planning.probes import probing
-from loratune.records import NoiseProbe, NoiseSchedule, Outcome, Trial
+from loratune.records import FinishedStatus, NoiseProbe, NoiseSchedule, Outcome, Trial
 
 
 class ReferenceEngine:
@@ -77,9 +78,10 @@ class ReferenceEngine:
         while waiting := feed.waiting():
             work = feed.claim(waiting[0])
             if work is not None:
-                yield from self._train(work.trial, work.snapshot, feed)
+                yield from self._train(work, feed)
 
-    def _train(self, trial: Trial, snapshot: Snapshot | None, feed: Feed) -> Generator[Event]:
+    def _train(self, work: Work, feed: Feed) -> Generator[Event]:
+        trial, snapshot = work.trial, work.snapshot
         rows = self._data[trial.data_fingerprint]
         longest = int(rows.train.lengths.max())
         budget = self._tokens_per_microbatch(trial)
@@ -95,7 +97,7 @@ class ReferenceEngine:
                 clock=self._clock,
             )
             try:
-                yield from run.events(snapshot, feed)
+                yield from run.events(snapshot, feed, bar=work.bar)
                 return
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
@@ -133,7 +135,7 @@ class _Run:
         self.account = Account()
         self._pad_id = cast("int", base.tokenizer.pad_token_id)
 
-    def events(self, snapshot: Snapshot | None, feed: Feed) -> Generator[Event]:
+    def events(self, snapshot: Snapshot | None, feed: Feed, *, bar: Bar | None) -> Generator[Event]:
         trial, base = self.trial, self.base
         if base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(base.device)
@@ -160,8 +162,11 @@ class _Run:
                     yield probe
                 num_rows = self._num_rows(update)
                 yield Progress(trial.trial_id, update, num_rows, self.account.losses[-1])
+                status: FinishedStatus = "diverged"
+                if reason is None and bar is not None:
+                    status, reason = "stopped", bar.reason_after(self.account.losses)
                 if reason is not None:
-                    yield Finished(self._outcome("diverged", update=update, reason=reason), None)
+                    yield Finished(self._outcome(status, update=update, reason=reason), None)
                     return
                 if feed.is_dropped(trial.trial_id):
                     return
@@ -318,7 +323,7 @@ class _Run:
 
     def _outcome(
         self,
-        status: str,
+        status: FinishedStatus,
         *,
         update: int | None = None,
         reason: str | None = None,
@@ -327,7 +332,7 @@ class _Run:
         device = self.base.device
         return self.account.outcome(
             self.trial,
-            "done" if status == "done" else "diverged",
+            status,
             validation_loss=loss,
             peak_memory_bytes=(
                 torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -782,6 +782,16 @@ class Store:
         with self._reading() as connection:
             return connection.execute(query).scalar_one_or_none()
 
+    def forget_stopped(self, trial_ids: Collection[str]) -> None:
+        """Take back the outcomes of those that were stopped half-way: they can be trained again."""
+        with self._writing() as connection:
+            for some in _chunks(trial_ids):
+                connection.execute(
+                    delete(tables.outcomes).where(
+                        tables.outcomes.c.trial_id.in_(some), tables.outcomes.c.status == "stopped"
+                    )
+                )
+
     def remove_artifact(self, trial_id: str, *, kind: str) -> None:
         """Forget the artifact; nothing happens where there is none. The file is the caller's."""
         with self._writing() as connection:
