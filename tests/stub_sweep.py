@@ -294,7 +294,9 @@ class StubWorkshop:
             return (tuple(trials),) if trials else ()
         return tuple(tuple(cell) for _, cell in groupby(trials, key=cell_key))
 
-    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> StubEngine:
+    def engine(
+        self, group: Sequence[Trial], *, num_processes: int, remark: Callable[[str], None]
+    ) -> StubEngine:
         return self.stub
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:

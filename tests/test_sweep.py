@@ -480,7 +480,7 @@ def test_without_an_engine_for_a_group_its_trials_fail_and_the_others_go_on(tmp_
         def groups(self, trials):
             return tuple((trial,) for trial in trials)
 
-        def engine(self, group, *, remark):
+        def engine(self, group, *, num_processes, remark):
             if group[0].seed == 1:
                 raise OSError("the model is gone")
             return self.stub

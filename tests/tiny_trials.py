@@ -60,15 +60,19 @@ def random_data(num_rows: int = 40, *, num_validation: int = 8, seed: int = 0) -
     return PreparedData(train, validation, (), (), facts, summary)
 
 
-def tiny_base(family: str = "llama") -> Base:
+def tiny_base(
+    family: str = "llama", *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Base:
     model = tiny_model(family)
     model.requires_grad_(False)
+    to: Any = model.to  # transformers wraps nn.Module.to untyped
+    to(device, dtype)
     return Base(
         model=model,
         tokenizer=tiny_tokenizer(),
         source="tiny",
         fingerprint="tiny",
-        device=torch.device("cpu"),
+        device=torch.device("cuda:0" if device == "cuda" else device),
     )
 
 

@@ -377,7 +377,8 @@ def evaluate(
         model: the adapter's base; None: the one that its adapter_config.json names.
         prompt: a text with {prompt}, or alpaca, plain or chat; None: "Question: {prompt}\nAnswer:".
         max_new_tokens: in the place of the tasks' own.
-        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        precision: of the base; None: bfloat16 on a GPU (float16 on one without it), float32 on a
+            CPU.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         answers: a file that keeps raw answers, a line a question; gone on with where it is there.
         engine: packed lets many adapters answer at once or refuses, reference asks one after
@@ -393,6 +394,7 @@ def evaluate(
     from loratune.evaluating import DEFAULT_PROMPT, evaluate_results, is_results_folder
     from loratune.evaluating import evaluate as evaluate_source
     from loratune.evaluation.custom import is_custom
+    from loratune.models.load import default_precision
     from loratune.study.schema import Source, Task, source_of
     from loratune.workshop import choose_device
 
@@ -436,13 +438,12 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             unsafe_exec=unsafe_exec,
         )
-    on_gpu = choose_device(device).type == "cuda"
     return evaluate_source(
         str(source),
         tasks=asked,
         model=model,
         prompt=prompt or DEFAULT_PROMPT,
-        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        precision=precision or default_precision(choose_device(device)),
         device=device,
         answers=None if answers is None else Path(answers),
         engine=engine,
@@ -471,7 +472,8 @@ def evaluate_by_harness(
         source: an adapter's folder or hub id; or a model's hub id, folder, file.gguf or demo model.
         tasks: names of the harness's tasks.
         model: the adapter's base; None: the one that its adapter_config.json names.
-        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        precision: of the base; None: bfloat16 on a GPU (float16 on one without it), float32 on a
+            CPU.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         include_path: a folder with task files of your own.
         num_fewshot: worked examples before each question; None: the task's own.
@@ -483,14 +485,14 @@ def evaluate_by_harness(
         LoratuneError: the harness is not installed, or no such adapter, model or task.
     """
     from loratune import evaluating
+    from loratune.models.load import default_precision
     from loratune.workshop import choose_device
 
-    on_gpu = choose_device(device).type == "cuda"
     return evaluating.evaluate_by_harness(
         str(source),
         tasks=tasks,
         model=model,
-        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        precision=precision or default_precision(choose_device(device)),
         device=device,
         include_path=None if include_path is None else str(include_path),
         num_fewshot=num_fewshot,
@@ -704,9 +706,10 @@ def new_study(
     Raises:
         LoratuneError: no such data or method, or fields that can't be told; it lists the columns.
     """
+    from loratune.models.load import default_precision
     from loratune.new_study import grid_study, read_request
     from loratune.workshop import choose_device
 
-    on_gpu = choose_device(device).type == "cuda"
-    request = read_request(data=data, methods=methods, on_gpu=on_gpu)
+    precision = default_precision(choose_device(device))
+    request = read_request(data=data, methods=methods, precision=precision)
     return grid_study(request, model=model, rank=rank)

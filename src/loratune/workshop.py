@@ -41,6 +41,7 @@ from loratune.models.describe import describe_model
 from loratune.models.load import (
     Base,
     Precision,
+    check_precision,
     load_base,
     load_tokenizer,
     positions_of,
@@ -318,6 +319,8 @@ class LocalWorkshop:
             LoratuneError: what the study asks for can't be had or can't be done.
         """
         self._refuse_what_cannot_be_packed()
+        for name in self.loaded.study.model:
+            check_precision(name, self.loaded.study.precision, device=self.device)
         plan = make_plan(
             self.loaded.study,
             models=self._survey.models,
@@ -369,7 +372,9 @@ class LocalWorkshop:
             groups.setdefault((self._is_packed(trial), *key), []).append(trial)
         return tuple(tuple(group) for group in groups.values())
 
-    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+    def engine(
+        self, group: Sequence[Trial], *, num_processes: int = 1, remark: Callable[[str], None]
+    ) -> Engine:
         """See `training.Workshop`.
 
         Raises:
@@ -391,7 +396,7 @@ class LocalWorkshop:
                 return PackedEngine(
                     base,
                     rows,
-                    shape=self._pack_shape(group),
+                    shape=self._pack_shape(group, num_processes=num_processes),
                     targets=group[0].targets,
                     noise=noise,
                 )
@@ -557,7 +562,7 @@ class LocalWorkshop:
                 )
         return self._base
 
-    def _pack_shape(self, group: Sequence[Trial]) -> PackShape:
+    def _pack_shape(self, group: Sequence[Trial], *, num_processes: int) -> PackShape:
         """From the device's whole memory, not what is free now."""
         on_cuda = self.device.type == "cuda"
         total = torch.cuda.get_device_properties(self.device).total_memory if on_cuda else None
@@ -566,6 +571,7 @@ class LocalWorkshop:
             group,
             model=self._survey.models[group[0].model],
             data=[self._survey.data[key] for key in row_sets],
+            num_processes=num_processes,
             memory_bytes=total,
             gradient_checkpointing=self.gradient_checkpointing,
         )

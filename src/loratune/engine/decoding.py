@@ -73,7 +73,7 @@ from loratune.engine.decoding_text import (
     answer_of,
     end_ids_of,
 )
-from loratune.engine.memory import release_memory
+from loratune.engine.memory import out_of_memory_reason, release_memory
 from loratune.errors import CapacityError, EvaluationError
 from loratune.models.load import Base, positions_of
 from loratune.records import Answer
@@ -206,8 +206,10 @@ class Decoder:
                 for answered in self._answers(left):
                     del left[answered.index]
                     yield answered
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+                if reason is None:
+                    raise
             if reason is not None:
                 # Outside the except block: the error holds on to what was allocated.
                 release_memory(self._base.device)
@@ -305,8 +307,10 @@ class Decoder:
                 for index, score in self._score(asked, sorted(left)):
                     left.remove(index)
                     yield index, score
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+                if reason is None:
+                    raise
             if reason is None:
                 continue
             release_memory(self._base.device)
