@@ -6,8 +6,8 @@ On recorded grids with training curves (SmolLM2-135M on GSM8K, three methods; de
 the demo task; cosine schedule throughout). A search knows the trials of its earlier rounds when it
 stops others: here one trial of each batch size, drawn at random, many times over. Every other trial
 of the grid is looked at half-way by the rule. A stop is false where the trial ended within so many
-percent of the grid's best. Rates are over all (draw, trial) pairs; since the trials that end so well
-are few, the interval is Clopper and Pearson's over distinct trials ever stopped.
+percent of the grid's best. Rates are over all (draw, trial) pairs; since few trials end so well,
+the interval is Clopper and Pearson's over distinct trials ever stopped.
 
 The whole of an adaptive search with and without stops is in `adaptive.py`. Results:
 docs/adaptive-search.md.

@@ -313,16 +313,21 @@ def score(
     Args:
         folder: a results folder whose study has test tasks.
         grader: pissa, strict, exact, plain, normalised or tests.
-        tasks: only these of the study's; None: all that the grader can judge.
-        data: questions by task, where the study's paths lead nowhere from here.
+        tasks: only these, by their names in the tables; None: all that the grader can judge.
+        data: questions by task, for scores of older versions, which did not keep them, where the
+            study's paths lead nowhere from here.
         unsafe_exec: run generated code where it cannot be isolated.
 
     Raises:
-        LoratuneError: no such folder or task, or questions that are not those that were asked.
+        LoratuneError: no such folder or task, none that the grader can judge, or questions that are
+            not those that were asked.
     """
     from loratune.regrading import regrade
     from loratune.study.schema import Source, source_of
 
+    for name, path in (data or {}).items():
+        if not path:
+            raise EvaluationError(f"data of task {name} is {path!r}; give a file, or a hub id")
     place, store, _ = open_results(folder)
     with store:
         return regrade(
@@ -357,14 +362,14 @@ def evaluate(
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> "tuple[Evaluation, ...]":
-    """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
+    """Any PEFT adapter, or a model itself, on tasks; no study is needed.
 
     Of a results folder every adapter that it keeps, with the study's own prompts; scores and
     answers go into its store, and what is there is not asked again.
 
     Args:
-        source: the adapter's folder, a hub id, folder, file.gguf or demo model, or a results
-            folder.
+        source: an adapter's folder or hub id; a model's hub id, folder, file.gguf or demo model;
+            or a results folder.
         tasks: names of tasks, or paths of a task's .yaml file.
         data: the questions, where there is one task and they are not its own.
         grader: in the place of the tasks' own.
@@ -384,22 +389,28 @@ def evaluate(
 
     Raises:
         LoratuneError: no such adapter, model or task, or they do not fit together.
+        evaluating.NotAllScoredError: something has no score; it holds what has, as `found`.
     """
     from loratune.evaluating import DEFAULT_PROMPT, evaluate_results, is_results_folder
     from loratune.evaluating import evaluate as evaluate_source
+    from loratune.evaluation.custom import is_custom
     from loratune.models.load import default_precision
     from loratune.study.schema import Source, Task, source_of
     from loratune.workshop import choose_device
 
     if not tasks:
         raise EvaluationError("no task is named; give at least one, such as gsm8k")
+    twice = sorted({name for name in tasks if tasks.count(name) > 1})
+    if twice:
+        raise EvaluationError(f"task {twice[0]} is named twice; name each task once")
     if data is not None and len(tasks) > 1:
         raise EvaluationError(f"data={data!r} for {len(tasks)} tasks; give one task with it")
     try:
         asked = [
             Task(
-                name=name,
-                data=None if data is None else Source.model_validate(source_of(data)),
+                # Relative to the working folder, a results folder's adapters or not.
+                name=str(Path(name).expanduser().absolute()) if is_custom(name) else name,
+                data=None if data is None else Source.model_validate(source_of(_absolute(data))),
                 grader=grader,
                 questions=questions,
                 max_new_tokens=max_new_tokens,
@@ -458,7 +469,7 @@ def evaluate_by_harness(
     """lm-evaluation-harness's own tasks, asked of an adapter or a model; its results by task.
 
     Args:
-        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        source: an adapter's folder or hub id; or a model's hub id, folder, file.gguf or demo model.
         tasks: names of the harness's tasks.
         model: the adapter's base; None: the one that its adapter_config.json names.
         precision: of the base; None: bfloat16 on a GPU (float16 on one without it), float32 on a
@@ -492,6 +503,8 @@ def evaluate_by_harness(
 
 
 def _absolute(name: str) -> str:
+    if not name:
+        return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 

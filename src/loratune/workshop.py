@@ -32,7 +32,6 @@ from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.errors import CapacityError, DataError, LoratuneError, ModelError, StudyError
 from loratune.evaluation.answering import Asked, answer_all
-from loratune.evaluation.generate import check_room
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.tasks import ask, ask_validation, check_tasks, load_questions
 from loratune.methods import load_method
@@ -45,7 +44,10 @@ from loratune.models.load import (
     check_precision,
     load_base,
     load_tokenizer,
+    positions_of,
+    read_config,
 )
+from loratune.models.sources import locate
 from loratune.models.targets import block_linears
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
 from loratune.planning.cost import H100, QUANTISED_BYTES, Rate, tokens_that_fit
@@ -514,8 +516,12 @@ class LocalWorkshop:
         asked = dict[tuple[str, str, str], TaskQuestions]()
         for (name, _), facts in found.data.items():
             rows, tokenizer = found.prepared[facts.fingerprint], found.tokenizers[name]
+            location = locate(model_source(name, folder=self.loaded.folder))
+            positions = positions_of(
+                read_config(location, trust_remote_code=self.trust_remote_code)
+            )
             for task in study.scored_tasks():
-                asked[name, facts.fingerprint, task] = (
+                one = (
                     ask_validation(
                         rows.validation_examples,
                         given=given.get(task),
@@ -533,6 +539,8 @@ class LocalWorkshop:
                         end_ids=rows.end_ids,
                     )
                 )
+                one.check_room(positions)
+                asked[name, facts.fingerprint, task] = one
         return asked
 
     def _base_of(self, trial: Trial) -> Base:
@@ -552,11 +560,6 @@ class LocalWorkshop:
                 raise ModelError(
                     f"model {trial.model} changed on disk since the study was planned; run it again"
                 )
-            for (name, _, _), asked in self._asked.items():
-                if name == trial.model:
-                    check_room(
-                        self._base.model, asked.prompt_ids, max_new_tokens=asked.max_new_tokens
-                    )
         return self._base
 
     def _pack_shape(self, group: Sequence[Trial], *, num_processes: int) -> PackShape:

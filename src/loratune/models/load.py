@@ -88,6 +88,11 @@ class Base:
     device: torch.device
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model has positions for; None where its configuration sets no limit."""
+    return cast("int | None", getattr(config.get_text_config(), "max_position_embeddings", None))
+
+
 def load_base(
     source: str,
     *,

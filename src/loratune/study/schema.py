@@ -20,7 +20,8 @@ from loratune.study.methods import choose
 PAPER_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
 # The task whose questions are the study's own held-out rows.
 VALIDATION = "validation"
-LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Texts may be compressed, as data sets are often shipped.
+LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 # Bounds against slips of the finger; what trains for longer is not a study of batch sizes.
 MAX_SEEDS = MAX_EPOCHS = 1_000_000
 MAX_STEPS = 1_000_000_000
@@ -72,7 +73,8 @@ class Source(Section):
     subset: str | None = Field(default=None, description="configuration of the hub data set")
     split: str = Field(default="train", description="split of the hub data set")
     file: str | None = Field(
-        default=None, description=".jsonl, .json, .csv or .parquet, relative to the study"
+        default=None,
+        description=".jsonl, .json or .csv, also with .gz, or .parquet; relative to the study",
     )
     demo: Literal["task"] | None = Field(default=None, description="the shipped synthetic task")
 
