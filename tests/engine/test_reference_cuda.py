@@ -1,36 +1,23 @@
 """What only a CUDA device can show of the reference engine."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 
+from devices import ON_CUDA
 from feeds import ListFeed
 from loratune.engine.base import Finished, Snapshot
 from loratune.engine.reference import ReferenceEngine
-from loratune.models.load import Base
 from tiny_trials import random_data, tiny_base, tiny_trial, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_CUDA
 METHODS = ["lora", "rslora", "pissa", "milora", "dora", "loraplus", "olora", "adalora"]
-
-
-def cuda_base(dtype: torch.dtype = torch.float32) -> Base:
-    base = tiny_base()
-    to: Any = base.model.to  # transformers wraps nn.Module.to untyped
-    to(dtype=dtype, device="cuda")
-    return replace(base, device=torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_on_cuda_are_those_of_the_cpu(method):
     data = random_data(40)
     trial = tiny_trial(data, method=method)
-    ours, _ = train(trial, data, base=cuda_base())
+    ours, _ = train(trial, data, base=tiny_base(device="cuda"))
     theirs, _ = train(trial, data)
     # float32 on both, other orders of sums; TF32 is off by default.
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
@@ -41,7 +28,7 @@ def test_losses_on_cuda_are_those_of_the_cpu(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_going_on_from_a_snapshot_on_cuda_is_bit_equal(method):
     data = random_data(40)
-    base = cuda_base(torch.bfloat16)
+    base = tiny_base(device="cuda", dtype=torch.bfloat16)
     trial = tiny_trial(data, method=method, precision="bfloat16", batch_size=4, dropout=0.1)
     engine = ReferenceEngine(
         base, {trial.data_fingerprint: data}, tokens_per_microbatch=lambda _: 40
