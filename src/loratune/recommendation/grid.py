@@ -91,7 +91,8 @@ class Recommendation:
     grid. `expected_regret` (a fraction of the loss) is an adaptive search's; its batch sizes hold
     with 95% posterior probability each. Where a proxy was searched (`recommendation.proxy`),
     `confirmed` are the target's scores, `extrapolated_over` says what differs, and the cost is in
-    FLOPs, over those of the fixed sweep on the target.
+    FLOPs, over those of the fixed sweep on the target; the batch sizes' 95% are then those of the
+    model `proxy`.
     """
 
     setting: str
@@ -114,6 +115,7 @@ class Recommendation:
     undecided: tuple[str, ...]
     expected_regret: float | None = None
     confirmed: tuple[ScoreAtLearningRate, ...] = ()
+    proxy: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """The answer as plain values under the names that others rely on; tuples are lists."""
