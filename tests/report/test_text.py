@@ -1,3 +1,5 @@
+import numpy as np
+
 from loratune.analyse.cells import make_cells
 from loratune.analyse.compare import compare
 from loratune.analyse.curves import make_curves
@@ -98,6 +100,27 @@ def test_two_seeds_are_said_not_to_be_enough():
         margin=1e-6,
     )
     assert "undecided: 2 seeds cannot tell, run at least 5" in comparison_sentence(one)
+
+
+def test_a_change_of_sign_that_is_noise_names_nobody_as_better():
+    draw = np.random.default_rng(1)
+
+    def told(noise):
+        rates = {"learning_rates": (1e-4, 1e-3)}
+        lora = sweep(lambda _, rate, seed: 1.0 + rate + noise * draw.normal(), **rates)
+        other = sweep(
+            lambda size, rate, seed: (
+                1.0 + rate + {4: 0.2, 16: -0.2, 64: -0.25}[size] + noise * draw.normal()
+            ),
+            method="pissa",
+            **rates,
+        )
+        return comparison_sentence(compare(lora + other)[0])
+
+    assert "lora is better below, pissa above" in told(0.001)
+    noisy = told(0.2)
+    assert "is better below" not in noisy
+    assert "which 3 seeds do not tell from noise: no crossing is shown there." in noisy
 
 
 def test_seeds_that_chose_are_told_from_seeds_that_did_not():

@@ -43,7 +43,7 @@ from loratune.analyse.curves import (
     tested_tasks,
     why_no_score,
 )
-from loratune.analyse.intervals import Estimate, holm, paired_t, welch_t
+from loratune.analyse.intervals import NO_SPREAD, Estimate, holm, paired_t, welch_t
 from loratune.analyse.scores import VALIDATION, Metric
 from loratune.analyse.selection_bias import expected_best, expected_maximum
 from loratune.analyse.tables import as_document
@@ -59,8 +59,6 @@ LEVEL = 0.05
 FEWEST_SEEDS = 5
 LOSS_MARGIN = 0.005  # relative, as the recommendation's
 ACCURACY_MARGIN = 0.01  # one point
-# A relative standard error that is rounding, not scatter.
-NO_SPREAD = 1e-9
 # How many more points one method may have been tuned over before it is not called better for it.
 # A quarter more moves the expected maximum of 20 by 0.07 standard deviations (assumption).
 BUDGET_TOLERANCE = 1.25
@@ -472,7 +470,7 @@ def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answer
         equivalence_margin=tolerated,
         equivalence_p=equal_p,
         verdict="undecided",
-        crossovers=() if blocked else _crossovers(method[1], baseline[1], names, answers),
+        crossovers=() if estimate is None else _crossovers(method[1], baseline[1], names, answers),
         unequal=_unequal(method[0], baseline[0], names),
         at_edge=(*_at_edge(method, names[0]), *_at_edge(baseline, names[1])),
         undecided=(*blocked, *doubts),
@@ -664,7 +662,7 @@ def _crossovers(
     method: Curve, baseline: Curve, names: tuple[str, str], answers: Answers
 ) -> tuple[Crossover, ...]:
     """Along the seeds that chose; over questions too where their verdicts are known throughout."""
-    zero_sets = None
+    zero_sets = differences = None
     pairs = common_points(method, baseline)
     task = method.metric.task
     seeds = [set(dict(one.seed_scores)) & set(dict(two.seed_scores)) for one, two in pairs]
@@ -682,7 +680,18 @@ def _crossovers(
             zero_sets = [
                 crossed_zero_set(left, right, sources=sources) for left, right in pairwise(gaps)
             ]
-    return _named(crossovers(method, baseline, zero_sets=zero_sets), method, baseline, names)
+            differences = [
+                _crossed(one, two, sources)
+                for one, two in zip(known[::2], known[1::2], strict=True)
+            ]
+    found = crossovers(method, baseline, zero_sets=zero_sets, differences=differences)
+    return _named(found, method, baseline, names)
+
+
+def _crossed(first: FloatArray, second: FloatArray, sources: Sequence[int] | None) -> Estimate:
+    """The difference at one batch size over the seeds that both have."""
+    found = crossed_difference(first, second, paired=True, sources=sources)
+    return not_too_certain(found, first, second, sources=sources)
 
 
 def _at(curve: Curve, batch_size: int, seeds: Sequence[int]) -> list[TrialResult]:

@@ -150,11 +150,13 @@ def comparison_sentences(one: Comparison) -> tuple[str, ...]:
         *_chosen(one),
     ]
     sentences += [
-        f"The curves cross near batch size {_batch(crossing.batch_size)}"
-        f"{_range(crossing.low, crossing.high)}: "
-        f"{crossing.better_below} is better below, {crossing.better_above} above."
+        f"The curves cross near batch size {_batch(crossing.batch_size)} (95% interval: "
+        f"{_batch(crossing.low)} to {_batch(crossing.high)}): {crossing.better_below} is better "
+        f"below, {crossing.better_above} above."
         for crossing in one.crossovers
+        if crossing.shown and crossing.low is not None and crossing.high is not None
     ]
+    sentences += _not_shown(one)
     if one.unequal:
         sentences.append(f"NOT ALIKE: {'; '.join(one.unequal)}.")
     if one.at_edge:
@@ -199,12 +201,17 @@ def comparison_sentence(one: Comparison) -> str:
     return "\n".join(comparison_sentences(one))
 
 
-def _range(low: float | None, high: float | None) -> str:
-    if low is None and high is None:
-        return " (no interval within the batch sizes tried)"
-    lower = "the smallest tried" if low is None else _batch(low)
-    upper = "the largest tried" if high is None else _batch(high)
-    return f" (95% interval: {lower} to {upper})"
+def _not_shown(one: Comparison) -> list[str]:
+    """The changes of sign that name no better method, in one sentence; none where there is none."""
+    where = [_batch(crossing.batch_size) for crossing in one.crossovers if not crossing.shown]
+    if not where:
+        return []
+    seeds = one.crossovers[0].num_seeds
+    over = "no seed they share" if seeds == 0 else "1 seed" if seeds == 1 else f"{seeds} seeds"
+    return [
+        f"The sign of the difference changes near batch size {', '.join(where)}, which {over} "
+        f"{'does' if seeds == 1 else 'do'} not tell from noise: no crossing is shown there."
+    ]
 
 
 def _batch(size: float) -> str:
