@@ -173,25 +173,60 @@ def test_where_the_same_data_are_there_too_only_those_are_compared():
 # Tuning budgets and edges
 
 
-def test_the_method_with_more_tuning_points_is_not_called_better():
+def test_a_longer_search_is_not_called_better_where_that_may_be_why():
     many = {size: [1.0, 1.001, 1.002] for size in (2, 4, 8)}
-    few = {4: [2.0, 2.001, 2.0005]}
+    few = {4: [1.1, 1.101, 1.1005]}
     (found,) = compare(two_methods(few, many))
     assert (found.method_tried, found.baseline_tried) == (6, 2)
-    assert found.verdict == "undecided"
-    assert "give lora as many batch sizes and learning rates and run again" in found.undecided[-1]
     # Two drawn from 1.001 (three times) and 2.001 (three times): the best is the worse one with
     # chance 3/15.
     assert found.unequal == (
         "pissa was tuned over 6 (batch size, learning rate) points, lora over 2 "
         "(the best of 2 drawn from pissa's is expected at 1.201)",
     )
+    assert found.verdict == "undecided"
+    # It says what can be written into the study.
+    assert (
+        "that may be why: add batch_size 2, 8 to the study file, so that lora has them too"
+        in (found.undecided[-1])
+    )
     (turned,) = compare(two_methods(many, few))
     assert turned.verdict == "undecided"
+    assert "so that pissa has them too" in turned.undecided[-1]
     (in_spite,) = compare(
         two_methods({size: [2.0, 2.001, 2.0005] for size in (2, 4, 8)}, {4: [1.0, 1.001, 1.002]})
     )
     assert in_spite.verdict == "better", "with a third of the budget"
+
+
+def test_a_longer_search_is_called_better_where_the_budget_does_not_explain_it():
+    many = {size: [1.0, 1.001, 1.002] for size in (2, 4, 8)}
+    (found,) = compare(two_methods({4: [1.4, 1.401, 1.4005]}, many))
+    # 1.201 expected of two of its points, still 0.2 better.
+    assert (found.verdict, found.undecided) == ("better", ())
+    assert found.unequal  # and said
+    # At 1.22 it is 0.02 better, which an interval of +-0.1 does not tell.
+    many = {2: [1.01, 1.012, 1.011], 4: [1.0, 1.001, 1.002], 8: [1.01, 1.013, 1.011]}
+    close = two_methods({4: [1.18, 1.22, 1.26]}, many)
+    (found,) = compare(close)
+    assert found.difference_high is not None
+    assert found.difference_high < 0
+    assert found.verdict == "undecided"
+    # Fresh seeds had no luck in being chosen: that it stays ahead is enough.
+    (found,) = compare(with_fresh(close, [1.18, 1.22, 1.26], [1.0, 1.001, 1.002]))
+    assert (found.seeds, found.verdict) == ("fresh", "better")
+    (found,) = compare(with_fresh(close, [1.08, 1.1, 1.12], [1.0, 1.001, 1.002]))
+    assert (found.seeds, found.verdict) == ("fresh", "undecided")
+
+
+def test_two_searches_of_one_study_have_the_same_budget():
+    def searched(**change):
+        rows = two_methods({4: [2.0, 2.001, 2.0005]}, {s: [1.0, 1.001, 1.002] for s in (2, 4, 8)})
+        return [replace(one, purpose="adaptive", **change) for one in rows]
+
+    (found,) = compare(searched())
+    assert (found.method_tried, found.baseline_tried) == (6, 2)
+    assert found.unequal == ()
 
 
 def test_an_optimum_at_the_edge_is_said():

@@ -15,7 +15,8 @@ what to run. What only makes it uncertain keeps the difference with its interval
 called one if it survives Holm's adjustment *and* reaches the detectable effect, the true difference
 that this very comparison finds with 80% power: estimates that are significant but smaller are
 mostly exaggerated (Gelman and Carlin 2014, "Beyond power calculations"). The method that had more
-(batch size, LR) points to choose from is not called better for it.
+(batch size, LR) points to choose from is not called better where that may be why: where what its
+surplus is expected to have gained it (`selection_bias.expected_best`) would undo the verdict.
 """
 
 import math
@@ -39,6 +40,7 @@ from loratune.analyse.curves import (
     Point,
     common_points,
     crossovers,
+    is_search,
     make_curves,
     tested_tasks,
     why_no_score,
@@ -59,7 +61,7 @@ LEVEL = 0.05
 FEWEST_SEEDS = 5
 LOSS_MARGIN = 0.005  # relative, as the recommendation's
 ACCURACY_MARGIN = 0.01  # one point
-# How many more points one method may have been tuned over before it is not called better for it.
+# How many more points one method may have been tuned over before it is asked whether that is why.
 # A quarter more moves the expected maximum of 20 by 0.07 standard deviations (assumption).
 BUDGET_TOLERANCE = 1.25
 
@@ -84,12 +86,12 @@ class Comparison:
     "undecided", with the reasons and what to run in `undecided`; where the difference is null, they
     say why there is none. `crossovers` are along the whole curves, not at the best.
     `unequal` says what else differs than the method: a rank or an alpha/r of its own, another
-    number of tuning points. `at_edge` says whose best point is at the edge of what was tried, and
-    so may not be its best. `*_tried` counts (batch size, LR) points. `*_selection_gap` is how much
-    better the score looks where it was chosen than where it was not (fresh seeds; for an accuracy
-    chosen by held-out accuracy, held-out less test). `*_flattery`, where no seeds are fresh, is at
-    most how much choosing the best of its points by their seeds' luck adds to the score (all of
-    them equally good).
+    number of tuning points (two searches of one study have the same allowance). `at_edge` says
+    whose best point is at the edge of what was tried, and so may not be its best. `*_tried` counts
+    (batch size, LR) points. `*_selection_gap` is how much better the score looks where it was
+    chosen than where it was not (fresh seeds; for an accuracy chosen by held-out accuracy, held-out
+    less test). `*_flattery`, where no seeds are fresh, is at most how much choosing the best of its
+    points by their seeds' luck adds to the score (all of them equally good).
     """
 
     setting: str
@@ -297,14 +299,24 @@ def _unequal(method: Curve, baseline: Curve, names: tuple[str, str]) -> tuple[st
     if one.alpha / one.rank != two.alpha / two.rank:
         said.append(f"alpha/r {one.alpha / one.rank:g} against {two.alpha / two.rank:g}")
     counts = (len(_tried(method)), len(_tried(baseline)))
-    if counts[0] != counts[1] and min(counts) > 0:
+    if counts[0] != counts[1] and min(counts) > 0 and not _same_allowance(method, baseline):
         more = 0 if counts[0] > counts[1] else 1
-        curve, few = (method, baseline)[more], min(counts)
+        best = _at_budget((method, baseline)[more], min(counts))
         said.append(
             f"{names[0]} was tuned over {_points(counts[0])}, {names[1]} over {counts[1]}"
-            f"{_at_equal_budget(curve, few, names[more])}"
+            + (
+                ""
+                if best is None
+                else f" (the best of {min(counts)} drawn from {names[more]}'s is expected at "
+                f"{best:.4g})"
+            )
         )
     return tuple(said)
+
+
+def _same_allowance(method: Curve, baseline: Curve) -> bool:
+    """Whether one study's search looked for both: each might take as many trials as it needed."""
+    return is_search(method) and is_search(baseline) and method.study == baseline.study
 
 
 def _points(num: int) -> str:
@@ -321,16 +333,96 @@ def _tried(curve: Curve) -> list[tuple[int, float]]:
     ]
 
 
-def _at_equal_budget(curve: Curve, num_draws: int, name: str) -> str:
-    """What the longer search would have found with the shorter one's budget, as words."""
+def _at_budget(curve: Curve, num_draws: int) -> float | None:
+    """What a search of so many points is expected to have found of a longer one's; None: unknown.
+
+    None too where fewer of its points have a score.
+    """
     means = [rate.mean for cell in curve.cells for rate in cell.rates if rate.verdict == "eligible"]
     finite = [mean for mean in means if mean is not None]
-    if num_draws > len(finite):
-        return ""
-    best = expected_best(
+    if not 1 <= num_draws <= len(finite):
+        return None
+    return expected_best(
         finite, num_draws=num_draws, higher_is_better=curve.metric.higher_is_better
     )
-    return f" (the best of {num_draws} drawn from {name}'s is expected at {best:.4g})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """Verdicts that one side's longer search may explain, and what to run. Empty: none."""
+
+    explains: tuple["Verdict", ...] = ()
+    reason: str = ""
+
+
+def _budget(
+    sides: tuple["_Side", "_Side"],
+    metric: Metric,
+    estimate: Estimate,
+    *,
+    fresh: bool,
+    margin: float | None,
+) -> _Budget:
+    """Which verdicts the difference of the tuning budgets may explain.
+
+    The longer search's score is made worse by what its surplus is expected to have gained it. With
+    fresh seeds a verdict must keep its side then; with seeds that chose, which may have been lucky
+    besides, so must the whole interval. Under a metric that did not choose, the gain is known in
+    the one that chose alone: there the longer search must stay ahead, and the seeds be fresh.
+    """
+    curves = (sides[0].selecting, sides[1].selecting)
+    counts = [len(_tried(curve)) for curve in curves]
+    if max(counts) <= BUDGET_TOLERANCE * min(counts) or _same_allowance(*curves):
+        return _Budget()
+    more = 0 if counts[0] > counts[1] else 1
+    longer, shorter = curves[more].best, curves[1 - more].best
+    assert longer is not None
+    assert longer.score is not None
+    assert shorter is not None
+    assert shorter.score is not None
+    then = _at_budget(curves[more], min(counts))
+    then = longer.score if then is None else then
+    ahead: Verdict = "better" if more == 0 else "worse"
+    explains = list[Verdict]()
+    if metric == curves[more].metric:
+        loss = then - longer.score if more == 0 else longer.score - then
+        shifted = replace(estimate, value=estimate.value + loss)
+        ends = (shifted.value,) if fresh else (shifted.low, shifted.high)
+        if any((end > 0) != (estimate.value > 0) for end in ends):
+            explains.append(ahead)
+        if margin is None or shifted.equivalence_p(margin) >= LEVEL:
+            explains.append("equivalent")
+    else:
+        if not fresh or not curves[more].metric.better(then, shorter.score):
+            explains.append(ahead)
+        explains.append("equivalent")
+    name = sides[1 - more].name
+    return _Budget(
+        tuple(explains),
+        f"{sides[more].name} was tuned over {_points(max(counts))}, {name} over {min(counts)}, and "
+        f"that may be why: {_what_lacks(curves[more], curves[1 - more], name)}",
+    )
+
+
+def _what_lacks(longer: Curve, shorter: Curve, name: str) -> str:
+    """What to add to the study so that the shorter search has what the longer one had."""
+    (sizes, rates), (own_sizes, own_rates) = (
+        tuple(sorted(set(axis)) for axis in zip(*_tried(curve), strict=True))
+        for curve in (longer, shorter)
+    )
+    parts = [
+        f"{word} {', '.join(f'{value:g}' for value in missing)}"
+        for word, missing in (
+            ("batch_size", [size for size in sizes if size not in own_sizes]),
+            ("learning_rate", [rate for rate in rates if rate not in own_rates]),
+        )
+        if missing
+    ]
+    what = " and ".join(parts) or "the points that it lacks"
+    return (
+        f"add {what} to the study file, so that {name} has them too, and run it again; trials that "
+        "are done are not repeated"
+    )
 
 
 def _at_edge(pair: Pair, name: str) -> list[str]:
@@ -420,8 +512,13 @@ class _Side:
         return [by_seed[seed] for seed in seeds]
 
 
-def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answers) -> Comparison:
-    """One method's best point against the baseline's; Holm and the verdict are still to come."""
+def _compare(
+    method: Pair, baseline: Pair, margin: float | None, answers: Answers
+) -> tuple[Comparison, _Budget]:
+    """One method's best point against the baseline's; Holm and the verdict are still to come.
+
+    With it what its verdict may not be, for the budgets.
+    """
     metric = baseline[1].metric
     sides = (_side(method), _side(baseline))
     names = (sides[0].name, sides[1].name)
@@ -442,7 +539,12 @@ def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answer
     if not blocked:
         estimate, num_questions, doubts = _estimate(sides, metric, answers, seeds, paired, fresh)
     equal_p = None if estimate is None or tolerated is None else estimate.equivalence_p(tolerated)
-    return Comparison(
+    budget = (
+        _Budget()
+        if estimate is None
+        else _budget(sides, metric, estimate, fresh=fresh, margin=tolerated)
+    )
+    compared = Comparison(
         setting=_setting_text(baseline[0], names[1]),
         method=names[0],
         baseline=names[1],
@@ -476,6 +578,7 @@ def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answer
         undecided=(*blocked, *doubts),
         select_on=baseline[0].cells[0].select_on,
     )
+    return compared, budget
 
 
 def _side(pair: Pair) -> _Side:
@@ -701,14 +804,14 @@ def _at(curve: Curve, batch_size: int, seeds: Sequence[int]) -> list[TrialResult
     return [by_seed[seed] for seed in seeds]
 
 
-def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def _adjusted(comparisons: Sequence[tuple[Comparison, _Budget]]) -> list[Comparison]:
     """Holm over the methods with a p, then the verdicts."""
-    tested = [one for one in comparisons if one.p_value is not None]
+    tested = [one for one, _ in comparisons if one.p_value is not None]
     adjusted = dict(zip(map(id, tested), holm([one.p_value or 0.0 for one in tested]), strict=True))
-    return [_decided(one, adjusted.get(id(one))) for one in comparisons]
+    return [_decided(one, adjusted.get(id(one)), budget) for one, budget in comparisons]
 
 
-def _decided(one: Comparison, p: float | None) -> Comparison:
+def _decided(one: Comparison, p: float | None, budget: _Budget) -> Comparison:
     """The comparison with its verdict."""
     if p is None or one.difference is None or one.detectable is None or one.undecided:
         return replace(one, p_holm=p)
@@ -735,18 +838,8 @@ def _decided(one: Comparison, p: float | None) -> Comparison:
             else f"{_sample(one)} show neither a difference (Holm p = {p:.2g}) nor {equal} "
             f"(p = {one.equivalence_p:.2g}); less than {one.detectable:.3g} is not found reliably"
         )
-    more, less = one.method_tried, one.baseline_tried
-    favoured = {
-        "better": more / less,
-        "worse": less / more,
-        "equivalent": max(more, less) / min(more, less),
-    }
-    if verdict != "undecided" and favoured[verdict] > BUDGET_TOLERANCE:
-        ahead, behind = (one.method, one.baseline) if more > less else (one.baseline, one.method)
-        reasons.append(
-            f"{ahead} was tuned over {_points(max(more, less))}, {behind} over {min(more, less)}: "
-            f"give {behind} as many batch sizes and learning rates and run again"
-        )
+    if verdict in budget.explains:
+        reasons.append(budget.reason)
         verdict = "undecided"
     return replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons))
 

@@ -181,6 +181,11 @@ def make_curves(cells: Sequence[Cell], *, task: str | None = None) -> tuple[Curv
     )
 
 
+def is_search(curve: Curve) -> bool:
+    """Whether an adaptive search chose the curve's trials."""
+    return any(result.purpose == "adaptive" for cell in curve.cells for result in cell.results)
+
+
 def tested_tasks(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The test tasks with a score at any chosen LR."""
     return test_tasks(one for cell in cells if cell.best is not None for one in cell.best.trials)

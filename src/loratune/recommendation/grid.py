@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loratune.analyse.cells import Cell, make_cells
-from loratune.analyse.curves import Curve, Point, make_curves, why_no_score
+from loratune.analyse.curves import Curve, Point, is_search, make_curves, why_no_score
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
 from loratune.recommendation.best import against_best
-from loratune.recommendation.searched import Searched, answer_of_search, is_search
+from loratune.recommendation.searched import Searched, answer_of_search
 from loratune.records import TrialResult
 
 BASELINE = "lora"

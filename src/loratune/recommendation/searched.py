@@ -27,11 +27,6 @@ class Searched:
     notes: tuple[str, ...]
 
 
-def is_search(curve: Curve) -> bool:
-    """Whether an adaptive search chose the curve's trials."""
-    return any(result.purpose == "adaptive" for cell in curve.cells for result in cell.results)
-
-
 def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
     """The trials that have been tried, as the search takes them.
 
