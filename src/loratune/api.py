@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from loratune.analyse.audit.from_results import table_of_results
 from loratune.analyse.audit.inspect import Audit, audit_table
 from loratune.analyse.audit.reading import read_table
-from loratune.analyse.cells import cells_table, make_cells
+from loratune.analyse.cells import cells_table
 from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.laws.report import Laws, find_laws
@@ -33,6 +33,7 @@ from loratune.planning.shapes import declared_model_facts
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
+from loratune.recommendation.searched import answered
 from loratune.records import TrialResult
 from loratune.study.loading import LoadedStudy, load_study
 
@@ -237,9 +238,7 @@ def statuses(folder: str | Path) -> dict[str, int]:
 
 def cells(folder: str | Path) -> "pd.DataFrame":
     """One row a cell: its best LR and its score there."""
-    _, store, record = open_results(folder)
-    with store:
-        return cells_table(make_cells(store.results(record.name, with_losses=False)))
+    return cells_table(answered(_results_of(Path(folder))))
 
 
 def recommend(
@@ -276,12 +275,13 @@ def _results_of(folder: Path) -> tuple[TrialResult, ...]:
 
 def compare(folder: str | Path) -> tuple[Comparison, ...]:
     """Every method against lora, each at its own best batch size and LR, in every setting."""
+    found = _results_of(Path(folder))
+    chosen = trials_to_compare(found, cells_of=answered)
     _, store, record = open_results(folder)
     with store:
-        found = store.results(record.name, with_losses=False)
-        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
+        verdicts = store.verdicts(record.name, trial_ids=chosen)
         sources = question_sources(store.data_summaries(record.name))
-    return compare_results(found, verdicts=verdicts, sources=sources)
+    return compare_results(found, verdicts=verdicts, sources=sources, cells_of=answered)
 
 
 def accounts(folder: str | Path) -> "tuple[Account, ...]":
@@ -572,7 +572,9 @@ def report(folder: str | Path) -> "ReportPaths":
             place.root,
             study=record,
             results=found,
-            verdicts=store.verdicts(record.name, trial_ids=trials_to_compare(found)),
+            verdicts=store.verdicts(
+                record.name, trial_ids=trials_to_compare(found, cells_of=answered)
+            ),
             summaries=store.data_summaries(record.name),
             provenances=store.provenances(record.name),
         )

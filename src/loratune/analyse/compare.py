@@ -20,7 +20,7 @@ surplus is expected to have gained it (`selection_bias.expected_best`) would und
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -137,6 +137,7 @@ class Comparison:
 
 
 Sources = Mapping[tuple[str, str], Sequence[int]]
+MakeCells = Callable[[Sequence[TrialResult]], tuple[Cell, ...]]
 
 
 def compare(
@@ -146,6 +147,7 @@ def compare(
     sources: Sources | None = None,
     baseline: str = BASELINE,
     margin: float | None = None,
+    cells_of: MakeCells = make_cells,
 ) -> tuple[Comparison, ...]:
     """Every method against the baseline, in every setting that has both, under every metric.
 
@@ -158,6 +160,7 @@ def compare(
         baseline: the method that the others are compared with.
         margin: the equivalence margin in the metric's own unit; left out, 0.5% of the baseline's
             loss and 0.01 of accuracy.
+        cells_of: what is chosen in each cell; `recommendation.searched.answered` knows searches.
 
     Raises:
         AnalysisError: no results, a margin that is not above 0, or a study without the baseline or
@@ -167,7 +170,7 @@ def compare(
         raise AnalysisError("no trials; run the study first")
     if margin is not None and not 0 < margin < math.inf:
         raise AnalysisError(f"margin={margin}; give a positive number in the metric's unit")
-    cells = make_cells(results)
+    cells = cells_of(results)
     selecting = make_curves(cells)
     methods = list(dict.fromkeys(curve.setting.value("method") for curve in selecting))
     if baseline not in methods:
@@ -185,11 +188,13 @@ def compare(
     return tuple(found)
 
 
-def trials_to_compare(results: Sequence[TrialResult]) -> tuple[str, ...]:
+def trials_to_compare(
+    results: Sequence[TrialResult], *, cells_of: MakeCells = make_cells
+) -> tuple[str, ...]:
     """The ids of the trials whose answers `compare` looks at: every cell's, at its chosen LR."""
     return tuple(
         result.trial.trial_id
-        for cell in make_cells(results)
+        for cell in cells_of(results)
         if cell.best is not None
         for result in (*cell.best.trials, *cell.best.further)
         if result.scores

@@ -94,7 +94,14 @@ class Curve:
 
     @property
     def best(self) -> Point | None:
-        """The point with the best score; of equal ones the smallest batch size."""
+        """The point with the best score, of equal ones the smallest batch size; a search's answer.
+
+        A search's answer is what its surface says (`recommendation.searched.answered`), not the
+        lowest of its means, of which many are one lucky trial's.
+        """
+        for point, cell in zip(self.points, self.cells, strict=True):
+            if cell.is_answer:
+                return point if point.score is not None else None
         best: Point | None = None
         for point in self.points:
             if point.score is None:
@@ -360,7 +367,9 @@ def _point(cell: Cell, metric: Metric) -> Point:
         learning_rate=cell.best.learning_rate if cell.best else None,
         lr_at_edge=cell.lr_at_edge,
         diverged_rates=cell.diverged_rates,
-        incomplete=bool(cell.incomplete_rates) or 0 < len(scores) < len(cell.seeds),
+        # A search's answer need not have every seed.
+        incomplete=bool(cell.incomplete_rates)
+        or (not cell.is_answer and 0 < len(scores) < len(cell.seeds)),
         fresh_scores=() if cell.best is None else _finite_scores(cell.best.further, metric),
     )
 

@@ -12,13 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratune.analyse.cells import Cell, make_cells
+from loratune.analyse.cells import Cell
 from loratune.analyse.curves import Curve, Point, is_search, make_curves, why_no_score
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
 from loratune.recommendation.best import against_best
-from loratune.recommendation.searched import Searched, answer_of_search
+from loratune.recommendation.searched import Searched, answer_of_search, answered
 from loratune.records import TrialResult
 
 BASELINE = "lora"
@@ -141,7 +141,7 @@ def recommendations(
         raise AnalysisError("no trials; run the study first")
     if margin < 0 or not math.isfinite(margin):
         raise AnalysisError(f"margin={margin}; give a fraction of 0 or more, such as 0.005")
-    curves = make_curves(make_cells(results))
+    curves = make_curves(answered(results))
     methods = list(dict.fromkeys(curve.setting.value("method") for curve in curves))
     default = BASELINE if BASELINE in methods else methods[0]
     chosen = default if method is None else method
