@@ -257,9 +257,13 @@ def test_where_the_best_rate_is_close_to_divergence_a_lower_one_is_tried():
 def test_the_expected_rate_is_read_off_between_those_tried_on_the_proxy():
     bowl = Target(2.4e-3)
     rows = bowl((8, 16, 32), (1e-3, 2e-3, 4e-3))
-    seeds = [replace(one, trial=replace(one.trial, seed=seed)) for one in rows for seed in (0, 1)]
+    seeds = [
+        replace(one, trial=replace(one.trial, seed=seed), outcome=replace(one.outcome,
+                validation_loss=(one.outcome.validation_loss or 0.0) * (1 + 1e-7 * seed)))
+        for one in rows for seed in (0, 1) if one.outcome is not None
+    ]  # fmt: skip
     answer = proxy_answer(seeds, method="lora")
     assert (answer.batch_size, answer.learning_rate) == (16, 2e-3)
     same = replace(PAIR, target=replace(PAIR.target, hidden_size=PAIR.proxy.hidden_size))
-    assert expected_rate(seeds, answer, pair=same) == pytest.approx(2.4e-3)
-    assert expected_rate(seeds, answer, pair=PAIR) == pytest.approx(PAIR.carried(2.4e-3))
+    assert expected_rate(seeds, answer, pair=same) == pytest.approx(2.4e-3, rel=1e-4)
+    assert expected_rate(seeds, answer, pair=PAIR) == pytest.approx(PAIR.carried(2.4e-3), rel=1e-4)

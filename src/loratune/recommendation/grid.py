@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from loratune.analyse.cells import Cell
 from loratune.analyse.curves import Curve, Point, is_search, make_curves, why_no_score
+from loratune.analyse.intervals import NO_SPREAD
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
@@ -189,6 +190,11 @@ def recommend_from_curve(
         comparison = against_best(
             [[sign * dict(point.seed_scores)[seed] for seed in shared] for point in scored]
         )
+        if all(_has_no_spread(point) for point in scored):
+            undecided.append(
+                f"the {len(shared)} seeds change no score: how much other seeds would is not known;"
+                " see that the seed shuffles the rows and draws the initialisation, and run again"
+            )
         sizes = [point.batch_size for point in scored]
         possible = [
             size
@@ -289,6 +295,11 @@ def _recommend_from_search(
 def _shared_seeds(curve: Curve) -> list[int]:
     sets = [{seed for seed, _ in one.seed_scores} for one in curve.points if one.score is not None]
     return sorted(set[int].intersection(*sets)) if sets else []
+
+
+def _has_no_spread(point: Point) -> bool:
+    scores = [score for _, score in point.seed_scores]
+    return max(scores) - min(scores) <= NO_SPREAD * max(map(abs, scores))
 
 
 def _seed_count(num: int) -> str:
