@@ -100,7 +100,7 @@ def test_all_diverged_is_undecided_and_says_which_rates_to_try():
 
 
 def test_nothing_finished_is_undecided():
-    undecided([result(status="planned")], "no trial has finished")
+    undecided([result(status="planned")], "no trial has finished", "the same command")
 
 
 def test_noise_that_hides_every_difference_is_undecided():

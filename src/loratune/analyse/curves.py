@@ -202,7 +202,10 @@ def why_no_score(curve: Curve) -> str:
     """Why no batch size of the curve has a score, and what to run."""
     statuses = [result.status for cell in curve.cells for result in cell.results]
     if all(status in ("planned", "running") for status in statuses):
-        return "no trial has finished yet"
+        return (
+            "no trial has finished yet; run the same command again, which goes on where it stopped "
+            "(where it had a --budget, with a longer one)"
+        )
     if all(rate.verdict == "diverged" for cell in curve.cells for rate in cell.rates):
         lowest = min(rate.learning_rate for cell in curve.cells for rate in cell.rates)
         return (
