@@ -76,12 +76,20 @@ def test_an_undecided_recommendation_begins_with_the_reason():
 
 
 def test_a_comparison_names_verdict_difference_and_seeds():
-    (one,) = compare(sweep(loss) + sweep(lambda *a: loss(*a) - 0.1 - 1e-4 * a[2], method="pissa"))
+    def inside(size, rate, seed):
+        return loss(size, rate, seed) + 3 * abs(rate - 1e-3)
+
+    (one,) = compare(
+        sweep(inside) + sweep(lambda *a: inside(*a) - 0.1 - 1e-4 * a[2], method="pissa")
+    )
     text = comparison_sentence(one)
     assert text.startswith("pissa against lora, validation loss: better.")
     assert "Difference -0.1001 (lower is better), 95% interval" in text
     assert "3 shared seeds" in text
-    assert "pissa's learning rate 0.0001 is at the edge of those tried" in text
+    (edged,) = compare(sweep(loss) + sweep(lambda *a: loss(*a) - 0.1 - 1e-4 * a[2], method="pissa"))
+    text = comparison_sentence(edged)
+    assert "undecided: lora's own best is not known" in text
+    assert "pissa's learning rate 0.0001 is the lowest of those tried" in text
 
 
 def test_two_seeds_are_said_not_to_be_enough():

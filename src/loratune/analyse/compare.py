@@ -16,7 +16,9 @@ called one if it survives Holm's adjustment *and* reaches the detectable effect,
 that this very comparison finds with 80% power: estimates that are significant but smaller are
 mostly exaggerated (Gelman and Carlin 2014, "Beyond power calculations"). The method that had more
 (batch size, LR) points to choose from is not called better where that may be why: where what its
-surplus is expected to have gained it (`selection_bias.expected_best`) would undo the verdict.
+surplus is expected to have gained it (`selection_bias.expected_best`) would undo the verdict. And
+no method is called better than one whose best LR lies at the edge of those tried: that one's own
+best is not known.
 """
 
 import math
@@ -86,7 +88,8 @@ class Comparison:
     "undecided", with the reasons and what to run in `undecided`; where the difference is null, they
     say why there is none. `crossovers` are along the whole curves, not at the best.
     `unequal` says what else differs than the method: a rank or an alpha/r of its own, another
-    number of tuning points (two searches of one study have the same allowance). `at_edge` says
+    number of tuning points (two searches of one study have the same allowance), trials left out
+    since they saw other rows or another base model. `at_edge` says
     whose best point is at the edge of what was tried, and so may not be its best. `*_tried` counts
     (batch size, LR) points. `*_selection_gap` is how much better the score looks where it was
     chosen than where it was not (fresh seeds; for an accuracy chosen by held-out accuracy, held-out
@@ -182,7 +185,9 @@ def compare(
     for task in (None, *_further_tasks(selecting, tested_tasks(cells))):
         scored = selecting if task is None else make_curves(cells, task=task)
         for against, others in _groups(list(zip(selecting, scored, strict=True)), baseline):
-            found.extend(_adjusted([_compare(one, against, margin, answers) for one in others]))
+            found.extend(
+                _adjusted([_compare(one, against, margin, answers, left) for one, left in others])
+            )
     if not found:
         raise AnalysisError(f"no setting of the study has both {baseline} and another method")
     return tuple(found)
@@ -228,8 +233,12 @@ def _column(verdicts: Verdicts) -> str:
 Pair = tuple[Curve, Curve]
 
 
-def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]]]:
+def _groups(
+    pairs: Sequence[Pair], baseline: str
+) -> list[tuple[Pair, list[tuple[Pair, Sequence[Pair]]]]]:
     """Every curve of the baseline (that selects, that scores), and what is compared with it.
+
+    Each with the method's curves that are left out, since they saw other rows or another base.
 
     All that the study crosses is alike on both sides. Only a method's own rank or alpha may keep it
     from being so: then it is compared at the same rank, and where it shares no rank either, at its
@@ -239,14 +248,14 @@ def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]
     for pair in pairs:
         key = (*_values(pair, _crossed_axes(pair)), *_optimizer(pair))
         settings.setdefault(key, []).append(pair)
-    found = list[tuple[Pair, list[Pair]]]()
+    found = list[tuple[Pair, list[tuple[Pair, Sequence[Pair]]]]]()
     for setting in settings.values():
         by_method = dict[str, list[Pair]]()
         for pair in setting:
             by_method.setdefault(pair[0].setting.value("method"), []).append(pair)
         against = by_method.pop(baseline, [])
         for one in against:
-            others = list[Pair]()
+            others = list[tuple[Pair, Sequence[Pair]]]()
             for of_method in by_method.values():
                 shared = _shared_axes(of_method, against)
                 alike = [
@@ -254,7 +263,9 @@ def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]
                 ]
                 # Other rows or other weights are no setting but a mistake, and said to be one
                 # where there is nothing better to compare with.
-                others += [other for other in alike if not _mixed(other, one)] or alike
+                same = [other for other in alike if not _mixed(other, one)]
+                left = [other for other in alike if _mixed(other, one)]
+                others += [(other, left) for other in same] or [(other, ()) for other in left]
             if others:
                 found.append((one, others))
     return found
@@ -281,6 +292,14 @@ def _mixed(method: Pair, baseline: Pair) -> tuple[str, ...]:
     if one.model_fingerprint != two.model_fingerprint:
         said.append(f"base models ({one.model_fingerprint} and {two.model_fingerprint})")
     return tuple(said)
+
+
+def _left_out(other: Pair, baseline: Pair, name: str) -> str:
+    sizes = ", ".join(str(cell.trial.batch_size) for cell in other[0].cells)
+    return (
+        f"{name}'s trials at batch size {sizes} are left out: they were trained on different "
+        f"{' and '.join(_mixed(other, baseline))}"
+    )
 
 
 def _shared_axes(method: Sequence[Pair], baseline: Sequence[Pair]) -> tuple[str, ...]:
@@ -352,12 +371,8 @@ def _at_budget(curve: Curve, num_draws: int) -> float | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Budget:
-    """Verdicts that one side's longer search may explain, and what to run. Empty: none."""
-
-    explains: tuple["Verdict", ...] = ()
-    reason: str = ""
+# A verdict that must not be given, and why.
+Veto = tuple["Verdict", str]
 
 
 def _budget(
@@ -367,7 +382,7 @@ def _budget(
     *,
     fresh: bool,
     margin: float | None,
-) -> _Budget:
+) -> list[Veto]:
     """Which verdicts the difference of the tuning budgets may explain.
 
     The longer search's score is made worse by what its surplus is expected to have gained it. With
@@ -378,7 +393,7 @@ def _budget(
     curves = (sides[0].selecting, sides[1].selecting)
     counts = [len(_tried(curve)) for curve in curves]
     if max(counts) <= BUDGET_TOLERANCE * min(counts) or _same_allowance(*curves):
-        return _Budget()
+        return []
     more = 0 if counts[0] > counts[1] else 1
     longer, shorter = curves[more].best, curves[1 - more].best
     assert longer is not None
@@ -388,25 +403,25 @@ def _budget(
     then = _at_budget(curves[more], min(counts))
     then = longer.score if then is None else then
     ahead: Verdict = "better" if more == 0 else "worse"
-    explains = list[Verdict]()
+    explained = list[Verdict]()
     if metric == curves[more].metric:
         loss = then - longer.score if more == 0 else longer.score - then
         shifted = replace(estimate, value=estimate.value + loss)
         ends = (shifted.value,) if fresh else (shifted.low, shifted.high)
         if any((end > 0) != (estimate.value > 0) for end in ends):
-            explains.append(ahead)
+            explained.append(ahead)
         if margin is None or shifted.equivalence_p(margin) >= LEVEL:
-            explains.append("equivalent")
+            explained.append("equivalent")
     else:
         if not fresh or not curves[more].metric.better(then, shorter.score):
-            explains.append(ahead)
-        explains.append("equivalent")
+            explained.append(ahead)
+        explained.append("equivalent")
     name = sides[1 - more].name
-    return _Budget(
-        tuple(explains),
+    reason = (
         f"{sides[more].name} was tuned over {_points(max(counts))}, {name} over {min(counts)}, and "
-        f"that may be why: {_what_lacks(curves[more], curves[1 - more], name)}",
+        f"that may be why: {_what_lacks(curves[more], curves[1 - more], name)}"
     )
+    return [(verdict, reason) for verdict in explained]
 
 
 def _what_lacks(longer: Curve, shorter: Curve, name: str) -> str:
@@ -445,9 +460,39 @@ def _at_edge(pair: Pair, name: str) -> list[str]:
     (cell,) = [one for one in pair[0].cells if one.trial.batch_size == best.batch_size]
     if len(cell.rates) == 1:
         said.append(f"{name} was tried at learning rate {best.learning_rate:g} only")
-    elif best.lr_at_edge:
-        said.append(f"{name}'s learning rate {best.learning_rate:g} is at the edge of those tried")
+    elif end := _rate_end(pair):
+        said.append(f"{name}'s learning rate {best.learning_rate:g} is the {end} of those tried")
     return said
+
+
+def _rate_end(pair: Pair) -> Literal["lowest", "highest"] | None:
+    """Where the best LR lies among those tried: in its cell, or, for a search, on its curve."""
+    curve, best = pair[0], pair[0].best
+    if best is None or best.learning_rate is None:
+        return None
+    if not is_search(curve) and not best.lr_at_edge:
+        return None
+    tried = [rate for size, rate in _tried(curve) if is_search(curve) or size == best.batch_size]
+    if len(set(tried)) < 2 or best.learning_rate not in (min(tried), max(tried)):
+        return None
+    return "lowest" if best.learning_rate == min(tried) else "highest"
+
+
+def _edge_vetoes(pair: Pair, name: str, loses: "Verdict") -> list[Veto]:
+    """Why this method must not be the worse one, where its best LR is at an end of those tried."""
+    end, best = _rate_end(pair), pair[0].best
+    if end is None or best is None:
+        return []
+    beyond, bound = ("lower", "low") if end == "lowest" else ("higher", "high")
+    change = (
+        f"move {bound} under learning_rate" if is_search(pair[0]) else "add one to learning_rate"
+    )
+    reason = (
+        f"{name}'s own best is not known: its best learning rate, {best.learning_rate:g}, is the "
+        f"{end} of those tried, and a {beyond} one may be better; {change} in the study and run it "
+        "again"
+    )
+    return [(loses, reason)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,11 +563,15 @@ class _Side:
 
 
 def _compare(
-    method: Pair, baseline: Pair, margin: float | None, answers: Answers
-) -> tuple[Comparison, _Budget]:
+    method: Pair,
+    baseline: Pair,
+    margin: float | None,
+    answers: Answers,
+    left_out: Sequence[Pair],
+) -> tuple[Comparison, list[Veto]]:
     """One method's best point against the baseline's; Holm and the verdict are still to come.
 
-    With it what its verdict may not be, for the budgets.
+    With it what its verdict must not be, for budgets and edges.
     """
     metric = baseline[1].metric
     sides = (_side(method), _side(baseline))
@@ -544,11 +593,13 @@ def _compare(
     if not blocked:
         estimate, num_questions, doubts = _estimate(sides, metric, answers, seeds, paired, fresh)
     equal_p = None if estimate is None or tolerated is None else estimate.equivalence_p(tolerated)
-    budget = (
-        _Budget()
-        if estimate is None
-        else _budget(sides, metric, estimate, fresh=fresh, margin=tolerated)
-    )
+    vetoes = list[Veto]()
+    if estimate is not None:
+        vetoes += _budget(sides, metric, estimate, fresh=fresh, margin=tolerated)
+        for loses, (pair, name) in zip(
+            ("worse", "better"), zip((method, baseline), names, strict=True), strict=True
+        ):
+            vetoes += _edge_vetoes(pair, name, loses)
     compared = Comparison(
         setting=_setting_text(baseline[0], names[1]),
         method=names[0],
@@ -578,12 +629,15 @@ def _compare(
         equivalence_p=equal_p,
         verdict="undecided",
         crossovers=() if estimate is None else _crossovers(method[1], baseline[1], names, answers),
-        unequal=_unequal(method[0], baseline[0], names),
+        unequal=(
+            *_unequal(method[0], baseline[0], names),
+            *(_left_out(one, baseline, names[0]) for one in left_out),
+        ),
         at_edge=(*_at_edge(method, names[0]), *_at_edge(baseline, names[1])),
         undecided=(*blocked, *doubts),
         select_on=baseline[0].cells[0].select_on,
     )
-    return compared, budget
+    return compared, vetoes
 
 
 def _side(pair: Pair) -> _Side:
@@ -809,14 +863,14 @@ def _at(curve: Curve, batch_size: int, seeds: Sequence[int]) -> list[TrialResult
     return [by_seed[seed] for seed in seeds]
 
 
-def _adjusted(comparisons: Sequence[tuple[Comparison, _Budget]]) -> list[Comparison]:
+def _adjusted(comparisons: Sequence[tuple[Comparison, Sequence[Veto]]]) -> list[Comparison]:
     """Holm over the methods with a p, then the verdicts."""
     tested = [one for one, _ in comparisons if one.p_value is not None]
     adjusted = dict(zip(map(id, tested), holm([one.p_value or 0.0 for one in tested]), strict=True))
-    return [_decided(one, adjusted.get(id(one)), budget) for one, budget in comparisons]
+    return [_decided(one, adjusted.get(id(one)), vetoes) for one, vetoes in comparisons]
 
 
-def _decided(one: Comparison, p: float | None, budget: _Budget) -> Comparison:
+def _decided(one: Comparison, p: float | None, vetoes: Sequence[Veto]) -> Comparison:
     """The comparison with its verdict."""
     if p is None or one.difference is None or one.detectable is None or one.undecided:
         return replace(one, p_holm=p)
@@ -843,8 +897,8 @@ def _decided(one: Comparison, p: float | None, budget: _Budget) -> Comparison:
             else f"{_sample(one)} show neither a difference (Holm p = {p:.2g}) nor {equal} "
             f"(p = {one.equivalence_p:.2g}); less than {one.detectable:.3g} is not found reliably"
         )
-    if verdict in budget.explains:
-        reasons.append(budget.reason)
+    if vetoed := [reason for of_verdict, reason in vetoes if of_verdict == verdict]:
+        reasons += vetoed
         verdict = "undecided"
     return replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons))
 
