@@ -147,13 +147,18 @@ def _percent(fraction: float | None) -> str:
 PARTS = {"null-test": null_test_part, "coverage": coverage_part, "power": power_part}
 
 
+def _first_line(docstring: str | None) -> str:
+    """Of a docstring, as argparse takes it: it formats every help with %."""
+    return (docstring or "").partition("\n")[0].replace("%", "%%")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
-        command = commands.add_parser(name, help=(part.__doc__ or "").partition("\n")[0])
+        command = commands.add_parser(name, help=_first_line(part.__doc__))
         command.add_argument("--simulations", type=int, default=NUM_SIMULATIONS)
-    command = commands.add_parser("rules", help=(rules_part.__doc__ or "").partition("\n")[0])
+    command = commands.add_parser("rules", help=_first_line(rules_part.__doc__))
     command.add_argument("--pairs", type=int, default=NUM_PAIRS)
     command.add_argument("--ratios", type=float, nargs="+", default=COST_RATIOS)
     given = parser.parse_args(arguments)

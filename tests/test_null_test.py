@@ -30,6 +30,13 @@ def test_a_method_chosen_on_held_out_rows_does_not_beat_itself_on_fresh_seeds(nu
     assert found.called <= found.rejected
 
 
+def test_its_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "How often the 95% interval of a difference" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_same_seed_gives_the_same_bytes(capsys):
     main(["null-test", "--simulations", "2"])
     first = capsys.readouterr().out

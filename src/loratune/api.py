@@ -552,7 +552,8 @@ def audit(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Audi
         LoratuneError: nothing that can be read, or no run with a score.
     """
     place = Path(path)
-    if ResultsFolder(place).study.is_file() and not columns:
+    ours = ResultsFolder(place)
+    if (ours.study.is_file() or ours.proxy_pair.is_file()) and not columns:
         _, store, record = open_results(place)
         with store:
             table = table_of_results(store.results(record.name, with_losses=False))

@@ -389,6 +389,15 @@ def test_questions_of_one_source_are_one_question():
     assert clustered.difference == pytest.approx(naive.difference)
 
 
+def test_a_test_of_one_question_or_one_source_leaves_the_other_comparisons_alone():
+    results, given = answered(drawn(4))
+    where = {(results[0].trial.data_fingerprint, "gsm8k"): [0] * 200}
+    loss, accuracy = compare(results, verdicts=given, sources=where)
+    assert (loss.metric, loss.baseline_learning_rate) == ("validation_loss", RATES[0])
+    assert (accuracy.verdict, accuracy.difference) == ("undecided", None)
+    assert "all questions share one source" in accuracy.undecided[0]
+
+
 def test_an_accuracy_without_its_answers_is_undecided():
     results, given = answered(drawn(4))
     _, found = compare(results, verdicts=given[:-1])

@@ -724,7 +724,10 @@ def _estimate(
             if _seeds_change_nothing(first) and _seeds_change_nothing(second):
                 return None, None, [_no_spread(f"{len(first)} seeds gave the same answers")]
             sources = answers.sources_of(trials[0][0], metric.task)
-            found = crossed_difference(first, second, paired=paired, sources=sources)
+            try:
+                found = crossed_difference(first, second, paired=paired, sources=sources)
+            except AnalysisError as error:  # One question, or one source of all.
+                return None, None, [f"{error}; score a test with more questions"]
             found = not_too_certain(found, first, second, sources=sources)
             return found, first.shape[1], []
     estimate = (

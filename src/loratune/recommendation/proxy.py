@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 
 from loratune.analyse.cells import Cell, TriedRate, make_cells
 from loratune.analyse.laws.between import rate_between
+from loratune.analyse.laws.published import WIDTH_EXPONENTS
 from loratune.analyse.scores import method_label
 from loratune.errors import AnalysisError
 from loratune.recommendation.grid import (
@@ -32,7 +33,11 @@ from loratune.records import ModelFacts, TrialResult
 
 # LoRA Without Regret (Schulman et al. 2025): the best LR of LoRA goes with (2000 / width)^p, with p
 # fitted for two families. For others p = 0: the LR is taken over as it is.
-WIDTH_EXPONENTS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
+_EXPONENTS = {
+    "llama": WIDTH_EXPONENTS["llama"],
+    "qwen2": WIDTH_EXPONENTS["qwen"],
+    "qwen3": WIDTH_EXPONENTS["qwen"],
+}
 # The LRs of the target: the expected one, and so many times lower and higher. Chosen, as the next
 # two, by the regret on simulated pairs of models (families that are not held out).
 RATE_STEP = 1.5
@@ -104,7 +109,7 @@ class ProxyPair:
         """p of the law that carries the LR; 0 where the family has none."""
         types = {self.proxy.model_type, self.target.model_type}
         (shared,) = types if len(types) == 1 else (None,)
-        return WIDTH_EXPONENTS.get(shared or "", 0.0)
+        return _EXPONENTS.get(shared or "", 0.0)
 
     def carried(self, learning_rate: float) -> float:
         """The LR that the law expects on the target: times (proxy width / target width)^p."""
