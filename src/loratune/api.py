@@ -107,7 +107,8 @@ def noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
     with store:
         results = store.results(record.name, with_losses=False)
         verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(results))
-    return measured_noise(results, verdicts)
+        sources = question_sources(store.data_summaries(record.name))
+    return measured_noise(results, verdicts, sources=sources)
 
 
 def plan(
