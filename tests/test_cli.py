@@ -203,6 +203,7 @@ def test_plan_reads_the_model_and_the_rows_and_writes_nothing(loratune, furnishe
     assert answer["num_trials"] == len(answer["trials"]) == NUM_TRIALS
     assert answer["provisional"] is False
     assert answer["trials"][0]["num_updates"] == 5
+    assert [one["kind"] for one in answer["alternatives"]] == ["adaptive", "proxy"]
     assert {path: path.stat().st_mtime_ns for path in furnished.rglob("*")} == before
 
 

@@ -21,11 +21,13 @@ from loratune.analyse.cells import cells_table
 from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.laws.report import Laws, find_laws
+from loratune.analyse.laws.sizes import parameters_of_name
 from loratune.analyse.lemma import DEFAULT_REPLICATES, LemmaCheck, check_lemma
 from loratune.analyse.noise import measured_noise
 from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError, EvaluationError, StudyError
 from loratune.folder import ResultsFolder, open_results
+from loratune.planning.alternatives import ASSUMED_RATIO, ProxySearch, proxy_alternative
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
 from loratune.planning.power import DifferenceNoise
@@ -36,6 +38,7 @@ from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
 from loratune.recommendation.searched import answered
 from loratune.records import TrialResult
 from loratune.study.loading import LoadedStudy, load_study
+from loratune.study.schema import PAPER_LEARNING_RATES
 
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
@@ -98,7 +101,39 @@ def plan_with_remarks(
         rate = _measured_rate(like, found)
     noise = {} if like is None else noise_of(like)
     made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
-    return made, found.remarks
+    return _with_proxy(made), found.remarks
+
+
+def _with_proxy(made: Plan) -> Plan:
+    """The plan with what `tune` would cost in its place, by models whose names tell their size."""
+    from loratune.models.proxies import propose_proxy
+    from loratune.new_study import PROXY_GRIDS, SWEEP_BATCH_SIZES, finest_grid
+
+    proxies = dict[str, tuple[str, float]]()
+    for model, facts in made.models.items():
+        proxy = propose_proxy(model)
+        size = None if proxy is None else parameters_of_name(proxy)
+        if proxy is not None and size is not None:
+            own = parameters_of_name(model) or facts.num_parameters
+            proxies[model] = (proxy, size / own)
+    searches = [
+        ProxySearch(sizes, rates.count(",") + 1, further) for sizes, rates, further in PROXY_GRIDS
+    ]
+    # As a share of the fixed sweep: batch sizes x the paper's LRs x 3 seeds on the target.
+    largest = max((ratio for _, ratio in proxies.values()), default=ASSUMED_RATIO)
+    sweep = len(SWEEP_BATCH_SIZES) * len(PAPER_LEARNING_RATES) * 3
+    rows = max(trial.num_train_rows for trial in made.trials)
+    share = largest * searches[0].num_trials(rows) / sweep
+    by_proxy = proxy_alternative(
+        made.study,
+        made.trials,
+        made.costs,
+        flops=made.flops,
+        proxies=proxies,
+        search=searches[finest_grid(share)],
+    )
+    more = () if by_proxy is None else (by_proxy,)
+    return replace(made, alternatives=(*made.alternatives, *more))
 
 
 def noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
