@@ -138,12 +138,13 @@ def _with_proxy(made: Plan) -> Plan:
 
 def noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
     """The noise between methods that was measured in a results folder, by metric."""
+    results = _results_of(Path(folder))
+    chosen = trials_to_compare(results, cells_of=answered)
     _, store, record = open_results(folder)
     with store:
-        results = store.results(record.name, with_losses=False)
-        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(results))
+        verdicts = store.verdicts(record.name, trial_ids=chosen)
         sources = question_sources(store.data_summaries(record.name))
-    return measured_noise(results, verdicts, sources=sources)
+    return measured_noise(results, verdicts, sources=sources, cells_of=answered)
 
 
 def plan(

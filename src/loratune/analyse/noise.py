@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 
 from loratune.analyse.cells import make_cells
-from loratune.analyse.compare import Answers, Sources
+from loratune.analyse.compare import Answers, MakeCells, Sources
 from loratune.analyse.crossed import Components, crossed_components
 from loratune.analyse.curves import Curve, Point, make_curves, tested_tasks
 from loratune.analyse.scores import LOSS, accuracy_metric
@@ -21,6 +21,7 @@ def measured_noise(
     verdicts: Sequence[Verdicts] = (),
     *,
     sources: Sources | None = None,
+    cells_of: MakeCells = make_cells,
 ) -> dict[str, DifferenceNoise]:
     """The variance components of a difference between two methods, by metric name.
 
@@ -29,9 +30,9 @@ def measured_noise(
     least two seeds (and questions). With one method alone its seeds' and residual variance count
     twice, and the questions' part is what the assumed discordance leaves. A metric that nothing is
     known of is absent. Questions that share a source (`compare.question_sources`) count as a unit;
-    the planned study is taken to have as many of each.
+    the planned study is taken to have as many of each. `cells_of` as in `compare.compare`.
     """
-    cells = make_cells(results)
+    cells = cells_of(results)
     selecting = make_curves(cells)
     found = dict[str, DifferenceNoise]()
     if selecting and selecting[0].metric == LOSS:
