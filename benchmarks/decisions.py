@@ -2,6 +2,7 @@
 
     python benchmarks/decisions.py null-test
     python benchmarks/decisions.py coverage
+    python benchmarks/decisions.py answers
     python benchmarks/decisions.py power
     python benchmarks/decisions.py rules [--pairs 50] [--ratios 4 16 28 56]
 
@@ -11,14 +12,17 @@ the same table.
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 
 from loratune.planning.power import DifferenceNoise
 from null_test import (
+    ANSWER_CASES,
     COVERAGE_CASES,
     NUM_FEW,
     NUM_MANY,
     NUM_TEST,
     Procedure,
+    answer_coverage,
     coverage,
     null_test,
     realised_power,
@@ -86,6 +90,33 @@ def coverage_part(num_simulations: int) -> None:
         print(f"| {case} | {' | '.join(map(_percent, covered))} |", flush=True)
 
 
+def answers_part(num_simulations: int) -> None:
+    """How often that interval covers, for right and wrong answers, and for seeds of each method."""
+    print(f"coverage in %, {num_simulations:,} simulations each, a quarter at 20 seeds")
+    sizes = (3, 5, 20)
+    print(f"| answers | questions | seeds | {' | '.join(f'{size} seeds' for size in sizes)} |")
+    print("| --- | --- | --- |" + " --- |" * len(sizes))
+    for number, (case, num_questions, paired) in enumerate(
+        product(ANSWER_CASES, (100, 500), (True, False))
+    ):
+        covered = [
+            answer_coverage(
+                case,
+                paired=paired,
+                num_seeds=size,
+                num_questions=num_questions,
+                num_simulations=num_simulations if size < 20 else num_simulations // 4,
+                seed=number,
+            )
+            for size in sizes
+        ]
+        seeds = "shared" if paired else "not shared"
+        print(
+            f"| {case} | {num_questions} | {seeds} | {' | '.join(map(_percent, covered))} |",
+            flush=True,
+        )
+
+
 def power_part(num_simulations: int) -> None:
     """How often a difference that is said to be found with 80% power was."""
     print(f"realised power in %, {num_simulations:,} simulations each, 500 questions")
@@ -144,16 +175,26 @@ def _percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:.1f}"
 
 
-PARTS = {"null-test": null_test_part, "coverage": coverage_part, "power": power_part}
+PARTS = {
+    "null-test": null_test_part,
+    "coverage": coverage_part,
+    "answers": answers_part,
+    "power": power_part,
+}
+
+
+def _first_line(docstring: str | None) -> str:
+    """Of a docstring, as argparse takes it: it formats every help with %."""
+    return (docstring or "").partition("\n")[0].replace("%", "%%")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
-        command = commands.add_parser(name, help=(part.__doc__ or "").partition("\n")[0])
+        command = commands.add_parser(name, help=_first_line(part.__doc__))
         command.add_argument("--simulations", type=int, default=NUM_SIMULATIONS)
-    command = commands.add_parser("rules", help=(rules_part.__doc__ or "").partition("\n")[0])
+    command = commands.add_parser("rules", help=_first_line(rules_part.__doc__))
     command.add_argument("--pairs", type=int, default=NUM_PAIRS)
     command.add_argument("--ratios", type=float, nargs="+", default=COST_RATIOS)
     given = parser.parse_args(arguments)

@@ -22,8 +22,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.special import ndtr
 
-from loratune.analyse.crossed import crossed_difference, crossed_variance
+from loratune.analyse.crossed import crossed_difference, crossed_variance, not_too_certain
 from loratune.planning.power import (
     DifferenceNoise,
     detectable_multiples,
@@ -215,6 +216,60 @@ def coverage(
         )
         missed += int(_tested(tables).rejected.sum())
     return 1.0 - missed / num_simulations
+
+
+# Of a latent score: its mean, and the standard deviations of a method's own part of a question, of
+# a seed, and of luck; questions themselves vary by 1, and an answer is right above 0.
+ANSWER_CASES = {
+    "questions dominate": (0.0, 1.0, 0.02, 0.3),
+    "in between": (0.0, 0.5, 0.1, 0.7),
+    "seeds dominate": (0.0, 0.1, 0.6, 0.1),
+    "97% right, in between": (2.5, 0.5, 0.15, 0.5),
+    "97% right, seeds dominate": (2.5, 0.1, 0.6, 0.3),
+}
+_BETTER = 0.2  # what the second method's latent score has more
+
+
+def answer_coverage(
+    case: str,
+    *,
+    paired: bool,
+    num_seeds: int,
+    num_questions: int,
+    num_simulations: int,
+    seed: int,
+) -> float:
+    """How often the 95% interval of the difference of two accuracies covers the true one.
+
+    Right and wrong answers instead of normal tables, and two methods whose seeds are not shared as
+    well (`paired` false).
+    """
+    mean, of_method, of_seed, luck = ANSWER_CASES[case]
+    spread = math.sqrt(1.0 + of_method**2 + of_seed**2 + luck**2)
+    true = float(ndtr((mean + _BETTER) / spread) - ndtr(mean / spread))
+    draw = np.random.default_rng(seed)
+    covered = 0
+    for _ in range(num_simulations):
+        question = draw.standard_normal(num_questions)
+        # Seeds that are shared move both methods alike, by half of their variance.
+        shared = draw.standard_normal((num_seeds, 1)) * (of_seed * math.sqrt(0.5) if paired else 0)
+        own = of_seed * (math.sqrt(0.5) if paired else 1.0)
+        first, second = (
+            (
+                mean
+                + more
+                + question
+                + of_method * draw.standard_normal(num_questions)
+                + shared
+                + own * draw.standard_normal((num_seeds, 1))
+                + luck * draw.standard_normal((num_seeds, num_questions))
+                > 0
+            ).astype(np.float64)
+            for more in (_BETTER, 0.0)
+        )
+        found = not_too_certain(crossed_difference(first, second, paired=paired), first, second)
+        covered += found.low <= true <= found.high
+    return covered / num_simulations
 
 
 @dataclass(frozen=True, slots=True)

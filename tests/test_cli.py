@@ -203,6 +203,7 @@ def test_plan_reads_the_model_and_the_rows_and_writes_nothing(loratune, furnishe
     assert answer["num_trials"] == len(answer["trials"]) == NUM_TRIALS
     assert answer["provisional"] is False
     assert answer["trials"][0]["num_updates"] == 5
+    assert [one["kind"] for one in answer["alternatives"]] == ["adaptive", "proxy"]
     assert {path: path.stat().st_mtime_ns for path in furnished.rglob("*")} == before
 
 
@@ -489,6 +490,20 @@ def test_a_folder_that_is_no_results_folder_is_refused(loratune, tmp_path):
             answer = loratune(command, folder)
             assert answer.code == 2
             assert "loratune run STUDY.yaml --out DIR" in answer.err
+
+
+def test_what_tune_left_where_only_the_proxy_was_searched_points_there(loratune, tmp_path):
+    proxy = tmp_path / "out" / "proxy"
+    proxy.mkdir(parents=True)
+    (proxy / "study.yaml").write_text("study: searched\n", encoding="utf-8")
+    (tmp_path / "out" / "proxy.json").write_text("{}", encoding="utf-8")
+    for command in ("compare", "audit"):
+        answer = loratune(command, tmp_path / "out")
+        assert answer.code == 2, command
+        assert "has searched its proxy alone" in answer.err
+        assert str(proxy) in answer.err.replace("\n", "")
+    (tmp_path / "file").touch()
+    assert "is a file" in loratune("compare", tmp_path / "file").err
 
 
 def test_a_second_store_for_one_folder_is_refused(loratune, furnished, finished, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from decisions import main
-from null_test import null_test
+from null_test import answer_coverage, null_test
 
 
 def test_choosing_and_scoring_on_the_test_is_ahead_89_times_in_100_by_a_point():
@@ -28,6 +28,22 @@ def test_a_method_chosen_on_held_out_rows_does_not_beat_itself_on_fresh_seeds(nu
     assert found.rejected == pytest.approx(0.05, abs=0.01 + 3 * math.sqrt(0.05 * 0.95 / n))
     assert abs(100 * found.bias) <= 0.1 + 300 * found.bias_error
     assert found.called <= found.rejected
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_intervals_cover_for_right_and_wrong_answers_too(paired):
+    n = 300
+    found = answer_coverage(
+        "in between", paired=paired, num_seeds=3, num_questions=100, num_simulations=n, seed=1
+    )
+    assert found == pytest.approx(0.95, abs=3 * math.sqrt(0.05 * 0.95 / n))
+
+
+def test_its_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "How often the 95% interval of a difference" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_same_seed_gives_the_same_bytes(capsys):

@@ -16,8 +16,10 @@ import pytest
 import stub_sweep
 from loratune import training
 from loratune.analyse.cells import make_cells
+from loratune.analyse.curves import make_curves
 from loratune.engine.base import Progress, Snapshot
 from loratune.errors import StoreError
+from loratune.recommendation.searched import answered
 from loratune.records import Answer, Outcome, Said, ScoreKey, Trial, TrialResult
 from loratune.store.database import Store, open_store
 from loratune.study.loading import LoadedStudy, parse_study
@@ -645,6 +647,7 @@ def test_an_adaptive_study_trains_each_trial_once_and_no_more_than_it_may(tmp_pa
     sweep = sweep_stub(tmp_path / "out", loaded, workshop=workshop)
     trained = workshop.stub.trained
     assert len(set(trained)) == len(trained) == len(sweep.results)
+    differ = list[bool]()
     for method in ("lora", "pissa"):
         own = [one for one in sweep.results if one.trial.method.name == method]
         searched = [one for one in own if one.purpose == "adaptive"]
@@ -653,6 +656,26 @@ def test_an_adaptive_study_trains_each_trial_once_and_no_more_than_it_may(tmp_pa
         assert all(1e-4 <= one.trial.learning_rate <= 1e-2 for one in searched)
         assert {one.trial.seed for one in searched} <= {0, 1, 2}
         assert [one.trial.seed for one in own if one.purpose == "confirm"] == [3, 4]
+        # What is confirmed and kept is what is recommended.
+        (curve,) = make_curves(answered(own))
+        (raw,) = make_curves(make_cells(own))
+        assert curve.best is not None
+        assert raw.best is not None
+        point = (curve.best.batch_size, curve.best.learning_rate)
+        differ.append(point != (raw.best.batch_size, raw.best.learning_rate))
+        confirmed = {
+            (one.trial.batch_size, one.trial.learning_rate)
+            for one in own
+            if one.purpose == "confirm"
+        }
+        assert confirmed == {point}
+        of_answer = {
+            one.trial.trial_id
+            for one in searched
+            if (one.trial.batch_size, one.trial.learning_rate) == point
+        }
+        assert of_answer & {one.name for one in (tmp_path / "out" / "adapters").iterdir()}
+    assert any(differ), "else nothing is shown"
     assert all(cell.lr_at_edge is None for cell in make_cells(sweep.results))
     kept = list((tmp_path / "out" / "adapters").iterdir())
     assert len(kept) == 4  # the best of every cell

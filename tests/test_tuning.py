@@ -116,7 +116,8 @@ def test_when_the_budget_is_over_the_answer_is_what_can_be_said(asked):
     asked = replace(asked, budget_seconds=12.0, started=time.monotonic())
     runs.tune(asked)
     assert time.monotonic() - asked.started < 12.0
-    assert any("share of the budget is over" in said for said in runs.said)
+    (said,) = (said for said in runs.said if "share of the budget is over after" in said)
+    assert "the same command with a longer --budget goes on" in said
     (answer,) = api.recommend(asked.out)
     assert answer.undecided
     assert answer.batch_size is None

@@ -17,15 +17,17 @@ from pydantic import ValidationError
 from loratune.analyse.audit.from_results import table_of_results
 from loratune.analyse.audit.inspect import Audit, audit_table
 from loratune.analyse.audit.reading import read_table
-from loratune.analyse.cells import cells_table, make_cells
+from loratune.analyse.cells import cells_table
 from loratune.analyse.compare import Comparison, question_sources, trials_to_compare
 from loratune.analyse.compare import compare as compare_results
 from loratune.analyse.laws.report import Laws, find_laws
+from loratune.analyse.laws.sizes import parameters_of_name
 from loratune.analyse.lemma import DEFAULT_REPLICATES, LemmaCheck, check_lemma
 from loratune.analyse.noise import measured_noise
 from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError, EvaluationError, StudyError
 from loratune.folder import ResultsFolder, open_results
+from loratune.planning.alternatives import ASSUMED_RATIO, ProxySearch, proxy_alternative
 from loratune.planning.build import Plan, make_plan
 from loratune.planning.cost import H100, Rate, Timing, measured_rate, stated_rate, trial_cost
 from loratune.planning.power import DifferenceNoise
@@ -33,8 +35,10 @@ from loratune.planning.shapes import declared_model_facts
 from loratune.progress import ProgressLine
 from loratune.recommendation.grid import Recommendation, recommendations
 from loratune.recommendation.proxy import ProxyPair, recommend_by_proxy
+from loratune.recommendation.searched import answered
 from loratune.records import TrialResult
 from loratune.study.loading import LoadedStudy, load_study
+from loratune.study.schema import PAPER_LEARNING_RATES
 
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
@@ -97,16 +101,50 @@ def plan_with_remarks(
         rate = _measured_rate(like, found)
     noise = {} if like is None else noise_of(like)
     made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
-    return made, found.remarks
+    return _with_proxy(made), found.remarks
+
+
+def _with_proxy(made: Plan) -> Plan:
+    """The plan with what `tune` would cost in its place, by models whose names tell their size."""
+    from loratune.models.proxies import propose_proxy
+    from loratune.new_study import PROXY_GRIDS, SWEEP_BATCH_SIZES, finest_grid
+
+    proxies = dict[str, tuple[str, float]]()
+    for model, facts in made.models.items():
+        proxy = propose_proxy(model)
+        size = None if proxy is None else parameters_of_name(proxy)
+        if proxy is not None and size is not None:
+            own = parameters_of_name(model) or facts.num_parameters
+            proxies[model] = (proxy, size / own)
+    searches = [
+        ProxySearch(sizes, rates.count(",") + 1, further) for sizes, rates, further in PROXY_GRIDS
+    ]
+    # As a share of the fixed sweep: batch sizes x the paper's LRs x 3 seeds on the target.
+    largest = max((ratio for _, ratio in proxies.values()), default=ASSUMED_RATIO)
+    sweep = len(SWEEP_BATCH_SIZES) * len(PAPER_LEARNING_RATES) * 3
+    rows = max(trial.num_train_rows for trial in made.trials)
+    share = largest * searches[0].num_trials(rows) / sweep
+    by_proxy = proxy_alternative(
+        made.study,
+        made.trials,
+        made.costs,
+        flops=made.flops,
+        proxies=proxies,
+        search=searches[finest_grid(share)],
+    )
+    more = () if by_proxy is None else (by_proxy,)
+    return replace(made, alternatives=(*made.alternatives, *more))
 
 
 def noise_of(folder: str | Path) -> dict[str, DifferenceNoise]:
     """The noise between methods that was measured in a results folder, by metric."""
+    results = _results_of(Path(folder))
+    chosen = trials_to_compare(results, cells_of=answered)
     _, store, record = open_results(folder)
     with store:
-        results = store.results(record.name, with_losses=False)
-        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(results))
-    return measured_noise(results, verdicts)
+        verdicts = store.verdicts(record.name, trial_ids=chosen)
+        sources = question_sources(store.data_summaries(record.name))
+    return measured_noise(results, verdicts, sources=sources, cells_of=answered)
 
 
 def plan(
@@ -237,9 +275,7 @@ def statuses(folder: str | Path) -> dict[str, int]:
 
 def cells(folder: str | Path) -> "pd.DataFrame":
     """One row a cell: its best LR and its score there."""
-    _, store, record = open_results(folder)
-    with store:
-        return cells_table(make_cells(store.results(record.name, with_losses=False)))
+    return cells_table(answered(_results_of(Path(folder))))
 
 
 def recommend(
@@ -279,12 +315,13 @@ def _results_of(folder: Path) -> tuple[TrialResult, ...]:
 
 def compare(folder: str | Path) -> tuple[Comparison, ...]:
     """Every method against lora, each at its own best batch size and LR, in every setting."""
+    found = _results_of(Path(folder))
+    chosen = trials_to_compare(found, cells_of=answered)
     _, store, record = open_results(folder)
     with store:
-        found = store.results(record.name, with_losses=False)
-        verdicts = store.verdicts(record.name, trial_ids=trials_to_compare(found))
+        verdicts = store.verdicts(record.name, trial_ids=chosen)
         sources = question_sources(store.data_summaries(record.name))
-    return compare_results(found, verdicts=verdicts, sources=sources)
+    return compare_results(found, verdicts=verdicts, sources=sources, cells_of=answered)
 
 
 def accounts(folder: str | Path) -> "tuple[Account, ...]":
@@ -570,7 +607,8 @@ def audit(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Audi
         LoratuneError: nothing that can be read, or no run with a score.
     """
     place = Path(path)
-    if ResultsFolder(place).study.is_file() and not columns:
+    ours = ResultsFolder(place)
+    if (ours.study.is_file() or ours.proxy_pair.is_file()) and not columns:
         _, store, record = open_results(place)
         with store:
             table = table_of_results(store.results(record.name, with_losses=False))
@@ -590,7 +628,9 @@ def report(folder: str | Path) -> "ReportPaths":
             place.root,
             study=record,
             results=found,
-            verdicts=store.verdicts(record.name, trial_ids=trials_to_compare(found)),
+            verdicts=store.verdicts(
+                record.name, trial_ids=trials_to_compare(found, cells_of=answered)
+            ),
             summaries=store.data_summaries(record.name),
             provenances=store.provenances(record.name),
         )

@@ -782,8 +782,8 @@ def _print_answer(
     `further` are recommendations for larger models that the sweep was the proxy of.
     """
     from loratune import api
-    from loratune.analyse.cells import make_cells
     from loratune.analyse.curves import make_curves
+    from loratune.recommendation.searched import answered
     from loratune.report.text import curves_text, recommendation_text
 
     answers = api.recommend(sweep.folder.root)
@@ -796,7 +796,7 @@ def _print_answer(
         }
         _print(_json_of(body))
     else:
-        parts = [curves_text(make_curves(make_cells(sweep.results)))]
+        parts = [curves_text(make_curves(answered(sweep.results)))]
         parts += [recommendation_text(answer) for answer in answers]
         parts += [
             f"The same, carried over to the larger {answer.model}:\n{recommendation_text(answer)}"

@@ -1,4 +1,9 @@
-"""`loratune demo`: a sweep on a shipped model, and its answer carried over to a larger one."""
+"""`loratune demo`: a sweep on a shipped model, and its answer carried over to a larger one.
+
+The larger model gets the paper's recipe alone, three LRs at the proxy's batch size, so that the
+demo stays within its minutes. `tune` does more (`recommendation.proxy.search_target`): an LR read
+off between those tried, and half and twice the batch size. The answer says what was not tried.
+"""
 
 import re
 from collections.abc import Callable

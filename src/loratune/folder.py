@@ -83,7 +83,14 @@ def open_results(path: str | Path) -> tuple[ResultsFolder, Store, StudyRecord]:
     """
     folder = ResultsFolder(Path(path))
     if not folder.study.is_file():
-        what = "is no results folder" if folder.root.is_dir() else "does not exist"
+        if ResultsFolder(folder.proxy).study.is_file():
+            raise StoreError(
+                f"{path} has no trials of the target yet: `loratune tune` has searched its proxy "
+                f"alone, in {folder.proxy}; look at that, or run tune again to go on"
+            )
+        what = "does not exist"
+        if folder.root.exists():
+            what = "is no results folder" if folder.root.is_dir() else "is a file"
         raise StoreError(
             f"{path} {what}; expected a folder that `loratune run STUDY.yaml --out DIR` has written"
         )

@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from loratune.analyse.cells import Cell, make_cells
+from loratune.analyse.cells import Cell, answered_at, make_cells
 from loratune.analyse.curves import make_curves
+from loratune.analyse.scores import trial_score
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder
 from loratune.planning.bar import Bar
 from loratune.planning.build import Plan
 from loratune.recommendation.early_stopping import bar
 from loratune.recommendation.rounds import Point, confirmation, next_points_of, refinement
-from loratune.recommendation.searched import observed
+from loratune.recommendation.searched import answer_point, answered, observed
 from loratune.records import (
     FINAL_STATUSES,
     NotScored,
@@ -99,6 +100,8 @@ class Settling:
         self.bars = dict[str, Bar]()
         self._has_confirmed = not study.seeds.confirm
         self._searched_with = self._curves() if study.learning_rate.search is not None else {}
+        # By the keys of a curve's cells: the point that its search answers.
+        self._answers = dict[tuple[tuple[object, ...], ...], tuple[int, float] | None]()
 
     def has_ended(self, trial: Trial) -> tuple[Trial, ...]:
         """A trial has its outcome, an engine may be at work; what is to be trained besides."""
@@ -239,8 +242,8 @@ class Settling:
         """Add the fresh seeds of each curve's best cell."""
         self._has_confirmed = True
         further = list[Trial]()
-        results = self.store.results(self.study.study, with_losses=False)
-        for curve in make_curves(make_cells(results)):
+        results = self.store.results(self.study.study)
+        for curve in make_curves(answered(results)):
             chosen = confirmation(curve.cells, seeds=self.study.seeds)
             if chosen is None:
                 continue
@@ -271,7 +274,7 @@ class Settling:
         if cell.purpose == "confirm":
             return cell.trials
         self._score(cell.trials, self._scored_before_selection())
-        (made,) = make_cells(self._results(cell.trials))
+        made = self._made(cell)
         return () if made.best is None else tuple(one.trial for one in made.best.trials)
 
     def _settle(self, cell: _Open) -> None:
@@ -280,7 +283,7 @@ class Settling:
             if self.study.keep_adapters != "all":
                 self._drop_adapters(cell.trials)
             return
-        (made,) = make_cells(self._results(cell.trials))
+        made = self._made(cell)
         if any(result.status not in FINAL_STATUSES for result in made.results):
             return  # What failed is tried again: which trial is best is not known yet.
         kept = {
@@ -289,6 +292,27 @@ class Settling:
             "all": {trial.trial_id for trial in cell.trials},
         }[self.study.keep_adapters]
         self._drop_adapters(trial for trial in cell.trials if trial.trial_id not in kept)
+
+    def _made(self, cell: _Open) -> Cell:
+        """The cell as its outcomes are, with the answer of its curve's search where it lies there.
+
+        The answer is read when the search asks for nothing more, and then stands.
+        """
+        (made,) = make_cells(self._results(cell.trials))
+        if cell.purpose != "adaptive":
+            return made
+        keys = self._searched_with[cell_key(cell.trials[0])]
+        if keys not in self._answers:
+            of_curve = [
+                result
+                for result in self.store.results(self.study.study)
+                if cell_key(result.trial) in keys
+            ]
+            self._answers[keys] = answer_point(of_curve)
+        point = self._answers[keys]
+        if point is None or made.trial.batch_size != point[0]:
+            return made
+        return answered_at(made, point[1])
 
     def _drop_unchosen(self, cell: _Open) -> None:
         """Before a cell is scored: drop the adapters that will be neither scored nor kept.
@@ -301,7 +325,7 @@ class Settling:
             or self.study.keep_adapters == "all"
         ):
             return
-        (made,) = make_cells(self._results(cell.trials))
+        made = self._made(cell)
         if all(result.status in FINAL_STATUSES for result in made.results):
             chosen = () if made.best is None else made.best.trials
             scored = {result.trial.trial_id for result in chosen}
@@ -413,8 +437,8 @@ def _best_trial(cell: Cell) -> set[str]:
         return set()
     scored = [
         (score, result.trial.trial_id)
-        for score, result in zip(cell.best.seed_scores, cell.best.trials, strict=True)
-        if score is not None
+        for result in cell.best.trials
+        if (score := trial_score(result, cell.metric)) is not None
     ]
     best = max(scored) if cell.metric.higher_is_better else min(scored)
     return {best[1]}

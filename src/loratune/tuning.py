@@ -36,7 +36,7 @@ from loratune.recommendation.proxy import (
     proxy_answer,
     search_target,
 )
-from loratune.records import TrialResult
+from loratune.records import FINAL_STATUSES, TrialResult
 from loratune.study.loading import LoadedStudy
 from loratune.training import Interrupted
 from loratune.workshop import choose_device, measured_flops_per_second, survey
@@ -131,7 +131,12 @@ def tune(
     searched = _affordable(asked, studies, say, first=first)
     say(searched.text)
     if not _within(asked, SHARE_OF_PROXY, searched, folder.proxy, run, should_stop, say):
-        say(f"the proxy's share of the budget is over: {folder.proxy} holds what was trained")
+        results = _results_of(folder.proxy)
+        trained = sum(one.status in FINAL_STATUSES for one in results)
+        say(
+            f"the proxy's share of the budget is over after {trained} of {len(results)} trials: "
+            "the same command with a longer --budget goes on with the others"
+        )
     write_whole(folder.proxy_pair, pair.to_json())
     found = _results_of(folder.proxy)
     answer = proxy_answer(found, method=asked.method)

@@ -14,6 +14,7 @@ from loratune.planning.power import detectable_effect
 from simulated import faked_results, result, score, verdicts
 
 RATES = (1e-3, 1e-2)
+LOWER = 1e-4
 
 
 def two_methods(lora, other, *, method="pissa", **fields):
@@ -24,7 +25,7 @@ def two_methods(lora, other, *, method="pissa", **fields):
         )
         for name, table in (("lora", lora), (method, other))
         for size, losses in table.items()
-        for rate, penalty in zip(RATES, (0.0, 1.0), strict=True)
+        for rate, penalty in zip((*RATES, LOWER), (0.0, 1.0, 1.0), strict=True)
         for seed, loss in enumerate(losses)
     ]
 
@@ -138,7 +139,7 @@ def test_a_method_that_always_diverged_gives_no_number():
     ]  # fmt: skip
     (reason,) = blocked(results)
     assert "pissa has no batch size with a score: every learning rate diverged" in reason
-    assert "try rates below the lowest one, 0.001" in reason
+    assert "try rates below the lowest one, 0.0001" in reason
 
 
 def test_missing_trials_give_no_number():
@@ -149,7 +150,7 @@ def test_missing_trials_give_no_number():
         for one in results
     ]  # fmt: skip
     (reason,) = blocked(planned)
-    assert "pissa's own best is not known: trials are missing (4 planned)" in reason
+    assert "pissa's own best is not known: trials are missing (6 planned)" in reason
     assert "`loratune run` tries them" in reason
 
 
@@ -168,36 +169,96 @@ def test_where_the_same_data_are_there_too_only_those_are_compared():
     other = two_methods({}, {4: [0.1, 0.2, 0.3]}, data_fingerprint="data-other")
     (found,) = compare([*same, *other])
     assert found.difference == pytest.approx(0.1)
+    (said,) = found.unequal
+    assert said.startswith("pissa's trials at batch size 4 are left out: they were trained on diff")
+    assert "data-other" in said
 
 
 # Tuning budgets and edges
 
 
-def test_the_method_with_more_tuning_points_is_not_called_better():
+def test_a_longer_search_is_not_called_better_where_that_may_be_why():
     many = {size: [1.0, 1.001, 1.002] for size in (2, 4, 8)}
-    few = {4: [2.0, 2.001, 2.0005]}
+    few = {4: [1.1, 1.101, 1.1005]}
     (found,) = compare(two_methods(few, many))
-    assert (found.method_tried, found.baseline_tried) == (6, 2)
-    assert found.verdict == "undecided"
-    assert "give lora as many batch sizes and learning rates and run again" in found.undecided[-1]
-    # Two drawn from 1.001 (three times) and 2.001 (three times): the best is the worse one with
-    # chance 3/15.
+    assert (found.method_tried, found.baseline_tried) == (9, 3)
+    # Three drawn from 1.001 (three times) and 2.001 (six times): the best is the worse one with
+    # chance 20/84.
     assert found.unequal == (
-        "pissa was tuned over 6 (batch size, learning rate) points, lora over 2 "
-        "(the best of 2 drawn from pissa's is expected at 1.201)",
+        "pissa was tuned over 9 (batch size, learning rate) points, lora over 3 "
+        "(the best of 3 drawn from pissa's is expected at 1.239)",
+    )
+    assert found.verdict == "undecided"
+    # It says what can be written into the study.
+    assert (
+        "that may be why: add batch_size 2, 8 to the study file, so that lora has them too"
+        in (found.undecided[-1])
     )
     (turned,) = compare(two_methods(many, few))
     assert turned.verdict == "undecided"
+    assert "so that pissa has them too" in turned.undecided[-1]
     (in_spite,) = compare(
         two_methods({size: [2.0, 2.001, 2.0005] for size in (2, 4, 8)}, {4: [1.0, 1.001, 1.002]})
     )
     assert in_spite.verdict == "better", "with a third of the budget"
 
 
-def test_an_optimum_at_the_edge_is_said():
-    (found,) = compare(two_methods({4: [1.0, 1.1]}, {4: [1.0, 1.2]}))
-    assert "lora's learning rate 0.001 is at the edge of those tried" in found.at_edge
+def test_a_longer_search_is_called_better_where_the_budget_does_not_explain_it():
+    many = {size: [1.0, 1.001, 1.002] for size in (2, 4, 8)}
+    (found,) = compare(two_methods({4: [1.4, 1.401, 1.4005]}, many))
+    # 1.239 expected of three of its points, still 0.16 better.
+    assert (found.verdict, found.undecided) == ("better", ())
+    assert found.unequal  # and said
+    # At 1.26 it is 0.02 better, which an interval of +-0.1 does not tell.
+    many = {2: [1.01, 1.012, 1.011], 4: [1.0, 1.001, 1.002], 8: [1.01, 1.013, 1.011]}
+    close = two_methods({4: [1.22, 1.26, 1.3]}, many)
+    (found,) = compare(close)
+    assert found.difference_high is not None
+    assert found.difference_high < 0
+    assert found.verdict == "undecided"
+    # Fresh seeds had no luck in being chosen: that it stays ahead is enough.
+    (found,) = compare(with_fresh(close, [1.24, 1.26, 1.28], [1.0, 1.001, 1.002]))
+    assert (found.seeds, found.verdict) == ("fresh", "better")
+    (found,) = compare(with_fresh(close, [1.18, 1.2, 1.22], [1.0, 1.001, 1.002]))
+    assert (found.seeds, found.verdict) == ("fresh", "undecided")
+
+
+def test_two_searches_of_one_study_have_the_same_budget():
+    def searched(**change):
+        rows = two_methods({4: [2.0, 2.001, 2.0005]}, {s: [1.0, 1.001, 1.002] for s in (2, 4, 8)})
+        return [replace(one, purpose="adaptive", **change) for one in rows]
+
+    (found,) = compare(searched())
+    assert (found.method_tried, found.baseline_tried) == (9, 3)
+    assert found.unequal == ()
+
+
+def test_an_optimum_at_the_edge_is_said_and_a_method_does_not_lose_by_it():
+    def edged(lora, other, *, method, purpose="search"):
+        """Without the LR below the best one, for one method."""
+        return [
+            replace(one, purpose=purpose)
+            for one in two_methods({4: lora}, {4: other})
+            if one.trial.method.name != method or one.trial.learning_rate != LOWER
+        ]
+
+    good, bad = [1.0, 1.001, 1.0], [1.3, 1.301, 1.302]
+    (found,) = compare(edged(bad, good, method="lora"))
+    assert "lora's learning rate 0.001 is the lowest of those tried" in found.at_edge
     assert "lora has a score at batch size 4 only" in found.at_edge
+    assert found.verdict == "undecided"
+    assert "lora's own best is not known" in found.undecided[-1]
+    assert "a lower one may be better; add one to learning_rate" in found.undecided[-1]
+    # The one at the edge wins: better still may be possible, and better it is.
+    (found,) = compare(edged(good, bad, method="lora"))
+    assert (found.verdict, found.undecided) == ("worse", ())
+    (found,) = compare(edged(good, bad, method="pissa"))
+    assert found.verdict == "undecided"
+    # A search has bounds, if no grid.
+    (found,) = compare(edged(bad, good, method="lora", purpose="adaptive"))
+    assert "lora's learning rate 0.001 is the lowest of those tried" in found.at_edge
+    assert found.verdict == "undecided"
+    assert "move low under learning_rate" in found.undecided[-1]
 
 
 # Seeds that chose, and seeds that did not
@@ -243,11 +304,11 @@ def test_seeds_that_chose_are_said_to_flatter_and_by_how_much_at_most():
         for of_method in noise
     ]
     (found,) = compare(two_methods(*tables))
-    # Six equal points (the second LR only adds a constant), three seeds.
-    table = np.concatenate([noise[0], noise[0]])
+    # Nine equal points (the other LRs only add a constant), three seeds.
+    table = np.concatenate([noise[0]] * 3)
     rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    sigma = np.sqrt((rest**2).sum() / (5 * 2))
-    assert found.baseline_flattery == pytest.approx(1.2672 * sigma / np.sqrt(3), rel=1e-4)
+    sigma = np.sqrt((rest**2).sum() / (8 * 2))
+    assert found.baseline_flattery == pytest.approx(1.485 * sigma / np.sqrt(3), rel=1e-4)
 
 
 def test_seeds_that_are_not_shared_are_compared_unpaired():
@@ -273,8 +334,12 @@ def answered(tables, *, losses=(1.0, 2.0), task="gsm8k"):
                 scores=[score(task, int(sum(row)), len(row))],
             )  # fmt: skip
             results += [
-                one, result(losses[1], method=method, seed=seed, learning_rate=RATES[1])
-            ]  # fmt: skip
+                one,
+                *(
+                    result(losses[1], method=method, seed=seed, learning_rate=rate)
+                    for rate in (RATES[1], LOWER)
+                ),
+            ]
             given.append(verdicts(one, row, task))
     return results, given
 
@@ -322,6 +387,15 @@ def test_questions_of_one_source_are_one_question():
     assert clustered.standard_error is not None
     assert clustered.standard_error > 2 * naive.standard_error
     assert clustered.difference == pytest.approx(naive.difference)
+
+
+def test_a_test_of_one_question_or_one_source_leaves_the_other_comparisons_alone():
+    results, given = answered(drawn(4))
+    where = {(results[0].trial.data_fingerprint, "gsm8k"): [0] * 200}
+    loss, accuracy = compare(results, verdicts=given, sources=where)
+    assert (loss.metric, loss.baseline_learning_rate) == ("validation_loss", RATES[0])
+    assert (accuracy.verdict, accuracy.difference) == ("undecided", None)
+    assert "all questions share one source" in accuracy.undecided[0]
 
 
 def test_an_accuracy_without_its_answers_is_undecided():

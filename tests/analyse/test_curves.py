@@ -90,6 +90,53 @@ def test_the_crossing_interval_covers_the_true_crossing_95_times_in_100():
     assert abs(covered / 400 - 0.95) < 0.035  # three standard errors
 
 
+def test_a_crossing_is_shown_where_both_sides_are_and_seeds_that_change_nothing_show_none():
+    draw = np.random.default_rng(6)
+    sizes = (4, 16, 64)
+    noise = 0.02 * draw.normal(size=(2, 3, 3))
+    first = {size: list(1.0 + noise[0, i]) for i, size in enumerate(sizes)}
+    second = {size: list(1.0 + 0.3 * (i - 1) + noise[1, i]) for i, size in enumerate(sizes)}
+    (crossing,) = crossovers(*two(first, second))
+    assert crossing.shown
+    assert (crossing.better_below, crossing.better_above) == ("pissa", "lora")
+    # Below alone it is shown, above it is not.
+    (half,) = crossovers(*two(first, {**second, 64: [1.1, 0.99, 1.01]}))
+    assert not half.shown
+    flat = [{size: [1.0 + add * i] * 3 for i, size in enumerate(sizes)} for add in (0.0, 0.3)]
+    flat[1][4] = [0.7] * 3
+    assert [one.shown for one in crossovers(*two(*flat))] == [False]
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_equal_curves_name_no_better_method_on_any_side(num_seeds):
+    # Nearly every pair of equal curves changes sign somewhere; two seeds alone give an interval to
+    # half of them. The bound is 5 in 100.
+    draw = np.random.default_rng(num_seeds)
+    shown = changed = 0
+    for noise in 0.02 * draw.normal(size=(100, 2, 5, num_seeds)):
+        curves = two(
+            *({2**i: list(1.0 + 0.05 * (i - 2) ** 2 + one[i]) for i in range(5)} for one in noise)
+        )
+        found = crossovers(*curves)
+        changed += bool(found)
+        shown += any(one.shown for one in found)
+    assert changed >= 80
+    assert shown <= 5
+
+
+def test_a_curve_that_is_better_at_one_end_and_equal_elsewhere_is_shown_to_cross_5_times_in_100():
+    draw = np.random.default_rng(7)
+    shown = 0
+    for noise in 0.02 * draw.normal(size=(400, 2, 6, 4)):
+        first, second = (
+            {2**i: list(1.0 + one[i]) for i in range(6)} for one in noise
+        )  # fmt: skip
+        first[1] = [loss - 1.0 for loss in first[1]]
+        shown += any(one.shown for one in crossovers(*two(first, second)))
+    # 5 equal sizes under Holm's adjustment over 6 (5 once the first is rejected).
+    assert shown / 400 < 0.05 + 0.033  # three standard errors
+
+
 def test_shifted_curves_share_their_best_score_and_keep_their_shape():
     results = by_hand({4: [1.0], 16: [0.5]}, rank=8) + by_hand({4: [0.9], 16: [0.2]}, rank=32)
     raw = make_curves(make_cells(results))

@@ -142,6 +142,7 @@ def test_the_lemma_at_full_size(rank, samples):
         ({"true_noise_scale": 0.0}, "above 0"),
         ({"true_noise_scale": math.nan}, "above 0"),
         ({"true_noise_scale": math.inf}, "the lemma itself"),
+        ({"true_noise_scale": 1e-320}, "lost in the rounding"),
     ],
 )
 def test_bad_input_is_refused_with_what_to_do(given, said):

@@ -62,6 +62,30 @@ def test_the_noise_of_an_accuracy_has_the_components_that_made_it():
     assert "gsm8k_accuracy" not in measured_noise(results), "without the answers"
 
 
+def test_questions_of_one_source_tell_less_and_the_plan_knows_it():
+    # 600 sources of 5 questions that are answered alike but for luck.
+    draw = np.random.default_rng(4)
+    of = np.repeat(np.arange(600), 5)
+    results, given = [], []
+    for method in ("lora", "pissa"):
+        own = draw.random(600)[of] < 0.3
+        fixed = draw.random(600)[of] < 0.5
+        for seed in range(8):
+            row = np.where(own, fixed, draw.random(3000) < 0.5).astype(int)
+            one = result(
+                1.0, method=method, seed=seed, scores=[score("gsm8k", int(row.sum()), 3000)]
+            )
+            results.append(one)
+            given.append(verdicts(one, row.tolist()))
+    where = {(results[0].trial.data_fingerprint, "gsm8k"): of.tolist()}
+    noise = measured_noise(results, given, sources=where)["gsm8k_accuracy"]
+    # Five questions with one answer in common vary like one: five times the variance of the mean.
+    assert noise.question_variance == pytest.approx(5 * 2 * 0.3 / 4, rel=0.3)
+    assert noise.residual_variance == pytest.approx(2 * 0.7 / 4, rel=0.1)
+    naive = measured_noise(results, given)["gsm8k_accuracy"]
+    assert naive.question_variance == pytest.approx(2 * 0.3 / 4, rel=0.3)
+
+
 def test_the_questions_part_of_one_method_alone_is_what_is_assumed():
     results, given = answered(("lora",))
     noise = measured_noise(results, given)["gsm8k_accuracy"]

@@ -36,9 +36,16 @@ def test_totals_are_the_sums_over_trials():
 
 def test_json_has_the_keys_that_others_rely_on():
     expected = "num_trials num_cells num_updates tokens flops hours device peak_memory_bytes"
-    expected += " disk_bytes noise_probes detectable_effect provisional packs power"
+    expected += " disk_bytes noise_probes detectable_effect provisional packs"
+    expected += " alternatives power"
     assert list(planned().to_json()) == ["study", *expected.split()]
     assert planned().to_json()["detectable_effect"] is None
+    text = plan_text(planned(), list_trials=False)
+    assert "the same question by" in text
+    assert "adaptive search about 8 trials (at most 11)" in text
+    # Why there is no power, and how to get it.
+    assert "no power figure" in text
+    assert "--like DIR" in text
 
 
 def test_the_detectable_effect_is_that_of_its_seeds_and_questions():

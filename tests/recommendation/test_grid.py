@@ -46,6 +46,12 @@ def test_a_clear_optimum_is_named_with_its_rate_and_range():
     assert found.extrapolated_over == ()
 
 
+def test_seeds_that_change_nothing_make_nothing_certain():
+    found = recommend(sweep(lambda size, rate, _: 1.0 + rate + abs(size - 16) / 100))
+    assert "the 3 seeds change no score" in found.undecided[0]
+    assert all(getattr(found, name) is None for name in NUMBERS)
+
+
 def test_the_json_has_the_promised_keys_and_plain_values():
     document = recommend(sweep(bowl())).to_json()
     assert set(document) >= KEYS
@@ -94,7 +100,7 @@ def test_all_diverged_is_undecided_and_says_which_rates_to_try():
 
 
 def test_nothing_finished_is_undecided():
-    undecided([result(status="planned")], "no trial has finished")
+    undecided([result(status="planned")], "no trial has finished", "the same command")
 
 
 def test_noise_that_hides_every_difference_is_undecided():
@@ -220,7 +226,7 @@ def test_what_is_called_acceptable_is_within_the_margin_95_times_in_100():
 @pytest.mark.parametrize(("held", "rows", "steps"), [(38, 32, 4), (128, 128, 1), (1, 1, 128)])
 def test_rows_per_microbatch_times_accumulation_is_the_batch(held, rows, steps):
     results = [
-        result(float(batch_size), batch_size=batch_size, seed=seed, rows_per_microbatch=held)
+        result(batch_size + 1e-6 * seed, batch_size=batch_size, seed=seed, rows_per_microbatch=held)
         for batch_size in (128, 256)
         for seed in (0, 1)
     ]

@@ -15,6 +15,7 @@ from loratune.recommendation.proxy import (
     search_target,
 )
 from loratune.records import TrialResult
+from loratune.report.text import recommendation_text
 from simulated import result
 
 PAIR = ProxyPair(
@@ -140,10 +141,16 @@ def beside(losses: dict[int, float]) -> list[TrialResult]:
 
 def test_a_batch_size_beside_the_proxys_is_the_answer_where_the_target_scores_better_there():
     answer = recommend_by_proxy(PROXY, target(), beside({8: 0.8, 32: 0.6}), pair=PAIR)
-    assert (answer.batch_size, answer.learning_rate, answer.batch_size_high) == (32, 3e-3, 32)
-    assert answer.acceptable_batch_sizes is not None
-    assert 32 in answer.acceptable_batch_sizes
-    assert any("scored better at batch size 32 than at the 16" in n for n in answer.evidence.notes)
+    assert (answer.batch_size, answer.learning_rate) == (32, 3e-3)
+    # What is as good as 32 on the target nobody knows, the proxy least of all.
+    assert (answer.batch_size_low, answer.batch_size_high) == (None, None)
+    assert answer.acceptable_batch_sizes is None
+    assert any(
+        "scored better at batch size 32 than at the 16 of small, 0.6 (1 seed) against "
+        "0.7002 (3 seeds)" in note
+        for note in answer.evidence.notes
+    ), answer.evidence.notes
+    assert "95%" not in recommendation_text(answer)
     assert {one.batch_size for one in answer.confirmed} == {8, 16, 32}
     worse = recommend_by_proxy(PROXY, target(), beside({8: 0.8, 32: 0.75}), pair=PAIR)
     assert (worse.batch_size, worse.batch_size_high) == (16, 16)
@@ -152,6 +159,33 @@ def test_a_batch_size_beside_the_proxys_is_the_answer_where_the_target_scores_be
     # What was trained beside an earlier answer of the proxy says nothing of this one.
     stale = recommend_by_proxy(PROXY, target(), beside({64: 0.1}), pair=PAIR)
     assert stale.batch_size == 16
+
+
+def test_batch_sizes_that_the_target_contradicts_are_not_called_as_good():
+    flat = trials({4: 1.0003, 8: 1.0005, 16: 1.0, 32: 1.001, 64: 1.3})
+    alone = recommend_by_proxy(flat, target(), pair=PAIR)
+    assert alone.acceptable_batch_sizes == (4, 8, 16, 32)
+    # Three times as bad at 8, on the target itself: then 4, farther off, is no better.
+    answer = recommend_by_proxy(flat, target(), beside({8: 2.0, 32: 0.701}), pair=PAIR)
+    assert (answer.batch_size, answer.batch_size_low) == (16, 16)
+    assert answer.acceptable_batch_sizes == (16, 32)
+    assert any(
+        "batch size 8 is left out" in note and "more than 0.5% worse there, 2 against" in note
+        for note in answer.evidence.notes
+    )
+    text = recommendation_text(answer)
+    assert (
+        "Within 0.5% of the best on small with 95% confidence, and not contradicted by large: "
+        "16, 32." in text
+    )
+    diverged = [
+        replace(one, status="diverged", outcome=replace(one.outcome, status="diverged",
+                validation_loss=None))
+        for one in beside({8: 1.0}) if one.outcome is not None
+    ]  # fmt: skip
+    answer = recommend_by_proxy(flat, target(), diverged, pair=PAIR)
+    assert answer.acceptable_batch_sizes == (16, 32)
+    assert any("large diverged there" in note for note in answer.evidence.notes)
 
 
 def test_the_answer_keeps_its_distance_from_a_learning_rate_that_diverged():
@@ -223,9 +257,13 @@ def test_where_the_best_rate_is_close_to_divergence_a_lower_one_is_tried():
 def test_the_expected_rate_is_read_off_between_those_tried_on_the_proxy():
     bowl = Target(2.4e-3)
     rows = bowl((8, 16, 32), (1e-3, 2e-3, 4e-3))
-    seeds = [replace(one, trial=replace(one.trial, seed=seed)) for one in rows for seed in (0, 1)]
+    seeds = [
+        replace(one, trial=replace(one.trial, seed=seed), outcome=replace(one.outcome,
+                validation_loss=(one.outcome.validation_loss or 0.0) * (1 + 1e-7 * seed)))
+        for one in rows for seed in (0, 1) if one.outcome is not None
+    ]  # fmt: skip
     answer = proxy_answer(seeds, method="lora")
     assert (answer.batch_size, answer.learning_rate) == (16, 2e-3)
     same = replace(PAIR, target=replace(PAIR.target, hidden_size=PAIR.proxy.hidden_size))
-    assert expected_rate(seeds, answer, pair=same) == pytest.approx(2.4e-3)
-    assert expected_rate(seeds, answer, pair=PAIR) == pytest.approx(PAIR.carried(2.4e-3))
+    assert expected_rate(seeds, answer, pair=same) == pytest.approx(2.4e-3, rel=1e-4)
+    assert expected_rate(seeds, answer, pair=PAIR) == pytest.approx(PAIR.carried(2.4e-3), rel=1e-4)

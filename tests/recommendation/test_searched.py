@@ -2,10 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 
+from loratune.analyse.cells import cells_table, make_cells
+from loratune.analyse.compare import compare
+from loratune.analyse.curves import make_curves
 from loratune.recommendation.grid import Recommendation, recommendations
+from loratune.recommendation.rounds import confirmation
+from loratune.recommendation.searched import answered
 from loratune.records import TrialResult
+from loratune.study.schema import Seeds
 from simulated import result
 
 SIZES = (4, 16, 64)
@@ -89,3 +96,50 @@ def test_seeds_that_confirm_choose_nothing(loss: float):
     plain, confirmed = recommend(searched()), recommend([*searched(), *fresh])
     assert confirmed.expected_regret == plain.expected_regret
     assert confirmed.batch_size == plain.batch_size
+
+
+def noisy(method: str = "lora") -> list[TrialResult]:
+    """The same with noise of 3%: the surface and the lowest mean name different points."""
+    draw = np.random.default_rng(0)
+    points = [
+        *((size, rate, 0) for size in SIZES for rate in RATES),
+        (16, 4e-4, 1),
+        (16, 4e-4, 2),
+    ]
+    return [
+        trial(*point, loss=bowl(*point) * (1 + 0.03 * draw.normal()), method=method)
+        for point in points
+    ]
+
+
+def test_what_is_confirmed_compared_and_shown_is_what_is_recommended():
+    (raw,) = make_curves(make_cells(noisy()))
+    (curve,) = make_curves(answered(noisy()))
+    assert raw.best is not None
+    assert curve.best is not None
+    point = (curve.best.batch_size, curve.best.learning_rate)
+    assert point != (raw.best.batch_size, raw.best.learning_rate)
+    found = recommend(noisy(), margin=1.0)
+    assert (found.batch_size, found.learning_rate) == point == (16, 8e-4)
+    chosen = confirmation(curve.cells, seeds=Seeds(grid=(0, 1, 2), confirm=2))
+    assert chosen is not None
+    best, points = chosen
+    assert (best.trial.batch_size, {rate for rate, _ in points}) == (16, {8e-4})
+    table = cells_table(answered(noisy()))
+    assert table.loc[table["batch_size"] == 16, "best_learning_rate"].tolist() == [8e-4]
+    fresh = [
+        trial(16, 8e-4, seed, loss=1.0 + 0.01 * seed + 0.001 * (seed * index % 3), method=method,
+              purpose="confirm")
+        for index, method in ((1, "lora"), (2, "pissa"))
+        for seed in (7, 8, 9)
+    ]  # fmt: skip
+    (compared,) = compare([*noisy(), *noisy("pissa"), *fresh], cells_of=answered)
+    assert (compared.baseline_batch_size, compared.baseline_learning_rate) == point
+    assert compared.seeds == "fresh"
+    (unaware,) = compare([*noisy(), *noisy("pissa"), *fresh])
+    assert unaware.seeds == "chose"
+
+
+def test_a_grid_has_no_answer_but_its_means():
+    grid = [trial(size, rate, purpose="search") for size in SIZES for rate in RATES]
+    assert answered(grid) == make_cells(grid)

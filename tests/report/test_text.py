@@ -1,3 +1,5 @@
+import numpy as np
+
 from loratune.analyse.cells import make_cells
 from loratune.analyse.compare import compare
 from loratune.analyse.curves import make_curves
@@ -74,12 +76,20 @@ def test_an_undecided_recommendation_begins_with_the_reason():
 
 
 def test_a_comparison_names_verdict_difference_and_seeds():
-    (one,) = compare(sweep(loss) + sweep(lambda *a: loss(*a) - 0.1 - 1e-4 * a[2], method="pissa"))
+    def inside(size, rate, seed):
+        return loss(size, rate, seed) + 3 * abs(rate - 1e-3)
+
+    (one,) = compare(
+        sweep(inside) + sweep(lambda *a: inside(*a) - 0.1 - 1e-4 * a[2], method="pissa")
+    )
     text = comparison_sentence(one)
     assert text.startswith("pissa against lora, validation loss: better.")
     assert "Difference -0.1001 (lower is better), 95% interval" in text
     assert "3 shared seeds" in text
-    assert "pissa's learning rate 0.0001 is at the edge of those tried" in text
+    (edged,) = compare(sweep(loss) + sweep(lambda *a: loss(*a) - 0.1 - 1e-4 * a[2], method="pissa"))
+    text = comparison_sentence(edged)
+    assert "undecided: lora's own best is not known" in text
+    assert "pissa's learning rate 0.0001 is the lowest of those tried" in text
 
 
 def test_two_seeds_are_said_not_to_be_enough():
@@ -100,14 +110,35 @@ def test_two_seeds_are_said_not_to_be_enough():
     assert "undecided: 2 seeds cannot tell, run at least 5" in comparison_sentence(one)
 
 
+def test_a_change_of_sign_that_is_noise_names_nobody_as_better():
+    draw = np.random.default_rng(1)
+
+    def told(noise):
+        rates = {"learning_rates": (1e-4, 1e-3)}
+        lora = sweep(lambda _, rate, seed: 1.0 + rate + noise * draw.normal(), **rates)
+        other = sweep(
+            lambda size, rate, seed: (
+                1.0 + rate + {4: 0.2, 16: -0.2, 64: -0.25}[size] + noise * draw.normal()
+            ),
+            method="pissa",
+            **rates,
+        )
+        return comparison_sentence(compare(lora + other)[0])
+
+    assert "lora is better below, pissa above" in told(0.001)
+    noisy = told(0.2)
+    assert "is better below" not in noisy
+    assert "which 3 seeds do not tell from noise: no crossing is shown there." in noisy
+
+
 def test_seeds_that_chose_are_told_from_seeds_that_did_not():
     grid = sweep(loss) + sweep(lambda *a: loss(*a) - 0.1 - 1e-4 * a[2], method="pissa")
     (shared,) = compare(grid)
     assert "3 shared seeds (paired t over seeds)" in comparison_sentence(shared)
     assert "The same seeds chose batch size and learning rate" in comparison_sentence(shared)
     fresh = [
-        result(1.5 + seed / 100 + (method == "lora") / 10, method=method, seed=seed,
-               batch_size=16, learning_rate=1e-4, purpose="confirm")
+        result(1.5 + seed / 100 + (method == "lora") * (0.1 + 1e-5 * seed), method=method,
+               seed=seed, batch_size=16, learning_rate=1e-4, purpose="confirm")
         for method in ("lora", "pissa") for seed in (7, 8, 9)
     ]  # fmt: skip
     text = comparison_sentence(compare(grid + fresh)[0])

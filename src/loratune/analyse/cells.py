@@ -15,7 +15,7 @@ and trials that confirm, which choose nothing, are free of it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -59,7 +59,8 @@ class Cell:
     search chose the LRs: they are no grid that could have an edge. `lr_at_edge`: the best
     LR is the lowest or the highest that was tried; an LR that diverged or was stopped early was
     tried, one that is planned or failed was not. `confirmations` are trials of fresh seeds at the
-    LR that was chosen; they are in nothing else.
+    LR that was chosen; they are in nothing else. `is_answer`: an adaptive search's answer lies in
+    this cell (`answered_at`), and `best` is its LR, whatever the means are.
     """
 
     trial: Trial
@@ -72,6 +73,7 @@ class Cell:
     best: TriedRate | None
     lr_at_edge: bool | None
     score: Mean | None
+    is_answer: bool = False
 
     @property
     def diverged_rates(self) -> tuple[float, ...]:
@@ -124,6 +126,17 @@ def best_rate(rates: Sequence[TriedRate], metric: Metric) -> TriedRate | None:
         if best is None or best.mean is None or metric.better(rate.mean, best.mean):
             best = rate
     return best
+
+
+def answered_at(cell: Cell, learning_rate: float) -> Cell:
+    """The cell with the answer of its curve's search: the best LR is the one that the search names.
+
+    Unchanged where nothing was trained at that LR.
+    """
+    for rate in cell.rates:
+        if rate.learning_rate == learning_rate and (scores := _finite(rate.seed_scores)):
+            return replace(cell, best=rate, score=mean_with_interval(scores), is_answer=True)
+    return cell
 
 
 def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:

@@ -15,11 +15,14 @@ what to run. What only makes it uncertain keeps the difference with its interval
 called one if it survives Holm's adjustment *and* reaches the detectable effect, the true difference
 that this very comparison finds with 80% power: estimates that are significant but smaller are
 mostly exaggerated (Gelman and Carlin 2014, "Beyond power calculations"). The method that had more
-(batch size, LR) points to choose from is not called better for it.
+(batch size, LR) points to choose from is not called better where that may be why: where what its
+surplus is expected to have gained it (`selection_bias.expected_best`) would undo the verdict. And
+no method is called better than one whose best LR lies at the edge of those tried: that one's own
+best is not known.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -39,11 +42,12 @@ from loratune.analyse.curves import (
     Point,
     common_points,
     crossovers,
+    is_search,
     make_curves,
     tested_tasks,
     why_no_score,
 )
-from loratune.analyse.intervals import Estimate, holm, paired_t, welch_t
+from loratune.analyse.intervals import NO_SPREAD, Estimate, holm, paired_t, welch_t
 from loratune.analyse.scores import VALIDATION, Metric
 from loratune.analyse.selection_bias import expected_best, expected_maximum
 from loratune.analyse.tables import as_document
@@ -59,9 +63,7 @@ LEVEL = 0.05
 FEWEST_SEEDS = 5
 LOSS_MARGIN = 0.005  # relative, as the recommendation's
 ACCURACY_MARGIN = 0.01  # one point
-# A relative standard error that is rounding, not scatter.
-NO_SPREAD = 1e-9
-# How many more points one method may have been tuned over before it is not called better for it.
+# How many more points one method may have been tuned over before it is asked whether that is why.
 # A quarter more moves the expected maximum of 20 by 0.07 standard deviations (assumption).
 BUDGET_TOLERANCE = 1.25
 
@@ -86,12 +88,13 @@ class Comparison:
     "undecided", with the reasons and what to run in `undecided`; where the difference is null, they
     say why there is none. `crossovers` are along the whole curves, not at the best.
     `unequal` says what else differs than the method: a rank or an alpha/r of its own, another
-    number of tuning points. `at_edge` says whose best point is at the edge of what was tried, and
-    so may not be its best. `*_tried` counts (batch size, LR) points. `*_selection_gap` is how much
-    better the score looks where it was chosen than where it was not (fresh seeds; for an accuracy
-    chosen by held-out accuracy, held-out less test). `*_flattery`, where no seeds are fresh, is at
-    most how much choosing the best of its points by their seeds' luck adds to the score (all of
-    them equally good).
+    number of tuning points (two searches of one study have the same allowance), trials left out
+    since they saw other rows or another base model. `at_edge` says
+    whose best point is at the edge of what was tried, and so may not be its best. `*_tried` counts
+    (batch size, LR) points. `*_selection_gap` is how much better the score looks where it was
+    chosen than where it was not (fresh seeds; for an accuracy chosen by held-out accuracy, held-out
+    less test). `*_flattery`, where no seeds are fresh, is at most how much choosing the best of its
+    points by their seeds' luck adds to the score (all of them equally good).
     """
 
     setting: str
@@ -137,6 +140,7 @@ class Comparison:
 
 
 Sources = Mapping[tuple[str, str], Sequence[int]]
+MakeCells = Callable[[Sequence[TrialResult]], tuple[Cell, ...]]
 
 
 def compare(
@@ -146,6 +150,7 @@ def compare(
     sources: Sources | None = None,
     baseline: str = BASELINE,
     margin: float | None = None,
+    cells_of: MakeCells = make_cells,
 ) -> tuple[Comparison, ...]:
     """Every method against the baseline, in every setting that has both, under every metric.
 
@@ -158,6 +163,7 @@ def compare(
         baseline: the method that the others are compared with.
         margin: the equivalence margin in the metric's own unit; left out, 0.5% of the baseline's
             loss and 0.01 of accuracy.
+        cells_of: what is chosen in each cell; `recommendation.searched.answered` knows searches.
 
     Raises:
         AnalysisError: no results, a margin that is not above 0, or a study without the baseline or
@@ -167,7 +173,7 @@ def compare(
         raise AnalysisError("no trials; run the study first")
     if margin is not None and not 0 < margin < math.inf:
         raise AnalysisError(f"margin={margin}; give a positive number in the metric's unit")
-    cells = make_cells(results)
+    cells = cells_of(results)
     selecting = make_curves(cells)
     methods = list(dict.fromkeys(curve.setting.value("method") for curve in selecting))
     if baseline not in methods:
@@ -179,17 +185,21 @@ def compare(
     for task in (None, *_further_tasks(selecting, tested_tasks(cells))):
         scored = selecting if task is None else make_curves(cells, task=task)
         for against, others in _groups(list(zip(selecting, scored, strict=True)), baseline):
-            found.extend(_adjusted([_compare(one, against, margin, answers) for one in others]))
+            found.extend(
+                _adjusted([_compare(one, against, margin, answers, left) for one, left in others])
+            )
     if not found:
         raise AnalysisError(f"no setting of the study has both {baseline} and another method")
     return tuple(found)
 
 
-def trials_to_compare(results: Sequence[TrialResult]) -> tuple[str, ...]:
+def trials_to_compare(
+    results: Sequence[TrialResult], *, cells_of: MakeCells = make_cells
+) -> tuple[str, ...]:
     """The ids of the trials whose answers `compare` looks at: every cell's, at its chosen LR."""
     return tuple(
         result.trial.trial_id
-        for cell in make_cells(results)
+        for cell in cells_of(results)
         if cell.best is not None
         for result in (*cell.best.trials, *cell.best.further)
         if result.scores
@@ -223,8 +233,12 @@ def _column(verdicts: Verdicts) -> str:
 Pair = tuple[Curve, Curve]
 
 
-def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]]]:
+def _groups(
+    pairs: Sequence[Pair], baseline: str
+) -> list[tuple[Pair, list[tuple[Pair, Sequence[Pair]]]]]:
     """Every curve of the baseline (that selects, that scores), and what is compared with it.
+
+    Each with the method's curves that are left out, since they saw other rows or another base.
 
     All that the study crosses is alike on both sides. Only a method's own rank or alpha may keep it
     from being so: then it is compared at the same rank, and where it shares no rank either, at its
@@ -234,14 +248,14 @@ def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]
     for pair in pairs:
         key = (*_values(pair, _crossed_axes(pair)), *_optimizer(pair))
         settings.setdefault(key, []).append(pair)
-    found = list[tuple[Pair, list[Pair]]]()
+    found = list[tuple[Pair, list[tuple[Pair, Sequence[Pair]]]]]()
     for setting in settings.values():
         by_method = dict[str, list[Pair]]()
         for pair in setting:
             by_method.setdefault(pair[0].setting.value("method"), []).append(pair)
         against = by_method.pop(baseline, [])
         for one in against:
-            others = list[Pair]()
+            others = list[tuple[Pair, Sequence[Pair]]]()
             for of_method in by_method.values():
                 shared = _shared_axes(of_method, against)
                 alike = [
@@ -249,7 +263,9 @@ def _groups(pairs: Sequence[Pair], baseline: str) -> list[tuple[Pair, list[Pair]
                 ]
                 # Other rows or other weights are no setting but a mistake, and said to be one
                 # where there is nothing better to compare with.
-                others += [other for other in alike if not _mixed(other, one)] or alike
+                same = [other for other in alike if not _mixed(other, one)]
+                left = [other for other in alike if _mixed(other, one)]
+                others += [(other, left) for other in same] or [(other, ()) for other in left]
             if others:
                 found.append((one, others))
     return found
@@ -278,6 +294,14 @@ def _mixed(method: Pair, baseline: Pair) -> tuple[str, ...]:
     return tuple(said)
 
 
+def _left_out(other: Pair, baseline: Pair, name: str) -> str:
+    sizes = ", ".join(str(cell.trial.batch_size) for cell in other[0].cells)
+    return (
+        f"{name}'s trials at batch size {sizes} are left out: they were trained on different "
+        f"{' and '.join(_mixed(other, baseline))}"
+    )
+
+
 def _shared_axes(method: Sequence[Pair], baseline: Sequence[Pair]) -> tuple[str, ...]:
     """Rank and alpha, or rank alone, or nothing: as much as a method has in common."""
     for axes in (("rank", "alpha"), ("rank",)):
@@ -299,14 +323,24 @@ def _unequal(method: Curve, baseline: Curve, names: tuple[str, str]) -> tuple[st
     if one.alpha / one.rank != two.alpha / two.rank:
         said.append(f"alpha/r {one.alpha / one.rank:g} against {two.alpha / two.rank:g}")
     counts = (len(_tried(method)), len(_tried(baseline)))
-    if counts[0] != counts[1] and min(counts) > 0:
+    if counts[0] != counts[1] and min(counts) > 0 and not _same_allowance(method, baseline):
         more = 0 if counts[0] > counts[1] else 1
-        curve, few = (method, baseline)[more], min(counts)
+        best = _at_budget((method, baseline)[more], min(counts))
         said.append(
             f"{names[0]} was tuned over {_points(counts[0])}, {names[1]} over {counts[1]}"
-            f"{_at_equal_budget(curve, few, names[more])}"
+            + (
+                ""
+                if best is None
+                else f" (the best of {min(counts)} drawn from {names[more]}'s is expected at "
+                f"{best:.4g})"
+            )
         )
     return tuple(said)
+
+
+def _same_allowance(method: Curve, baseline: Curve) -> bool:
+    """Whether one study's search looked for both: each might take as many trials as it needed."""
+    return is_search(method) and is_search(baseline) and method.study == baseline.study
 
 
 def _points(num: int) -> str:
@@ -323,16 +357,92 @@ def _tried(curve: Curve) -> list[tuple[int, float]]:
     ]
 
 
-def _at_equal_budget(curve: Curve, num_draws: int, name: str) -> str:
-    """What the longer search would have found with the shorter one's budget, as words."""
+def _at_budget(curve: Curve, num_draws: int) -> float | None:
+    """What a search of so many points is expected to have found of a longer one's; None: unknown.
+
+    None too where fewer of its points have a score.
+    """
     means = [rate.mean for cell in curve.cells for rate in cell.rates if rate.verdict == "eligible"]
     finite = [mean for mean in means if mean is not None]
-    if num_draws > len(finite):
-        return ""
-    best = expected_best(
+    if not 1 <= num_draws <= len(finite):
+        return None
+    return expected_best(
         finite, num_draws=num_draws, higher_is_better=curve.metric.higher_is_better
     )
-    return f" (the best of {num_draws} drawn from {name}'s is expected at {best:.4g})"
+
+
+# A verdict that must not be given, and why.
+Veto = tuple["Verdict", str]
+
+
+def _budget(
+    sides: tuple["_Side", "_Side"],
+    metric: Metric,
+    estimate: Estimate,
+    *,
+    fresh: bool,
+    margin: float | None,
+) -> list[Veto]:
+    """Which verdicts the difference of the tuning budgets may explain.
+
+    The longer search's score is made worse by what its surplus is expected to have gained it. With
+    fresh seeds a verdict must keep its side then; with seeds that chose, which may have been lucky
+    besides, so must the whole interval. Under a metric that did not choose, the gain is known in
+    the one that chose alone: there the longer search must stay ahead, and the seeds be fresh.
+    """
+    curves = (sides[0].selecting, sides[1].selecting)
+    counts = [len(_tried(curve)) for curve in curves]
+    if max(counts) <= BUDGET_TOLERANCE * min(counts) or _same_allowance(*curves):
+        return []
+    more = 0 if counts[0] > counts[1] else 1
+    longer, shorter = curves[more].best, curves[1 - more].best
+    assert longer is not None
+    assert longer.score is not None
+    assert shorter is not None
+    assert shorter.score is not None
+    then = _at_budget(curves[more], min(counts))
+    then = longer.score if then is None else then
+    ahead: Verdict = "better" if more == 0 else "worse"
+    explained = list[Verdict]()
+    if metric == curves[more].metric:
+        loss = then - longer.score if more == 0 else longer.score - then
+        shifted = replace(estimate, value=estimate.value + loss)
+        ends = (shifted.value,) if fresh else (shifted.low, shifted.high)
+        if any((end > 0) != (estimate.value > 0) for end in ends):
+            explained.append(ahead)
+        if margin is None or shifted.equivalence_p(margin) >= LEVEL:
+            explained.append("equivalent")
+    else:
+        if not fresh or not curves[more].metric.better(then, shorter.score):
+            explained.append(ahead)
+        explained.append("equivalent")
+    name = sides[1 - more].name
+    reason = (
+        f"{sides[more].name} was tuned over {_points(max(counts))}, {name} over {min(counts)}, and "
+        f"that may be why: {_what_lacks(curves[more], curves[1 - more], name)}"
+    )
+    return [(verdict, reason) for verdict in explained]
+
+
+def _what_lacks(longer: Curve, shorter: Curve, name: str) -> str:
+    """What to add to the study so that the shorter search has what the longer one had."""
+    (sizes, rates), (own_sizes, own_rates) = (
+        tuple(sorted(set(axis)) for axis in zip(*_tried(curve), strict=True))
+        for curve in (longer, shorter)
+    )
+    parts = [
+        f"{word} {', '.join(f'{value:g}' for value in missing)}"
+        for word, missing in (
+            ("batch_size", [size for size in sizes if size not in own_sizes]),
+            ("learning_rate", [rate for rate in rates if rate not in own_rates]),
+        )
+        if missing
+    ]
+    what = " and ".join(parts) or "the points that it lacks"
+    return (
+        f"add {what} to the study file, so that {name} has them too, and run it again; trials that "
+        "are done are not repeated"
+    )
 
 
 def _at_edge(pair: Pair, name: str) -> list[str]:
@@ -350,9 +460,39 @@ def _at_edge(pair: Pair, name: str) -> list[str]:
     (cell,) = [one for one in pair[0].cells if one.trial.batch_size == best.batch_size]
     if len(cell.rates) == 1:
         said.append(f"{name} was tried at learning rate {best.learning_rate:g} only")
-    elif best.lr_at_edge:
-        said.append(f"{name}'s learning rate {best.learning_rate:g} is at the edge of those tried")
+    elif end := _rate_end(pair):
+        said.append(f"{name}'s learning rate {best.learning_rate:g} is the {end} of those tried")
     return said
+
+
+def _rate_end(pair: Pair) -> Literal["lowest", "highest"] | None:
+    """Where the best LR lies among those tried: in its cell, or, for a search, on its curve."""
+    curve, best = pair[0], pair[0].best
+    if best is None or best.learning_rate is None:
+        return None
+    if not is_search(curve) and not best.lr_at_edge:
+        return None
+    tried = [rate for size, rate in _tried(curve) if is_search(curve) or size == best.batch_size]
+    if len(set(tried)) < 2 or best.learning_rate not in (min(tried), max(tried)):
+        return None
+    return "lowest" if best.learning_rate == min(tried) else "highest"
+
+
+def _edge_vetoes(pair: Pair, name: str, loses: "Verdict") -> list[Veto]:
+    """Why this method must not be the worse one, where its best LR is at an end of those tried."""
+    end, best = _rate_end(pair), pair[0].best
+    if end is None or best is None:
+        return []
+    beyond, bound = ("lower", "low") if end == "lowest" else ("higher", "high")
+    change = (
+        f"move {bound} under learning_rate" if is_search(pair[0]) else "add one to learning_rate"
+    )
+    reason = (
+        f"{name}'s own best is not known: its best learning rate, {best.learning_rate:g}, is the "
+        f"{end} of those tried, and a {beyond} one may be better; {change} in the study and run it "
+        "again"
+    )
+    return [(loses, reason)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,8 +562,17 @@ class _Side:
         return [by_seed[seed] for seed in seeds]
 
 
-def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answers) -> Comparison:
-    """One method's best point against the baseline's; Holm and the verdict are still to come."""
+def _compare(
+    method: Pair,
+    baseline: Pair,
+    margin: float | None,
+    answers: Answers,
+    left_out: Sequence[Pair],
+) -> tuple[Comparison, list[Veto]]:
+    """One method's best point against the baseline's; Holm and the verdict are still to come.
+
+    With it what its verdict must not be, for budgets and edges.
+    """
     metric = baseline[1].metric
     sides = (_side(method), _side(baseline))
     names = (sides[0].name, sides[1].name)
@@ -444,7 +593,14 @@ def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answer
     if not blocked:
         estimate, num_questions, doubts = _estimate(sides, metric, answers, seeds, paired, fresh)
     equal_p = None if estimate is None or tolerated is None else estimate.equivalence_p(tolerated)
-    return Comparison(
+    vetoes = list[Veto]()
+    if estimate is not None:
+        vetoes += _budget(sides, metric, estimate, fresh=fresh, margin=tolerated)
+        for loses, (pair, name) in zip(
+            ("worse", "better"), zip((method, baseline), names, strict=True), strict=True
+        ):
+            vetoes += _edge_vetoes(pair, name, loses)
+    compared = Comparison(
         setting=_setting_text(baseline[0], names[1]),
         method=names[0],
         baseline=names[1],
@@ -472,12 +628,16 @@ def _compare(method: Pair, baseline: Pair, margin: float | None, answers: Answer
         equivalence_margin=tolerated,
         equivalence_p=equal_p,
         verdict="undecided",
-        crossovers=() if blocked else _crossovers(method[1], baseline[1], names, answers),
-        unequal=_unequal(method[0], baseline[0], names),
+        crossovers=() if estimate is None else _crossovers(method[1], baseline[1], names, answers),
+        unequal=(
+            *_unequal(method[0], baseline[0], names),
+            *(_left_out(one, baseline, names[0]) for one in left_out),
+        ),
         at_edge=(*_at_edge(method, names[0]), *_at_edge(baseline, names[1])),
         undecided=(*blocked, *doubts),
         select_on=baseline[0].cells[0].select_on,
     )
+    return compared, vetoes
 
 
 def _side(pair: Pair) -> _Side:
@@ -564,7 +724,10 @@ def _estimate(
             if _seeds_change_nothing(first) and _seeds_change_nothing(second):
                 return None, None, [_no_spread(f"{len(first)} seeds gave the same answers")]
             sources = answers.sources_of(trials[0][0], metric.task)
-            found = crossed_difference(first, second, paired=paired, sources=sources)
+            try:
+                found = crossed_difference(first, second, paired=paired, sources=sources)
+            except AnalysisError as error:  # One question, or one source of all.
+                return None, None, [f"{error}; score a test with more questions"]
             found = not_too_certain(found, first, second, sources=sources)
             return found, first.shape[1], []
     estimate = (
@@ -664,7 +827,7 @@ def _crossovers(
     method: Curve, baseline: Curve, names: tuple[str, str], answers: Answers
 ) -> tuple[Crossover, ...]:
     """Along the seeds that chose; over questions too where their verdicts are known throughout."""
-    zero_sets = None
+    zero_sets = differences = None
     pairs = common_points(method, baseline)
     task = method.metric.task
     seeds = [set(dict(one.seed_scores)) & set(dict(two.seed_scores)) for one, two in pairs]
@@ -682,7 +845,18 @@ def _crossovers(
             zero_sets = [
                 crossed_zero_set(left, right, sources=sources) for left, right in pairwise(gaps)
             ]
-    return _named(crossovers(method, baseline, zero_sets=zero_sets), method, baseline, names)
+            differences = [
+                _crossed(one, two, sources)
+                for one, two in zip(known[::2], known[1::2], strict=True)
+            ]
+    found = crossovers(method, baseline, zero_sets=zero_sets, differences=differences)
+    return _named(found, method, baseline, names)
+
+
+def _crossed(first: FloatArray, second: FloatArray, sources: Sequence[int] | None) -> Estimate:
+    """The difference at one batch size over the seeds that both have."""
+    found = crossed_difference(first, second, paired=True, sources=sources)
+    return not_too_certain(found, first, second, sources=sources)
 
 
 def _at(curve: Curve, batch_size: int, seeds: Sequence[int]) -> list[TrialResult]:
@@ -692,14 +866,14 @@ def _at(curve: Curve, batch_size: int, seeds: Sequence[int]) -> list[TrialResult
     return [by_seed[seed] for seed in seeds]
 
 
-def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def _adjusted(comparisons: Sequence[tuple[Comparison, Sequence[Veto]]]) -> list[Comparison]:
     """Holm over the methods with a p, then the verdicts."""
-    tested = [one for one in comparisons if one.p_value is not None]
+    tested = [one for one, _ in comparisons if one.p_value is not None]
     adjusted = dict(zip(map(id, tested), holm([one.p_value or 0.0 for one in tested]), strict=True))
-    return [_decided(one, adjusted.get(id(one))) for one in comparisons]
+    return [_decided(one, adjusted.get(id(one)), vetoes) for one, vetoes in comparisons]
 
 
-def _decided(one: Comparison, p: float | None) -> Comparison:
+def _decided(one: Comparison, p: float | None, vetoes: Sequence[Veto]) -> Comparison:
     """The comparison with its verdict."""
     if p is None or one.difference is None or one.detectable is None or one.undecided:
         return replace(one, p_holm=p)
@@ -726,18 +900,8 @@ def _decided(one: Comparison, p: float | None) -> Comparison:
             else f"{_sample(one)} show neither a difference (Holm p = {p:.2g}) nor {equal} "
             f"(p = {one.equivalence_p:.2g}); less than {one.detectable:.3g} is not found reliably"
         )
-    more, less = one.method_tried, one.baseline_tried
-    favoured = {
-        "better": more / less,
-        "worse": less / more,
-        "equivalent": max(more, less) / min(more, less),
-    }
-    if verdict != "undecided" and favoured[verdict] > BUDGET_TOLERANCE:
-        ahead, behind = (one.method, one.baseline) if more > less else (one.baseline, one.method)
-        reasons.append(
-            f"{ahead} was tuned over {_points(max(more, less))}, {behind} over {min(more, less)}: "
-            f"give {behind} as many batch sizes and learning rates and run again"
-        )
+    if vetoed := [reason for of_verdict, reason in vetoes if of_verdict == verdict]:
+        reasons += vetoed
         verdict = "undecided"
     return replace(one, p_holm=p, verdict=verdict, undecided=tuple(reasons))
 

@@ -168,15 +168,24 @@ def crossed_variance(*tables: FloatArray) -> Variance:
     return Variance(pooled.mean(axis=-1), variance, df)
 
 
-def crossed_components(table: FloatArray) -> Components:
-    """The components of a table [S, Q] of paired differences; S, Q >= 2."""
-    num_seeds, num_questions = table.shape
+def crossed_components(table: FloatArray, *, sources: Sequence[int] | None = None) -> Components:
+    """The components of a table [S, Q] of paired differences; S, Q >= 2.
+
+    With `sources` (as in `crossed_difference`, two at least) the parts of questions and of the rest
+    are those of questions that were independent and told as little: Q of them give the variance of
+    the mean that C sources of Q/C questions give.
+    """
+    num_questions = table.shape[1]
+    if sources is not None:
+        table = _by_source(table, sources)
+    num_seeds, num_units = table.shape
     seeds, residual = (float(x) for x in _mean_squares(table))
     questions = num_seeds * float(table.mean(axis=0).var(ddof=1))
+    of_a_unit = num_questions / num_units
     return Components(
-        seeds=max(0.0, (seeds - residual) / num_questions),
-        questions=max(0.0, (questions - residual) / num_seeds),
-        residual=residual,
+        seeds=max(0.0, (seeds - residual) / num_units),
+        questions=of_a_unit * max(0.0, (questions - residual) / num_seeds),
+        residual=of_a_unit * residual,
     )
 
 

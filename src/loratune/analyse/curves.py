@@ -11,7 +11,16 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 from loratune.analyse.cells import Cell
-from loratune.analyse.intervals import ZeroSet, mean_with_interval, zero_set
+from loratune.analyse.intervals import (
+    CONFIDENCE,
+    NO_SPREAD,
+    Estimate,
+    ZeroSet,
+    holm,
+    mean_with_interval,
+    paired_t,
+    zero_set,
+)
 from loratune.analyse.scores import Metric, accuracy_metric, test_tasks, trial_score
 from loratune.analyse.selection_bias import selection_bias
 from loratune.records import Trial, TrialResult
@@ -85,7 +94,14 @@ class Curve:
 
     @property
     def best(self) -> Point | None:
-        """The point with the best score; of equal ones the smallest batch size."""
+        """The point with the best score, of equal ones the smallest batch size; a search's answer.
+
+        A search's answer is what its surface says (`recommendation.searched.answered`), not the
+        lowest of its means, of which many are one lucky trial's.
+        """
+        for point, cell in zip(self.points, self.cells, strict=True):
+            if cell.is_answer:
+                return point if point.score is not None else None
         best: Point | None = None
         for point in self.points:
             if point.score is None:
@@ -102,7 +118,11 @@ class Crossover:
     `low` and `high` bound the batch sizes around the crossing at which the difference is not
     distinguishable from 0 (5% two-sided test, paired over `num_seeds` shared seeds, and over the
     questions where their verdicts are known, on the interpolated curves). None where they reach
-    the end of the batch sizes that both have, and both None with one shared seed.
+    the end of the batch sizes that both have, and both None with one shared seed. `shown`: both
+    ends are there, and at batch sizes tried below and above them one curve and the other is the
+    better one with 95% confidence, whatever the number of batch sizes (`_signs`); otherwise the
+    sign of the difference changes, and that is not told from noise: who is better below and above
+    is then what the means say, no more.
     """
 
     batch_size: float
@@ -111,6 +131,7 @@ class Crossover:
     better_below: str
     better_above: str
     num_seeds: int
+    shown: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +188,11 @@ def make_curves(cells: Sequence[Cell], *, task: str | None = None) -> tuple[Curv
     )
 
 
+def is_search(curve: Curve) -> bool:
+    """Whether an adaptive search chose the curve's trials."""
+    return any(result.purpose == "adaptive" for cell in curve.cells for result in cell.results)
+
+
 def tested_tasks(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The test tasks with a score at any chosen LR."""
     return test_tasks(one for cell in cells if cell.best is not None for one in cell.best.trials)
@@ -176,7 +202,10 @@ def why_no_score(curve: Curve) -> str:
     """Why no batch size of the curve has a score, and what to run."""
     statuses = [result.status for cell in curve.cells for result in cell.results]
     if all(status in ("planned", "running") for status in statuses):
-        return "no trial has finished yet"
+        return (
+            "no trial has finished yet; run the same command again, which goes on where it stopped "
+            "(where it had a --budget, with a longer one)"
+        )
     if all(rate.verdict == "diverged" for cell in curve.cells for rate in cell.rates):
         lowest = min(rate.learning_rate for cell in curve.cells for rate in cell.rates)
         return (
@@ -202,7 +231,11 @@ def normalised(curves: Sequence[Curve], *, default: Curve) -> tuple[Curve, ...]:
 
 
 def crossovers(
-    first: Curve, second: Curve, *, zero_sets: Sequence[ZeroSet] | None = None
+    first: Curve,
+    second: Curve,
+    *,
+    zero_sets: Sequence[ZeroSet] | None = None,
+    differences: Sequence[Estimate] | None = None,
 ) -> tuple[Crossover, ...]:
     """Where the sign of first - second changes, by linear interpolation on log2(batch size).
 
@@ -214,6 +247,7 @@ def crossovers(
         second: the other.
         zero_sets: for each gap between two neighbouring common batch sizes the weights of the right
             one at which the difference may be 0; left out, by a t test over shared seeds.
+        differences: first - second at every common batch size; given where `zero_sets` are.
     """
     pairs = common_points(first, second)
     xs = [math.log2(one.batch_size) for one, _ in pairs]
@@ -225,8 +259,11 @@ def crossovers(
             for one, two in pairs
         ]
         zero_sets = [zero_set(left, right) for left, right in pairwise(by_seed)]
+        differences = [paired_t(gaps_of_size) for gaps_of_size in by_seed]
+    signs = [0] * len(xs) if differences is None else _signs(differences, pairs)
     signed = [index for index, gap in enumerate(gaps) if gap != 0.0]
     found = list[Crossover]()
+    between = list[tuple[int, int] | None]()
     for left, right in pairwise(signed):
         if (gaps[left] > 0) == (gaps[right] > 0):
             continue
@@ -236,9 +273,13 @@ def crossovers(
         else:  # exactly equal at the batch sizes between: the middle of them
             where = (xs[left + 1] + xs[right - 1]) / 2
         low, high = (None, None) if zero_sets is None else _crossing_interval(where, xs, zero_sets)
+        # Several changes of sign between the same two batch sizes are one crossing.
+        ends = _shown_between(low, high, 1 if gaps[left] > 0 else -1, xs, signs)
+        shown = ends is not None and ends not in between
+        between.append(ends)
         first_below = (gaps[left] > 0) == first.metric.higher_is_better
         names = (first.label, second.label) if first_below else (second.label, first.label)
-        found.append(Crossover(2.0**where, low, high, names[0], names[1], len(seeds)))
+        found.append(Crossover(2.0**where, low, high, names[0], names[1], len(seeds), shown))
     return tuple(found)
 
 
@@ -329,7 +370,9 @@ def _point(cell: Cell, metric: Metric) -> Point:
         learning_rate=cell.best.learning_rate if cell.best else None,
         lr_at_edge=cell.lr_at_edge,
         diverged_rates=cell.diverged_rates,
-        incomplete=bool(cell.incomplete_rates) or 0 < len(scores) < len(cell.seeds),
+        # A search's answer need not have every seed.
+        incomplete=bool(cell.incomplete_rates)
+        or (not cell.is_answer and 0 < len(scores) < len(cell.seeds)),
         fresh_scores=() if cell.best is None else _finite_scores(cell.best.further, metric),
     )
 
@@ -385,6 +428,46 @@ def _crossing_interval(
             )
     # Seeds that are not shared moved the means: the shared ones see no crossing here.
     return (None, None)
+
+
+def _signs(differences: Sequence[Estimate], pairs: Sequence[tuple[Point, Point]]) -> list[int]:
+    """At each batch size 1 or -1 where the difference is shown to be above or below 0, else 0.
+
+    One-sided tests with Holm's adjustment over the batch sizes, for each sign apart: with 95%
+    confidence no sign of that kind stands where the difference is 0 or has the other one. A
+    crossing that is not there takes a wrong sign, so that it is shown in 5 of 100 cases at most.
+    """
+    tails = [0.5] * len(differences)  # No sign where the seeds change nothing.
+    for index, (one, pair) in enumerate(zip(differences, pairs, strict=True)):
+        largest = max(abs(point.score or 0.0) for point in pair)
+        if one.standard_error > NO_SPREAD * largest:
+            tails[index] = one.p_value / 2
+    signs = [0] * len(differences)
+    for sign in (1, -1):
+        of_sign = [
+            p if sign * one.value > 0 else 1.0 - p
+            for p, one in zip(tails, differences, strict=True)
+        ]
+        for index, p in enumerate(holm(of_sign)):
+            if p < 1 - CONFIDENCE:
+                signs[index] = sign
+    return signs
+
+
+def _shown_between(
+    low: float | None, high: float | None, sign: int, xs: Sequence[float], signs: Sequence[int]
+) -> tuple[int, int] | None:
+    """The tried batch sizes next to an interval at which `sign` and its opposite are shown.
+
+    None where the interval is open, or the nearest signs on its two sides are not these.
+    """
+    if low is None or high is None:
+        return None
+    below = [i for i, x in enumerate(xs) if signs[i] and x <= math.log2(low)]
+    above = [i for i, x in enumerate(xs) if signs[i] and x >= math.log2(high)]
+    if not below or not above or signs[below[-1]] != sign or signs[above[0]] != -sign:
+        return None
+    return below[-1], above[0]
 
 
 def _mean(values: Sequence[float]) -> float:

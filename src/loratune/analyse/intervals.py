@@ -19,6 +19,8 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
+# A relative standard error that is rounding, not scatter.
+NO_SPREAD = 1e-9
 # Disjoint intervals of [0, 1], ascending.
 ZeroSet = tuple[tuple[float, float], ...]
 

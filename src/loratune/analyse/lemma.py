@@ -35,6 +35,8 @@ MOST_DRAWS = 5_000_000_000
 _DRAWS_AT_A_TIME = 4_000_000
 # One replicate lies in memory as a whole: half a GiB.
 _MOST_AT_A_TIME = 64_000_000
+# tr(S) is r, found as the difference of numbers of N r / B: its relative error is 1e-16 N / B.
+_LEAST_NOISE_SCALE = 1e-9
 # Below, the 95% interval of a median by order statistics does not exist.
 _FEWEST_REPLICATES = 10
 
@@ -122,7 +124,7 @@ def check_lemma(
 
     Raises:
         AnalysisError: a rank below 1, fewer than 2 samples or 10 replicates, a seed below 0, more
-            than 5e9 draws in all, or a noise scale that is not a number above 0.
+            than 5e9 draws in all, or a noise scale that is not a number of at least 1e-9.
     """
     _check(rank, samples, replicates, seed)
     generator = np.random.default_rng(seed)
@@ -211,6 +213,11 @@ def _plugin(
     if math.isinf(true_noise_scale):
         raise AnalysisError(
             "true_noise_scale=inf is the lemma itself; leave it out, or give a finite number"
+        )
+    if true_noise_scale < _LEAST_NOISE_SCALE:
+        raise AnalysisError(
+            f"true_noise_scale={true_noise_scale:g}; below {_LEAST_NOISE_SCALE:g} the noise is "
+            "lost in the rounding of so large a mean gradient; give a larger one"
         )
     values = simulate_noise_scale(
         rank, samples, replicates, generator, true_noise_scale=true_noise_scale

@@ -7,16 +7,21 @@ from itertools import combinations
 import numpy as np
 
 from loratune.analyse.cells import make_cells
-from loratune.analyse.compare import Answers
+from loratune.analyse.compare import Answers, MakeCells, Sources
 from loratune.analyse.crossed import Components, crossed_components
 from loratune.analyse.curves import Curve, Point, make_curves, tested_tasks
 from loratune.analyse.scores import LOSS, accuracy_metric
+from loratune.planning.crossed_model import FloatArray
 from loratune.planning.power import ASSUMED_DISCORDANCE, DifferenceNoise
 from loratune.records import TrialResult, Verdicts
 
 
 def measured_noise(
-    results: Sequence[TrialResult], verdicts: Sequence[Verdicts] = ()
+    results: Sequence[TrialResult],
+    verdicts: Sequence[Verdicts] = (),
+    *,
+    sources: Sources | None = None,
+    cells_of: MakeCells = make_cells,
 ) -> dict[str, DifferenceNoise]:
     """The variance components of a difference between two methods, by metric name.
 
@@ -24,17 +29,17 @@ def measured_noise(
     components are those of paired differences, averaged over the pairs of methods that share at
     least two seeds (and questions). With one method alone its seeds' and residual variance count
     twice, and the questions' part is what the assumed discordance leaves. A metric that nothing is
-    known of is absent. Questions that share a source count as their own: planned with too little
-    noise where there are such.
+    known of is absent. Questions that share a source (`compare.question_sources`) count as a unit;
+    the planned study is taken to have as many of each. `cells_of` as in `compare.compare`.
     """
-    cells = make_cells(results)
+    cells = cells_of(results)
     selecting = make_curves(cells)
     found = dict[str, DifferenceNoise]()
     if selecting and selecting[0].metric == LOSS:
         loss = _loss_noise([(curve, curve.best) for curve in selecting])
         if loss is not None:
             found[LOSS.name] = loss
-    answers = Answers.of(verdicts)
+    answers = Answers.of(verdicts, sources)
     chosen_by = [curve.metric.task for curve in selecting if curve.metric.task is not None]
     for task in dict.fromkeys([*chosen_by, *tested_tasks(cells)]):
         accuracy = _accuracy_noise(selecting, task, answers)
@@ -71,7 +76,7 @@ def _accuracy_noise(curves: Sequence[Curve], task: str, answers: Answers) -> Dif
             continue
         tables = [answers.table([own[s] for s in shared], task) for own in (first, second)]
         if tables[0] is not None and tables[1] is not None and tables[0].shape == tables[1].shape:
-            paired.append(crossed_components(tables[0] - tables[1]))
+            paired.append(_components(tables[0] - tables[1], answers, first[shared[0]], task))
     if paired:
         return DifferenceNoise(
             _mean([one.seeds for one in paired]),
@@ -83,7 +88,7 @@ def _accuracy_noise(curves: Sequence[Curve], task: str, answers: Answers) -> Dif
     for _, own in chosen:
         table = answers.table([own[seed] for seed in sorted(own)], task) if len(own) > 1 else None
         if table is not None:
-            single.append(crossed_components(table))
+            single.append(_components(table, answers, own[min(own)], task))
     if not single:
         return None
     residual = 2 * _mean([one.residual for one in single])
@@ -94,6 +99,12 @@ def _accuracy_noise(curves: Sequence[Curve], task: str, answers: Answers) -> Dif
         f"measured on one method's seeds, twice; assumed: {100 * ASSUMED_DISCORDANCE:g}% of "
         "answers differ between two methods",
     )
+
+
+def _components(table: FloatArray, answers: Answers, trial: TrialResult, task: str) -> Components:
+    sources = answers.sources_of(trial, task)
+    several = sources is not None and len(set(sources)) > 1
+    return crossed_components(table, sources=sources if several else None)
 
 
 def _trials(curve: Curve) -> dict[int, TrialResult]:

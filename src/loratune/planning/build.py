@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
 from loratune.errors import StudyError
+from loratune.planning.alternatives import Alternative, adaptive_alternative
 from loratune.planning.cost import Rate, TrialCost, trial_cost
 from loratune.planning.packs import PlannedPack, plan_packs
 from loratune.planning.power import ASSUMED_NOISE, DifferenceNoise, StudyPower, study_power
@@ -36,6 +37,8 @@ class Plan:
     `trials` does not hold them. `hours` is the time of one
     device at `device`'s rate, one trial after another; `packs` are the planned trials as the packed
     engine trains them, on an H100: empty where the rate is of another device.
+    `alternatives` are cheaper versions of the study: by an adaptive search, and, where the caller
+    adds it, by a proxy.
     `power` says what differences between methods the study can show, by metric;
     `detectable_effect` is that of the accuracy with the most questions, a fraction (0.03 = 3
     points), None where no test task with a known size is scored or seeds are too few. `provisional`
@@ -58,6 +61,7 @@ class Plan:
     power: tuple[StudyPower, ...]
     provisional: bool
     packs: tuple[PlannedPack, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
 
     def siblings(self, trial: Trial, points: Iterable[tuple[float, int]]) -> tuple[Trial, ...]:
         """The trials of a planned trial's cell at other points, each an (LR, seed)."""
@@ -113,6 +117,7 @@ class Plan:
             "detectable_effect": self.detectable_effect,
             "provisional": self.provisional,
             "packs": [pack.to_json() for pack in self.packs],
+            "alternatives": [one.to_json() for one in self.alternatives],
             "power": [
                 {**asdict(one), "questions_needed_with": dict(one.questions_needed_with)}
                 for one in self.power
@@ -147,6 +152,10 @@ def make_plan(
     # Which batch size gets how many of them nobody knows: an equal share for each.
     more = further / len(cells)
     once = tuple(cells.values())
+    flops = math.fsum(cost.flops for cost in costs) + more * math.fsum(
+        cost.flops for _, cost in once
+    )
+    adaptive = adaptive_alternative(study, trials, costs, flops=flops)
     return Plan(
         study=study,
         trials=trials,
@@ -158,8 +167,7 @@ def make_plan(
         + round(more * sum(trial.num_updates for trial, _ in once)),
         tokens=math.fsum(cost.num_tokens for cost in costs)
         + more * math.fsum(cost.num_tokens for _, cost in once),
-        flops=math.fsum(cost.flops for cost in costs)
-        + more * math.fsum(cost.flops for _, cost in once),
+        flops=flops,
         hours=(
             math.fsum(cost.seconds for cost in costs)
             + more * math.fsum(cost.seconds for _, cost in once)
@@ -175,6 +183,7 @@ def make_plan(
             if rate.memory_bytes is not None
             else ()
         ),
+        alternatives=() if adaptive is None else (adaptive,),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from loratune.planning.alternatives import Alternative
 from loratune.planning.build import Plan
 from loratune.planning.packs import PlannedPack
 from loratune.planning.power import StudyPower
@@ -42,8 +43,16 @@ def plan_text(plan: Plan, *, list_trials: bool) -> str:
             f"{probes.num_rows_apart:,} rows, {probes.tokens:.3g} tokens, {probes.flops:.3g} FLOPs"
         )
     lines += map(_pack_line, plan.packs)
+    if plan.alternatives:
+        lines += ["", "  the same question by", *map(_alternative_line, plan.alternatives)]
     for one in plan.power:
         lines += ["", *_power_lines(one)]
+    if not plan.power:
+        lines += [
+            "",
+            "  no power figure: how much seeds move this loss is not known beforehand; --like DIR "
+            "takes it from a results folder",
+        ]
     if plan.provisional:
         lines += ["", "Trial ids are provisional: model or data were declared, not read."]
     if list_trials:
@@ -73,6 +82,16 @@ def _further(plan: Plan) -> list[str]:
             f"a best LR at an end of the grid adds up to {extend} beyond it (not counted here)"
         )
     return lines
+
+
+def _alternative_line(one: Alternative) -> str:
+    """What an adaptive search or a proxy would cost in the place of the study."""
+    name = "adaptive search" if one.kind == "adaptive" else "loratune tune"
+    most = "" if one.most_trials is None else f" (at most {one.most_trials:,})"
+    return (
+        f"  {name:<15} about {one.num_trials:,} trials{most}, {one.flops:.2g} FLOPs "
+        f"({100 * one.share:.2g}% of the above), {_hours(one.hours)} hours: {one.basis}"
+    )
 
 
 def _power_lines(one: StudyPower) -> list[str]:

@@ -12,13 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratune.analyse.cells import Cell, make_cells
-from loratune.analyse.curves import Curve, Point, make_curves, why_no_score
+from loratune.analyse.cells import Cell
+from loratune.analyse.curves import Curve, Point, is_search, make_curves, why_no_score
+from loratune.analyse.intervals import NO_SPREAD
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
 from loratune.recommendation.best import against_best
-from loratune.recommendation.searched import Searched, answer_of_search, is_search
+from loratune.recommendation.searched import Searched, answer_of_search, answered
 from loratune.records import TrialResult
 
 BASELINE = "lora"
@@ -91,7 +92,8 @@ class Recommendation:
     grid. `expected_regret` (a fraction of the loss) is an adaptive search's; its batch sizes hold
     with 95% posterior probability each. Where a proxy was searched (`recommendation.proxy`),
     `confirmed` are the target's scores, `extrapolated_over` says what differs, and the cost is in
-    FLOPs, over those of the fixed sweep on the target.
+    FLOPs, over those of the fixed sweep on the target; the batch sizes' 95% are then those of the
+    model `proxy`.
     """
 
     setting: str
@@ -114,6 +116,7 @@ class Recommendation:
     undecided: tuple[str, ...]
     expected_regret: float | None = None
     confirmed: tuple[ScoreAtLearningRate, ...] = ()
+    proxy: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """The answer as plain values under the names that others rely on; tuples are lists."""
@@ -139,7 +142,7 @@ def recommendations(
         raise AnalysisError("no trials; run the study first")
     if margin < 0 or not math.isfinite(margin):
         raise AnalysisError(f"margin={margin}; give a fraction of 0 or more, such as 0.005")
-    curves = make_curves(make_cells(results))
+    curves = make_curves(answered(results))
     methods = list(dict.fromkeys(curve.setting.value("method") for curve in curves))
     default = BASELINE if BASELINE in methods else methods[0]
     chosen = default if method is None else method
@@ -187,6 +190,11 @@ def recommend_from_curve(
         comparison = against_best(
             [[sign * dict(point.seed_scores)[seed] for seed in shared] for point in scored]
         )
+        if all(_has_no_spread(point) for point in scored):
+            undecided.append(
+                f"the {len(shared)} seeds change no score: how much other seeds would is not known;"
+                " see that the seed shuffles the rows and draws the initialisation, and run again"
+            )
         sizes = [point.batch_size for point in scored]
         possible = [
             size
@@ -287,6 +295,11 @@ def _recommend_from_search(
 def _shared_seeds(curve: Curve) -> list[int]:
     sets = [{seed for seed, _ in one.seed_scores} for one in curve.points if one.score is not None]
     return sorted(set[int].intersection(*sets)) if sets else []
+
+
+def _has_no_spread(point: Point) -> bool:
+    scores = [score for _, score in point.seed_scores]
+    return max(scores) - min(scores) <= NO_SPREAD * max(map(abs, scores))
 
 
 def _seed_count(num: int) -> str:

@@ -15,11 +15,12 @@ extrapolated. Only held-out loss is known here.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from loratune.analyse.cells import Cell, TriedRate, make_cells
 from loratune.analyse.laws.between import rate_between
+from loratune.analyse.laws.published import WIDTH_EXPONENTS
 from loratune.analyse.scores import method_label
 from loratune.errors import AnalysisError
 from loratune.recommendation.grid import (
@@ -32,7 +33,11 @@ from loratune.records import ModelFacts, TrialResult
 
 # LoRA Without Regret (Schulman et al. 2025): the best LR of LoRA goes with (2000 / width)^p, with p
 # fitted for two families. For others p = 0: the LR is taken over as it is.
-WIDTH_EXPONENTS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
+_EXPONENTS = {
+    "llama": WIDTH_EXPONENTS["llama"],
+    "qwen2": WIDTH_EXPONENTS["qwen"],
+    "qwen3": WIDTH_EXPONENTS["qwen"],
+}
 # The LRs of the target: the expected one, and so many times lower and higher. Chosen, as the next
 # two, by the regret on simulated pairs of models (families that are not held out).
 RATE_STEP = 1.5
@@ -104,7 +109,7 @@ class ProxyPair:
         """p of the law that carries the LR; 0 where the family has none."""
         types = {self.proxy.model_type, self.target.model_type}
         (shared,) = types if len(types) == 1 else (None,)
-        return WIDTH_EXPONENTS.get(shared or "", 0.0)
+        return _EXPONENTS.get(shared or "", 0.0)
 
     def carried(self, learning_rate: float) -> float:
         """The LR that the law expects on the target: times (proxy width / target width)^p."""
@@ -230,8 +235,11 @@ def recommend_by_proxy(
 
     That is at the proxy's batch size, or at half or twice that (`beside_results`) where the target
     scored better there. `evidence` is that of the proxy's sweep, on which the batch size stands;
-    `confirmed` are the target's scores. Undecided where the proxy is, where the target has no LR
-    with a score, or where its best one lies at the end of those tried.
+    `confirmed` are the target's scores. The range and the acceptable batch sizes are the proxy's,
+    less what the target itself contradicts (`_contradicted`); where the target's best is not the
+    proxy's, nothing of the kind is known of the target, and they are None. Undecided where the
+    proxy is, where the target has no LR with a score, or where its best one lies at the end of
+    those tried.
 
     Raises:
         AnalysisError: the two were trained on other rows, or the target's trials are not of the
@@ -264,7 +272,7 @@ def recommend_by_proxy(
         "its best batch size near is the recipe's assumption, not a measurement",
         *(f"on {pair.proxy.name}: {note}" for note in on_proxy.evidence.notes),
         *_law_note(on_proxy, cell, pair),
-        *_chosen_notes(cells, chosen, on_proxy, pair),
+        *_chosen_notes(cells, chosen, on_proxy, pair, margin),
     )
     answer = replace(
         on_proxy,
@@ -284,23 +292,39 @@ def recommend_by_proxy(
         cost_fraction=_cost_fraction(proxy_results, (*target_results, *beside_results), pair),
         undecided=tuple(undecided),
         confirmed=tuple(score for one in cells for score in _scores(one)),
+        proxy=pair.proxy.name,
     )
     if chosen is None:
         return answer
     of_cell, rate = chosen
     size = of_cell.trial.batch_size
-    assert on_proxy.batch_size_low is not None
-    assert on_proxy.batch_size_high is not None
     microbatch = _rows_per_microbatch(of_cell)
-    return replace(
+    answer = replace(
         answer,
         batch_size=size,
-        batch_size_low=min(on_proxy.batch_size_low, size),
-        batch_size_high=max(on_proxy.batch_size_high, size),
         learning_rate=rate.learning_rate,
-        acceptable_batch_sizes=tuple(sorted({*(on_proxy.acceptable_batch_sizes or ()), size})),
         rows_per_microbatch=microbatch,
         gradient_accumulation_steps=None if microbatch is None else math.ceil(size / microbatch),
+    )
+    if size != on_proxy.batch_size:
+        return answer
+    worse = _contradicted(cells, chosen, margin)
+    assert on_proxy.batch_size_low is not None
+    assert on_proxy.batch_size_high is not None
+    tried = [one.batch_size for one in on_proxy.evidence.scores if one.score is not None]
+    kept = [
+        one
+        for one in tried
+        if on_proxy.batch_size_low <= one <= on_proxy.batch_size_high
+        and not _beyond(one, worse, size)
+    ]
+    return replace(
+        answer,
+        batch_size_low=min(kept),
+        batch_size_high=max(kept),
+        acceptable_batch_sizes=tuple(
+            one for one in on_proxy.acceptable_batch_sizes or () if not _beyond(one, worse, size)
+        ),
     )
 
 
@@ -364,24 +388,69 @@ def _chosen(cells: Sequence[Cell]) -> tuple[Cell, TriedRate] | None:
     return best
 
 
+def _contradicted(
+    cells: Sequence[Cell], chosen: tuple[Cell, TriedRate], margin: float
+) -> dict[int, float | None]:
+    """Batch sizes that the target scored worse than the chosen one, by more than the margin.
+
+    With the best score there, None where all diverged. What was measured by one trial may be luck;
+    that takes a batch size away from what is claimed, and adds none.
+    """
+    of_chosen = chosen[1].mean
+    assert of_chosen is not None
+    found = dict[int, float | None]()
+    for cell in cells:
+        size = cell.trial.batch_size
+        if size == chosen[0].trial.batch_size:
+            continue
+        if cell.best is None or cell.best.mean is None:
+            if cell.diverged_rates:
+                found[size] = None
+        elif abs(cell.best.mean - of_chosen) > margin * abs(of_chosen):
+            found[size] = cell.best.mean
+    return found
+
+
+def _beyond(size: int, worse: Iterable[int], chosen: int) -> bool:
+    """Whether a batch size is one of the worse ones, or farther from the chosen one than one is."""
+    return any(size <= one < chosen or chosen < one <= size for one in worse)
+
+
 def _chosen_notes(
     cells: Sequence[Cell],
     chosen: tuple[Cell, TriedRate] | None,
     on_proxy: Recommendation,
     pair: ProxyPair,
+    margin: float,
 ) -> list[str]:
     """What the target said of the batch sizes beside, and how near divergence is."""
     if chosen is None:
         return []
     notes = list[str]()
-    cell, _ = chosen
-    if cell.trial.batch_size != on_proxy.batch_size:
+    cell, rate = chosen
+    carried = cells[0].best
+    if cell.trial.batch_size != on_proxy.batch_size and carried is not None:
         notes.append(
             f"{pair.target.name} scored better at batch size {cell.trial.batch_size} than at the "
-            f"{on_proxy.batch_size} of {pair.proxy.name}; that is one trial against one"
+            f"{on_proxy.batch_size} of {pair.proxy.name}, {rate.mean:.4g} ({_seeds(rate)}) against "
+            f"{carried.mean:.4g} ({_seeds(carried)}); which others are as good there, and how far "
+            f"off its best may be, is not known: what {pair.proxy.name} says of that is not "
+            "claimed, and batch sizes farther on were not tried"
         )
     elif len(cells) == 1:
         notes.append(f"no batch size beside {on_proxy.batch_size} was tried on {pair.target.name}")
+    else:
+        worse = _contradicted(cells, chosen, margin)
+        notes += [
+            f"batch size {size} is left out of what {pair.proxy.name} allows: {pair.target.name} "
+            + (
+                "diverged there"
+                if score is None
+                else f"scored more than {100 * margin:g}% worse there, {score:.4g} against "
+                f"{rate.mean:.4g}"
+            )
+            for size, score in sorted(worse.items())
+        ]
     bounds = sorted({bound for one in cells for bound in one.diverged_rates})
     if bounds:
         notes.append(
@@ -389,6 +458,11 @@ def _chosen_notes(
             f"factor of {DISTANCE_TO_DIVERGENCE:g} below it where one was tried that low"
         )
     return notes
+
+
+def _seeds(rate: TriedRate) -> str:
+    count = sum(score is not None for score in rate.seed_scores)
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _rounded(rates: Sequence[float]) -> tuple[float, ...]:

@@ -68,7 +68,8 @@ def confirmation(cells: Sequence[Cell], *, seeds: Seeds) -> tuple[Cell, tuple[Po
     """The best cell of a curve and the fresh points at its LR; None where there is none to confirm.
 
     Args:
-        cells: all cells of the curve, settled: they differ in the batch size alone.
+        cells: all cells of the curve, settled: they differ in the batch size alone. One that is
+            a search's answer is the best.
         seeds: the study's.
     """
     best: Cell | None = None
@@ -76,7 +77,8 @@ def confirmation(cells: Sequence[Cell], *, seeds: Seeds) -> tuple[Cell, tuple[Po
         if cell.score is not None and (
             best is None
             or best.score is None
-            or cell.metric.better(cell.score.value, best.score.value)
+            or (cell.is_answer, cell.metric.better(cell.score.value, best.score.value))
+            > (best.is_answer, False)
         ):
             best = cell
     if best is None or best.best is None or not seeds.fresh:

@@ -7,9 +7,11 @@ against these; what lies beyond the lowest and the highest LR is not judged.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratune.analyse.curves import Curve
+from loratune.analyse.cells import Cell, answered_at, make_cells
+from loratune.analyse.curves import Curve, is_search, make_curves
 from loratune.planning.search_space import Space
 from loratune.recommendation.adaptive import (
+    DEFAULT_MARGIN,
     Observed,
     SearchAnswer,
     fit_surface,
@@ -26,11 +28,6 @@ class Searched:
     answer: SearchAnswer | None
     undecided: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-def is_search(curve: Curve) -> bool:
-    """Whether an adaptive search chose the curve's trials."""
-    return any(result.purpose == "adaptive" for cell in curve.cells for result in cell.results)
 
 
 def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
@@ -82,6 +79,33 @@ def answer_of_search(curve: Curve, *, margin: float) -> Searched:
             f"{100 * margin:g}%; raise max_trials under learning_rate and run it again"
         )
     return Searched(answer, tuple(undecided), tuple(_notes(answer, trials, left)))
+
+
+def answer_point(results: Sequence[TrialResult]) -> tuple[int, float] | None:
+    """Batch size and LR of the answer, decided or not; None where there is none.
+
+    Args:
+        results: all of one curve's search.
+    """
+    surface = fit_surface(observed(results), _tried(results))
+    answer = None if surface is None else search_answer(surface, margin=DEFAULT_MARGIN)
+    return None if answer is None else (answer.batch_size, answer.learning_rate)
+
+
+def answered(results: Sequence[TrialResult]) -> tuple[Cell, ...]:
+    """`make_cells`, with the answer of every adaptive search in the cell in which it lies.
+
+    So that what is confirmed, compared, kept and shown is what is recommended.
+    """
+    cells = {id(cell): cell for cell in make_cells(results)}
+    for curve in make_curves(tuple(cells.values())):
+        if not is_search(curve):
+            continue
+        point = answer_point([result for cell in curve.cells for result in cell.results])
+        for cell in curve.cells:
+            if point is not None and cell.trial.batch_size == point[0]:
+                cells[id(cell)] = answered_at(cell, point[1])
+    return tuple(cells.values())
 
 
 def _tried(results: Sequence[TrialResult]) -> Space:

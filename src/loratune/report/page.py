@@ -19,7 +19,7 @@ from types import MappingProxyType
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from loratune.analyse.cells import Cell, cells_table, make_cells
+from loratune.analyse.cells import Cell, cells_table
 from loratune.analyse.compare import compare, question_sources
 from loratune.analyse.curves import SelectionGap, make_curves, selection_gaps
 from loratune.analyse.scores import test_tasks
@@ -27,6 +27,7 @@ from loratune.analyse.tables import results_table
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
 from loratune.recommendation.grid import recommend_from_curve
+from loratune.recommendation.searched import answered
 from loratune.records import DataSummary, Provenance, StudyRecord, TrialResult, Verdicts
 from loratune.report.figures import FigureData, figure_table, render, study_figures
 from loratune.report.text import comparison_sentences, recommendation_sentences
@@ -82,7 +83,7 @@ def write_report(
     page_file = folder / "report.html"
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for data in study_figures(make_cells(results)):
+        for data in study_figures(answered(results)):
             rendered = render(data)
             for format, content in rendered.items():
                 path = folder / "figures" / f"{data.name}.{format}"
@@ -119,11 +120,13 @@ def _page(
     margin: float,
 ) -> str:
     """The page's text."""
-    cells = make_cells(results)
+    cells = answered(results)
     curves = make_curves(cells)
     recommended = [recommend_from_curve(curve, margin=margin) for curve in curves]
     try:
-        compared = compare(results, verdicts=verdicts, sources=question_sources(summaries))
+        compared = compare(
+            results, verdicts=verdicts, sources=question_sources(summaries), cells_of=answered
+        )
         comparisons = [comparison_sentences(one) for one in compared]
     except AnalysisError:  # one method, or no lora: there is nothing to compare
         comparisons = []

@@ -54,25 +54,7 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
         f"Use batch size {found.batch_size} and learning rate {found.learning_rate:g} "
         f"for {found.method} (rank {found.rank}, {found.num_train_rows:,} training rows)."
     ]
-    if found.batch_size_low == found.batch_size_high:
-        sentences.append(
-            f"Of the batch sizes tried, {found.batch_size} is the best with 95% confidence."
-        )
-    else:
-        sentences.append(
-            "Not excluded as the best (95% confidence): the batch sizes tried from "
-            f"{found.batch_size_low} to {found.batch_size_high}."
-        )
-    margin = f"{100 * found.margin:g}%"
-    if found.acceptable_batch_sizes == (found.batch_size,):
-        sentences.append(f"No other one is shown to be within {margin} of it.")
-    elif found.acceptable_batch_sizes:
-        listed = ", ".join(map(str, found.acceptable_batch_sizes))
-        sentences.append(f"Within {margin} of the best with 95% confidence: {listed}.")
-        if found.fastest_acceptable_batch_size is not None:
-            sentences.append(
-                f"The fastest of these, as measured: {found.fastest_acceptable_batch_size}."
-            )
+    sentences += _as_good(found)
     if found.rows_per_microbatch is not None:
         steps = found.gradient_accumulation_steps
         accumulation = (
@@ -81,6 +63,39 @@ def recommendation_sentences(found: Recommendation) -> tuple[str, ...]:
         rows = "1 row" if found.rows_per_microbatch == 1 else f"{found.rows_per_microbatch} rows"
         sentences.append(f"On the device that trained it: {rows} per microbatch, {accumulation}.")
     return (*sentences, *_by_proxy(found), *(_sentence(note) for note in found.evidence.notes))
+
+
+def _as_good(found: Recommendation) -> list[str]:
+    """Which batch sizes may be the best, and which are as good; and of which model that is said."""
+    low, high = found.batch_size_low, found.batch_size_high
+    if low is None or high is None:
+        return []
+    margin = f"{100 * found.margin:g}%"
+    if found.proxy is not None:
+        sizes = f"{low} alone" if low == high else f"those tried from {low} to {high}"
+        said = [
+            f"Batch sizes that {found.proxy} does not exclude as the best (95% confidence) and "
+            f"{found.model} does not contradict: {sizes}."
+        ]
+    elif low == high:
+        said = [f"Of the batch sizes tried, {found.batch_size} is the best with 95% confidence."]
+    else:
+        said = [
+            "Not excluded as the best (95% confidence): the batch sizes tried from "
+            f"{low} to {high}."
+        ]
+    on = "" if found.proxy is None else f" on {found.proxy}"
+    but = "" if found.proxy is None else f", and not contradicted by {found.model}"
+    if found.acceptable_batch_sizes == (found.batch_size,):
+        said.append(f"No other one is shown{on} to be within {margin} of it{but}.")
+    elif found.acceptable_batch_sizes:
+        listed = ", ".join(map(str, found.acceptable_batch_sizes))
+        said.append(f"Within {margin} of the best{on} with 95% confidence{but}: {listed}.")
+        if found.fastest_acceptable_batch_size is not None:
+            said.append(
+                f"The fastest of these, as measured: {found.fastest_acceptable_batch_size}."
+            )
+    return said
 
 
 def _by_proxy(found: Recommendation) -> list[str]:
@@ -135,11 +150,13 @@ def comparison_sentences(one: Comparison) -> tuple[str, ...]:
         *_chosen(one),
     ]
     sentences += [
-        f"The curves cross near batch size {_batch(crossing.batch_size)}"
-        f"{_range(crossing.low, crossing.high)}: "
-        f"{crossing.better_below} is better below, {crossing.better_above} above."
+        f"The curves cross near batch size {_batch(crossing.batch_size)} (95% interval: "
+        f"{_batch(crossing.low)} to {_batch(crossing.high)}): {crossing.better_below} is better "
+        f"below, {crossing.better_above} above."
         for crossing in one.crossovers
+        if crossing.shown and crossing.low is not None and crossing.high is not None
     ]
+    sentences += _not_shown(one)
     if one.unequal:
         sentences.append(f"NOT ALIKE: {'; '.join(one.unequal)}.")
     if one.at_edge:
@@ -184,12 +201,17 @@ def comparison_sentence(one: Comparison) -> str:
     return "\n".join(comparison_sentences(one))
 
 
-def _range(low: float | None, high: float | None) -> str:
-    if low is None and high is None:
-        return " (no interval within the batch sizes tried)"
-    lower = "the smallest tried" if low is None else _batch(low)
-    upper = "the largest tried" if high is None else _batch(high)
-    return f" (95% interval: {lower} to {upper})"
+def _not_shown(one: Comparison) -> list[str]:
+    """The changes of sign that name no better method, in one sentence; none where there is none."""
+    where = [_batch(crossing.batch_size) for crossing in one.crossovers if not crossing.shown]
+    if not where:
+        return []
+    seeds = one.crossovers[0].num_seeds
+    over = "no seed they share" if seeds == 0 else "1 seed" if seeds == 1 else f"{seeds} seeds"
+    return [
+        f"The sign of the difference changes near batch size {', '.join(where)}, which {over} "
+        f"{'does' if seeds == 1 else 'do'} not tell from noise: no crossing is shown there."
+    ]
 
 
 def _batch(size: float) -> str:

@@ -13,7 +13,7 @@ from loratune.errors import AnalysisError
 Family = Literal["llama", "qwen"]
 Prior = Literal["step_law", "schaipp", "power_lines"]
 
-_WIDTH_EXPONENTS: dict[Family, float] = {"llama": 0.781, "qwen": 0.0775}
+WIDTH_EXPONENTS: dict[Family, float] = {"llama": 0.781, "qwen": 0.0775}
 # Batch size in tokens = coefficient * tokens^exponent. Of Power Lines only the exponent is stated.
 _PRIORS: dict[Prior, tuple[float | None, float]] = {
     "step_law": (0.58, 0.571),
@@ -28,11 +28,11 @@ def lora_learning_rate(hidden_size: int, *, family: Family) -> float:
     Raises:
         AnalysisError: another family, or a width that is not above 0.
     """
-    if family not in _WIDTH_EXPONENTS:
-        raise AnalysisError(f"family={family!r}; known are {', '.join(_WIDTH_EXPONENTS)}")
+    if family not in WIDTH_EXPONENTS:
+        raise AnalysisError(f"family={family!r}; known are {', '.join(WIDTH_EXPONENTS)}")
     if hidden_size <= 0:
         raise AnalysisError(f"hidden_size={hidden_size}; give the model's width, above 0")
-    return 5e-4 * (2000 / hidden_size) ** _WIDTH_EXPONENTS[family]
+    return 5e-4 * (2000 / hidden_size) ** WIDTH_EXPONENTS[family]
 
 
 def prior_batch_tokens(tokens: float, *, prior: Prior) -> float:
