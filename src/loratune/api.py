@@ -305,12 +305,9 @@ def recommend(
 
 
 def _results_of(folder: Path) -> tuple[TrialResult, ...]:
-    """All trials; with their losses where some were stopped, of which no other number is known."""
     _, store, record = open_results(folder)
     with store:
-        found = store.results(record.name, with_losses=False)
-        stopped = any(one.status == "stopped" for one in found)
-        return store.results(record.name) if stopped else found
+        return store.results(record.name, with_losses=False)
 
 
 def compare(folder: str | Path) -> tuple[Comparison, ...]:

@@ -520,6 +520,20 @@ def test_results_without_losses_differ_in_nothing_else(store: Store) -> None:
     assert replace(short[1], outcome=outcome(2)) == store.results("study")[1]
 
 
+def test_where_a_trial_was_stopped_half_way_losses_are_there_and_it_can_be_taken_back(
+    store: Store,
+) -> None:
+    add(store, 1, 2)
+    store.finish(claim(store, 1), outcome(1))
+    store.finish(claim(store, 2), outcome(2, status="stopped", validation_loss=None))
+    assert store.results("study", with_losses=False) == store.results("study")
+    assert store.results("study")[0].outcome == outcome(1)
+    store.forget_stopped(["trial-1", "trial-2"])
+    assert [one.status for one in store.results("study")] == ["done", "planned"]
+    store.finish(claim(store, 2), outcome(2))
+    assert store.results("study")[1].status == "done"
+
+
 def test_each_way_of_running_is_told_once_in_order_of_time(store: Store) -> None:
     add(store, 1, 2, 3)
     elsewhere = replace(PROVENANCE, device="another device")

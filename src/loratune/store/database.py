@@ -64,7 +64,7 @@ schema, at the same moment; one of them then fails with a StoreError and can be 
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
@@ -538,7 +538,8 @@ class Store:
             study: its name.
             trial_ids: only those of the study's trials, without reading the others.
             with_losses: False leaves `losses` and `grad_norms` of the outcomes empty. They are a
-                number for each update: millions, in a large study.
+                number for each update: millions, in a large study. Where a trial was stopped
+                half-way they are there all the same: nothing else tells what it would have reached.
             every_score: True gives the newest score of each (task, split, task version, grader,
                 decoding) instead: all that the trial was ever asked.
 
@@ -552,14 +553,17 @@ class Store:
             select_on: SelectOn = row.select_on
             asked = _asked(row)
             bodies = list[Row[Any]]()
-            ended = list[Row[Any]]()
             holders = list[Row[Any]]()
             records = list[ScoreRecord]()
-            for some in [None] if trial_ids is None else _chunks(trial_ids):
+            chunks = [None] if trial_ids is None else list(_chunks(trial_ids))
+            for some in chunks:
                 bodies += connection.execute(_trial_bodies(row.study_id, some)).all()
-                ended += connection.execute(_newest_outcomes(row.study_id, columns, some)).all()
                 holders += connection.execute(_open_attempts(row.study_id, some)).all()
                 records += _scores(connection, row.study_id, some)
+            ended = _ended(connection, row.study_id, columns, chunks)
+            if not with_losses and any(one.status == "stopped" for one in ended):
+                columns = list(tables.outcomes.columns)
+                ended = _ended(connection, row.study_id, columns, chunks)
         # Many attempts share one provenance.
         engines: dict[str, str] = {}
         for found in (*ended, *holders):
@@ -1040,6 +1044,19 @@ def _newest_outcomes(
         .join(own, own.c.trial_id == ours.c.trial_id)
         .where(own.c.study_id == study_id, ours.c.attempt_id.in_(newest))
     )
+
+
+def _ended(
+    connection: Connection,
+    study_id: int,
+    columns: Sequence[ColumnElement[Any]],
+    chunks: Iterable[Sequence[str] | None],
+) -> list[Row[Any]]:
+    """`_newest_outcomes` of all the chunks of trial ids; None is every trial."""
+    found = list[Row[Any]]()
+    for some in chunks:
+        found += connection.execute(_newest_outcomes(study_id, columns, some)).all()
+    return found
 
 
 def _open_attempts(study_id: int, trial_ids: Sequence[str] | None) -> Executable:
