@@ -403,14 +403,21 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dropout", "steps_ahead"), [(0.0, 0), (0.2, 0), (0.2, 1)])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_packing_never_changes_what_a_trial_sees_nor_its_numbers(monkeypatch, packing, dropout):
+def test_packing_never_changes_what_a_trial_sees_nor_its_numbers(
+    monkeypatch, packing, dropout, steps_ahead
+):
     trials = one_of_each(dropout=dropout)
     plain, expected = plainly_packed(dropout)
     order, changes = PACKINGS[packing]
     steps = spied(monkeypatch)
-    packed = pack(order(trials), [SMALL, LARGE], shape=shape_for(trials, **changes))
+    packed = pack(
+        order(trials),
+        [SMALL, LARGE],
+        shape=shape_for(trials, **changes),
+        steps_ahead=steps_ahead,
+    )
     for trial in trials:
         # The rows of its seed's stream, each once, with dropout keys that are its own.
         rows = DATA[trial.data_fingerprint].train
