@@ -14,7 +14,7 @@ the three seeds (t). Results: docs/decisions.md.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from csv import DictReader
 from dataclasses import asdict, dataclass
@@ -35,6 +35,12 @@ from loratune.recommendation.adaptive import (
     next_points,
     search_answer,
 )
+from loratune.recommendation.early_stopping import (
+    HALF_WAY,
+    Finished,
+    highest_allowed,
+    scaled_from_the_best,
+)
 from simulator import FAMILIES, Problem, full_grid, grid_choice, make_problem
 
 RECORDED = Path(__file__).parents[1] / "tests" / "recorded" / "fig1-smollm2.csv"
@@ -42,6 +48,8 @@ SEEDS = (0, 1, 2)
 
 # (loss or None where it diverged, tokens) of a trial.
 Train = Callable[[int, float, int], tuple[float | None, float]]
+# The training loss that it has half-way.
+HalfWay = Callable[[int, float, int], float]
 
 
 @dataclass(frozen=True)
@@ -52,18 +60,37 @@ class Found:
     decided: bool
     num_trials: int
     tokens: float
+    num_stopped: int
 
 
-def search(train: Train, space: Space, *, margin: float = DEFAULT_MARGIN) -> Found:
-    """A whole search with the defaults of a study."""
+def search(
+    train: Train,
+    space: Space,
+    *,
+    margin: float = DEFAULT_MARGIN,
+    half_way: HalfWay | None = None,
+) -> Found:
+    """A whole search with the defaults of a study; with `half_way`, hopeless trials stop there."""
     trials = list[Observed]()
-    tokens = 0.0
+    finished = list[Finished]()
+    tokens, num_stopped = 0.0, 0
     num_sizes = len(space.batch_sizes)
     points = initial_design(space, num_trials=design_size(num_sizes))
     while points:
+        known = tuple(finished)
+        allowed = highest_allowed(known)
         for one in points:
-            loss, spent = train(one.batch_size, one.learning_rate, one.seed)
-            trials.append(Observed(one.batch_size, one.learning_rate, one.seed, loss))
+            point = one.batch_size, one.learning_rate, one.seed
+            loss, spent = train(*point)
+            reached = None if half_way is None or loss is None else half_way(*point)
+            is_stopped = reached is not None and allowed is not None and reached > allowed
+            if is_stopped:
+                assert reached is not None
+                loss, spent = scaled_from_the_best(reached, known), HALF_WAY * spent
+                num_stopped += 1
+            elif reached is not None and loss is not None:
+                finished.append((loss, reached))
+            trials.append(Observed(*point, loss, stopped=is_stopped))
             tokens += spent
         points = next_points(
             trials,
@@ -75,7 +102,7 @@ def search(train: Train, space: Space, *, margin: float = DEFAULT_MARGIN) -> Fou
     surface = fit_surface(trials, space)
     answer = None if surface is None else search_answer(surface, margin=margin)
     decided = answer is not None and is_decided(answer, space, margin=margin)
-    return Found(answer, decided, len(trials), tokens)
+    return Found(answer, decided, len(trials), tokens, num_stopped)
 
 
 @dataclass(frozen=True)
@@ -135,6 +162,7 @@ class Replay:
     difference_high: float
     cost: float
     num_trials: int
+    num_stopped: int
     decided: bool
 
 
@@ -149,12 +177,39 @@ def recorded() -> dict[str, dict[tuple[int, float], dict[int, float]]]:
     return dict(losses)
 
 
-def on_recorded(method: str, order: Sequence[int]) -> Replay:
+def half_way_loss(row: Mapping[str, str]) -> float:
+    """A recorded trial's training loss shortly before half-way.
+
+    Losses stand in twenty parts; with fewer than twenty updates some are empty.
+    """
+    parts = [row[f"train_{number}"] for number in range(1, 11)]
+    last = [part for part in parts[-2:] if part] or [part for part in parts if part][-1:]
+    return sum(map(float, last)) / len(last)
+
+
+def half_way_losses(method: str) -> dict[tuple[int, float, int], float]:
+    """That of each trial of a method, by batch size, LR and seed."""
+    with RECORDED.open(newline="") as file:
+        return {
+            (int(row["batch_size"]), float(row["learning_rate"]), int(row["seed"])): (
+                half_way_loss(row)
+            )
+            for row in DictReader(file)
+            if row["method"] == method
+        }
+
+
+def on_recorded(method: str, order: Sequence[int], *, early_stopping: bool = True) -> Replay:
     """A search on one method's grid, seeds taken in this order where there are three."""
     losses = recorded()[method]
+    reached = half_way_losses(method)
     points = tuple(sorted(losses))
     seeds = tuple(tuple(seed for seed in order if seed in losses[point]) for point in points)
-    found = search(lambda size, rate, seed: (losses[size, rate][seed], 1.0), Space(points, seeds))
+    found = search(
+        lambda size, rate, seed: (losses[size, rate][seed], 1.0),
+        Space(points, seeds),
+        half_way=(lambda *point: reached[point]) if early_stopping else None,
+    )
     full = {point: by_seed for point, by_seed in losses.items() if len(by_seed) == len(SEEDS)}
     best = min(full, key=lambda point: np.mean(list(full[point].values())))
     assert found.answer is not None
@@ -170,8 +225,9 @@ def on_recorded(method: str, order: Sequence[int]) -> Replay:
         difference=gap.value,
         difference_low=gap.value if gap.low is None else gap.low,
         difference_high=gap.value if gap.high is None else gap.high,
-        cost=found.num_trials / sum(map(len, losses.values())),
+        cost=found.tokens / sum(map(len, losses.values())),
         num_trials=found.num_trials,
+        num_stopped=found.num_stopped,
         decided=found.decided,
     )
 
@@ -228,7 +284,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    replays = [on_recorded(method, order) for method in recorded() for order in permutations(SEEDS)]
+    replays = [
+        on_recorded(method, order, early_stopping=early_stopping)
+        for early_stopping in (True, False)
+        for method in recorded()
+        for order in permutations(SEEDS)
+    ]
     for one in replays:
         print(one)
     rows = on_problems(

@@ -7,10 +7,8 @@ The data sets are not shipped. A file may end with .gz.
 """
 
 import argparse
-import gzip
 import json
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from time import perf_counter
@@ -24,14 +22,9 @@ from loratune.study.schema import Source
 
 def grade_references(task, field: str, path: Path, isolation, workers: int | None = None):
     """The verdicts of a data set's own solutions, with their reasons, and the rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        if path.suffix == ".gz":
-            content = gzip.decompress(path.read_bytes())
-            path = Path(folder) / path.stem
-            path.write_bytes(content)
-        source = Source(file=str(path.resolve()))
-        questions = task.load(source, Path(folder))
-        rows = read_rows(source, folder=Path(folder))
+    source = Source(file=str(path.resolve()))
+    questions = task.load(source, Path())
+    rows = read_rows(source, folder=Path())
     verdicts = grade_code(
         [f"```python\n{row[field]}\n```" for row in rows],
         [question.reference for question in questions],

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratune.engine.base import Snapshot, Work
+from loratune.planning.bar import Bar
 from loratune.records import Trial
 
 
@@ -19,6 +20,7 @@ class ListFeed:
     taken: frozenset[str] = frozenset()
     wants: Callable[[], bool] = lambda: False
     drops: Callable[[str], bool] = lambda trial_id: False
+    bars: Mapping[str, Bar] = field(default_factory=dict[str, Bar])
     claimed: list[str] = field(default_factory=list[str])
     _given: set[str] = field(default_factory=set[str])
 
@@ -31,7 +33,8 @@ class ListFeed:
         if trial.trial_id in self.taken:
             return None
         self.claimed.append(trial.trial_id)
-        return Work(trial, self.snapshots.get(trial.trial_id))
+        name = trial.trial_id
+        return Work(trial, self.snapshots.get(name), self.bars.get(name))
 
     def is_begun(self, trial: Trial) -> bool:
         return self.snapshots.get(trial.trial_id) is not None

@@ -95,6 +95,11 @@ def number(trial: Trial, what: str) -> float:
     return 1.0 + int.from_bytes(digest[:4], "big") / 2**32
 
 
+def stub_loss_at(trial: Trial, update: int) -> float:
+    """A training loss."""
+    return number(trial, str(update))
+
+
 def never(*_: object) -> bool:
     return False
 
@@ -129,6 +134,10 @@ class StubEngine:
             if self.fails(trial):
                 raise RuntimeError("the stub broke")
             yield Progress(trial.trial_id, update, trial.batch_size, number(trial, str(update)))
+            stopped = stub_stopped(work, update)
+            if stopped is not None:
+                yield stopped
+                return
             if feed.is_dropped(trial.trial_id):
                 return
             if feed.wants_snapshot():
@@ -152,6 +161,7 @@ class StubPack(StubEngine):
 
     def train(self, feed: Feed) -> Generator[Event]:
         seated = dict[str, tuple[Trial, int]]()
+        works = dict[str, Work]()
         while True:
             while len(seated) < self.seats and (waiting := feed.waiting()):
                 # The longest first, not the plan's order.
@@ -159,6 +169,7 @@ class StubPack(StubEngine):
                 if work is None:
                     continue
                 trial = work.trial
+                works[trial.trial_id] = work
                 self.trained.append(trial.trial_id)
                 if self.fails(trial):
                     yield Failed(trial.trial_id, RuntimeError("the stub broke"))
@@ -174,8 +185,12 @@ class StubPack(StubEngine):
             for trial, update in tuple(seated.values()):
                 yield Progress(trial.trial_id, update, trial.batch_size, number(trial, str(update)))
                 seated[trial.trial_id] = (trial, update + 1)
+                stopped = stub_stopped(works[trial.trial_id], update)
                 if feed.is_dropped(trial.trial_id):
                     del seated[trial.trial_id]
+                elif stopped is not None:
+                    del seated[trial.trial_id]
+                    yield stopped
                 elif update + 1 == trial.num_updates:
                     del seated[trial.trial_id]
                     yield stub_finished(trial, self.loss(trial))
@@ -192,6 +207,26 @@ def stub_finished(trial: Trial, loss: float) -> Finished:
     return Finished(replace(stub_outcome(trial), validation_loss=loss), adapter)
 
 
+def stub_stopped(work: Work, update: int) -> Finished | None:
+    """What ends a trial below its bar with this update."""
+    whole = stub_outcome(work.trial)
+    losses = whole.losses[: update + 1]
+    reason = None if work.bar is None else work.bar.reason_after(losses)
+    if reason is None:
+        return None
+    outcome = replace(
+        whole,
+        status="stopped",
+        num_updates=len(losses),
+        train_loss=None,
+        validation_loss=None,
+        losses=losses,
+        stopped_at_update=update,
+        reason=reason,
+    )
+    return Finished(outcome, None)
+
+
 def stub_outcome(trial: Trial) -> Outcome:
     return Outcome(
         trial_id=trial.trial_id,
@@ -203,7 +238,7 @@ def stub_outcome(trial: Trial) -> Outcome:
         num_tokens=trial.num_samples * 10,
         peak_memory_bytes=None,
         rows_per_microbatch=4,
-        losses=tuple(number(trial, str(update)) for update in range(trial.num_updates)),
+        losses=tuple(stub_loss_at(trial, update) for update in range(trial.num_updates)),
     )
 
 
@@ -259,7 +294,9 @@ class StubWorkshop:
             return (tuple(trials),) if trials else ()
         return tuple(tuple(cell) for _, cell in groupby(trials, key=cell_key))
 
-    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> StubEngine:
+    def engine(
+        self, group: Sequence[Trial], *, num_processes: int, remark: Callable[[str], None]
+    ) -> StubEngine:
         return self.stub
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:

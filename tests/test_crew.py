@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -92,6 +95,50 @@ def test_two_processes_train_each_trial_once_between_them(tmp_path, undisturbed,
     assert len(list((tmp_path / "adapters").iterdir())) == 4
 
 
+@dataclass
+class ComesLate:
+    """What makes the workshop of a process that begins half a second after the other."""
+
+    make: Callable[[], Any]
+    out: Path
+
+    def __call__(self) -> StubWorkshop:
+        with open_store(self.out / "loratune.db", create=False) as store:
+            while not store.newest_attempt():
+                time.sleep(0.05)
+        time.sleep(0.5)
+        return self.make()
+
+
+def test_no_process_takes_all_trials_though_it_has_room_for_them_and_comes_first(tmp_path):
+    loaded = stub_study()
+    stub = StubPack(seats=2 * NUM_TRIALS, seconds_per_update=0.3)
+    first, second = stub_crew(loaded, stub, stub)
+    late = CrewMember(second.name, ComesLate(second.make_workshop, tmp_path))
+    sweep = sweep_stub(tmp_path, loaded, crew=[first, late])
+    assert sweep.statuses() == {"done": NUM_TRIALS}
+    spans = defaultdict[int, list[Any]](list)
+    with open_store(tmp_path / "loratune.db", create=False) as store:
+        for result in sweep.results:
+            (attempt,) = store.attempts(result.trial.trial_id)
+            spans[attempt.provenance.pid].append(attempt)
+    assert len(spans) == 2
+    for attempts in spans.values():
+        together = [
+            sum(one.started_at <= other.started_at < one.ended_at for one in attempts)
+            for other in attempts
+        ]
+        assert max(together) <= NUM_TRIALS / 2
+
+
+def test_a_process_whose_fellow_is_gone_trains_everything_in_the_end(tmp_path):
+    loaded = stub_study()
+    crew = stub_crew(loaded, StubPack(seats=NUM_TRIALS))
+    gone = CrewMember("gone", no_workshop)
+    sweep = sweep_stub(tmp_path, loaded, crew=[*crew, gone])
+    assert sweep.statuses() == {"done": NUM_TRIALS}
+
+
 def test_what_outcomes_call_for_is_trained_by_the_processes_too(tmp_path):
     loaded = growing_study()
     alone = sweep_stub(tmp_path / "alone", loaded, workshop=make_stub(loaded, StubPack()))
@@ -175,7 +222,7 @@ def test_a_stop_reaches_every_process_and_nothing_stays_claimed(tmp_path, undist
     under_way = set(notes.begun) - set(notes.ended)
     assert {path.stem for path in (tmp_path / "snapshots").iterdir()} == under_way
     again = Notes()
-    sweep = sweep_stub(tmp_path, loaded, watcher=again)
+    sweep = sweep_stub(tmp_path, loaded, workshop=make_stub(loaded, StubPack()), watcher=again)
     assert table(sweep) == table(undisturbed)
     # No update was lost. (Those of the very end may not have been reported.)
     total = sum(result.trial.num_updates for result in sweep.results)

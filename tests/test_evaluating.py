@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loratune import api, cli
 from loratune.engine.decoding import Decoder
 from loratune.errors import EvaluationError, ModelError
-from loratune.records import Prediction, Score
+from loratune.evaluation.code_answers import CodeReference
+from loratune.evaluation.tasks import task
+from loratune.records import NotScored, Prediction, QuestionSet, Score, Scored
 from loratune.store.database import open_store
 from tiny_models import save_tiny
 
@@ -106,6 +109,25 @@ def test_an_adapters_own_base_is_used_and_the_account_is_whole(tmp_path, trained
     assert (bare.adapter, bare.score.total) == (None, 5)
 
 
+def test_an_adapter_on_the_hub_is_scored_as_its_folder_is(tmp_path, trained, monkeypatch):
+    folder = adapters(trained)[0]
+
+    def from_cache(repo_id: str, **_: Any) -> str:
+        assert repo_id == "someone/adapter"
+        return str(folder)
+
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "test.jsonl", GSM8K),
+        "max_new_tokens": 4,
+        "device": "cpu",
+    }
+    (local,) = api.evaluate(folder, **asked)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", from_cache)
+    (one,) = api.evaluate("someone/adapter", **asked)
+    assert (one.model, one.adapter, one.score) == (local.model, "someone/adapter", local.score)
+
+
 def test_kept_answers_are_gone_on_with_and_another_adapter_has_its_own(
     tmp_path, trained, monkeypatch
 ):
@@ -139,6 +161,39 @@ def test_kept_answers_are_gone_on_with_and_another_adapter_has_its_own(
     assert counted == []
     api.evaluate(adapters(trained)[1], **asked)
     assert counted == [len(GSM8K)]
+
+
+@pytest.mark.parametrize("changed", ["lora_alpha", "base", "precision"])
+def test_kept_answers_of_the_same_weights_in_another_setting_are_not_taken(
+    tmp_path, trained, model, changed
+):
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(adapters(trained)[0], adapter)
+    shutil.copytree(model, base)
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "test.jsonl", GSM8K),
+        "max_new_tokens": 2,
+        "device": "cpu",
+        "model": str(base),
+        "answers": tmp_path / "answers.jsonl",
+        "engine": "reference",
+    }
+    api.evaluate(adapter, **asked)
+    kept = (tmp_path / "answers.jsonl").read_text()
+    api.evaluate(adapter, **asked)
+    assert (tmp_path / "answers.jsonl").read_text() == kept
+    if changed == "lora_alpha":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 80}))
+    elif changed == "base":  # Trained on in the same folder.
+        tensors = load_file(base / "model.safetensors")
+        changed_tensors = {name: tensor * 1.5 for name, tensor in tensors.items()}
+        save_file(changed_tensors, base / "model.safetensors", metadata={"format": "pt"})
+    else:
+        asked["precision"] = "bfloat16"
+    api.evaluate(adapter, **asked)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * len(GSM8K)
 
 
 def test_what_is_no_adapter_model_or_file_of_answers_is_refused(tmp_path, trained, model):
@@ -221,6 +276,50 @@ def test_grading_anew_needs_neither_the_questions_data_nor_a_model(tmp_path, tra
     assert all(one.before.total == one.after.total for one in made)
 
 
+def test_a_task_of_ones_own_is_graded_anew_from_the_store_alone(tmp_path, trained):
+    folder, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
+    shutil.copytree(trained.parent / "copy", folder)
+    elsewhere.mkdir()
+    write(elsewhere / "sums.jsonl", [{"q": f"{n} + {n}", "a": 2 * n} for n in range(4)])
+    file = elsewhere / "sums.yaml"
+    file.write_text(
+        "task: sums\ndata: sums.jsonl\nprompt: q\nreference: a\ngrader: strict\n"
+        "max_new_tokens: 4\n",
+        encoding="utf-8",
+    )
+    asked = api.evaluate(folder, tasks=[str(file)], device="cpu")
+    shutil.rmtree(elsewhere)
+    made = api.score(folder, grader="pissa", tasks=["sums"])
+    assert [one.after.total for one in made] == [4, 4]
+    assert {one.after.task_version for one in made} == {one.score.task_version for one in asked}
+    assert api.score(folder, grader="pissa", tasks=["sums"]) == ()
+
+
+def test_what_an_older_grader_or_a_broken_sandbox_judged_is_judged_anew(tmp_path, trained):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    with closing(sqlite3.connect(folder / "loratune.db")) as connection, connection:
+        for table in ("scores", "question_sets"):
+            connection.execute(f"UPDATE {table} SET task_version = '0'")
+    made = api.score(folder, grader="strict")
+    assert [(one.before.task_version, one.after.task_version) for one in made] == [
+        ("0", task("gsm8k").version)
+    ] * 2
+    assert [one.after.correct for one in made] == [one.before.correct for one in made]
+
+    reference = CodeReference(prefix="", tests="assert f() == 1", names=("f",), setup="").to_text()
+    with open_store(folder / "loratune.db", create=False) as store:
+        (first, *_) = store.all_scores("scored")
+        definition = task("mbpp")
+        asked = QuestionSet("mbpp", definition.version, "greedy", "test", references=(reference,))
+        failed = Prediction(0, "```python\ndef f(): return 1\n```", 9, "error", True, "no space")
+        score = Score("mbpp", definition.version, "tests", "greedy", "test", 0, 0, 0, 1)
+        store.add_score(first.trial_id, score, [failed], questions=asked)
+    (one,) = api.score(folder, grader="tests", unsafe_exec=True)
+    assert (one.before.errors, one.after.errors, one.after.correct) == (1, 0, 1)
+    assert api.score(folder, grader="tests", unsafe_exec=True) == ()
+
+
 def test_scores_without_their_questions_are_graded_by_the_tasks_data_where_it_is_the_same(
     tmp_path, trained
 ):
@@ -266,7 +365,10 @@ def test_an_account_counts_answers_by_verdict_and_reason(tmp_path, trained, monk
     ("options", "message"),
     [
         ({"grader": "strict", "tasks": ["svamp"]}, "none of the study's test tasks"),
-        ({"grader": "plain", "tasks": ["gsm8k"]}, "is not judged by grader plain"),
+        ({"grader": "plain", "tasks": ["gsm8k"]}, "grader plain judges none of the answers to gsm"),
+        ({"grader": "tests"}, "judges none of the answers to gsm8k; choose strict or pissa for gs"),
+        ({"grader": "pissa", "data": {"zzz": "c.jsonl"}}, "task 'zzz' is none of the study's"),
+        ({"grader": "pissa", "data": {"gsm8k": ""}}, "data of task gsm8k is ''; give a file"),
     ],
 )
 def test_what_cannot_be_graded_anew_is_refused(trained, options, message):
@@ -386,6 +488,40 @@ metric_list: [{{metric: exact_match}}]
         api.evaluate_by_harness(model, tasks=["sampled"], include_path=tmp_path, device="cpu")
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", ","], "no task is named"),
+        (["--tasks", "gone", "--include-path", "{tmp}/none"], "none is no folder"),
+        (["--tasks", "gone", "--include-path", "{tmp}"], "cannot load task gone: .*gone.jsonl"),
+        (["--tasks", "bare", "--include-path", "{tmp}", "--chat"], "cannot run bare: .*template"),
+    ],
+)
+def test_what_the_harness_cannot_do_is_said_in_a_line(
+    tmp_path, model, monkeypatch, capsys, arguments, message
+):
+    there = write(tmp_path / "there.jsonl", GSM8K)
+    for name, data in (("gone", tmp_path / "gone.jsonl"), ("bare", there)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\n"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+            "output_type: generate_until\ndoc_to_text: question\ndoc_to_target: answer\n"
+            "generation_kwargs: {until: ['x'], max_gen_toks: 2}\n"
+            "metric_list: [{metric: exact_match}]\n",
+            encoding="utf-8",
+        )
+    given = [one.replace("{tmp}", str(tmp_path)) for one in arguments]
+    asked = ["evaluate", str(model), "--harness", "lm-eval", "--device", "cpu", *given]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, told)
+    assert "Traceback" not in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -395,12 +531,14 @@ metric_list: [{{metric: exact_match}}]
         (["--answers", "{tmp}/none/a.jsonl"], "answers cannot be kept in .*No such file"),
         (["--answers", "{tmp}"], "answers cannot be kept in .*Is a directory"),
         (["--answers", "{tmp}/latin.jsonl"], "line 1: no answer of `loratune evaluate`"),
+        (["--answers", "{tmp}/notes.txt"], "line 1: no answer of `loratune evaluate`"),
     ],
 )
 def test_what_evaluate_cannot_do_is_said_in_a_line(
     tmp_path, model, monkeypatch, capsys, arguments, message
 ):
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "notes.txt").write_text("precious, and without a new line")
     given = [one.replace("{tmp}", str(tmp_path)) for one in arguments]
     asked = ["evaluate", str(model), "--task", "gsm8k", "--device", "cpu"]
     if "--data" not in given:
@@ -412,12 +550,92 @@ def test_what_evaluate_cannot_do_is_said_in_a_line(
     told = capsys.readouterr().err
     assert re.search(message, told)
     assert "Traceback" not in told
+    assert (tmp_path / "notes.txt").read_text() == "precious, and without a new line"
 
 
 @pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"questions": 0}, {"grader": "x"}])
 def test_wrong_arguments_are_loratunes_own_errors(model, values):
     with pytest.raises(EvaluationError, match=next(iter(values))):
         api.evaluate(model, tasks=["gsm8k"], **values)
+
+
+def test_what_one_task_has_no_room_for_is_said_before_any_is_asked(tmp_path, model, monkeypatch):
+    def no_answers(*_: object, **__: object) -> None:
+        raise AssertionError("a task was asked")
+
+    monkeypatch.setattr("loratune.evaluating.answer_all", no_answers)
+    write(tmp_path / "long.jsonl", [{"q": "short", "a": "1"}, {"q": "x" * 600, "a": "2"}])
+    for name, rest in (
+        ("long", "grader: exact\nmax_new_tokens: 5\n"),
+        ("chosen", "grader: plain\nchoices: c\n"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndata: {name}.jsonl\nprompt: q\nreference: a\n{rest}"
+        )
+    write(tmp_path / "chosen.jsonl", [{"q": "a", "a": "x" * 600, "c": ["b", "x" * 600]}])
+    long, chosen = str(tmp_path / "long.yaml"), str(tmp_path / "chosen.yaml")
+    with pytest.raises(EvaluationError, match="task long, question 2: the prompt has 601 tokens a"):
+        api.evaluate(model, tasks=["demo", long], questions=2, device="cpu")
+    with pytest.raises(EvaluationError, match=r"task chosen, question 1: .*the longest choice up"):
+        api.evaluate(model, tasks=["demo", chosen], questions=1, device="cpu")
+    with pytest.raises(EvaluationError, match="task demo is named twice"):
+        api.evaluate(model, tasks=["demo", "demo"], device="cpu")
+
+
+def test_scores_that_there_are_come_with_the_failure_of_another(
+    tmp_path, model, monkeypatch, capsys
+):
+    def one_fails(*_: object, **__: object) -> Any:
+        yield Scored(0, Score("demo", "1", "strict", "greedy", "test", 1, 1, 0, 0), ())
+        yield NotScored(1, "no reason")
+
+    monkeypatch.setattr("loratune.evaluating.answer_all", one_fails)
+    questions = write(tmp_path / "sums.jsonl", [{"q": "1 + 1", "a": "2"}])
+    (tmp_path / "sums.yaml").write_text(
+        f"task: sums\ndata: {questions}\nprompt: q\nreference: a\ngrader: number\n"
+    )
+    asked = ["evaluate", str(model), "--task", "demo", "--task", str(tmp_path / "sums.yaml")]
+    asked += ["--questions", "1", "--max-new-tokens", "4", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "demo: 50.0%" in printed.out
+    assert "can't be scored on sums: no reason" in printed.err
+
+
+def test_paths_for_a_results_folder_start_at_the_working_folder(tmp_path, trained, monkeypatch):
+    folder = without_scores(trained, tmp_path / "out")
+    write(tmp_path / "g.jsonl", GSM8K[:2])
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ndata: g.jsonl\nprompt: question\nreference: answer\ngrader: exact\n"
+        "max_new_tokens: 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    both: tuple[dict[str, Any], ...] = (
+        {"tasks": ["own.yaml"]},
+        {"tasks": ["gsm8k"], "data": "g.jsonl"},
+    )
+    for named in both:
+        found = api.evaluate(folder, **named, max_new_tokens=2, device="cpu")
+        assert [one.score.total for one in found] == [2, 2]
+
+
+def test_a_study_whose_task_does_not_fit_is_refused_before_training(
+    tmp_path, trained, monkeypatch, capsys
+):
+    text = (trained.parent / "study.yaml").read_text()
+    assert "max_new_tokens: 8" in text
+    (tmp_path / "study.yaml").write_text(text.replace("max_new_tokens: 8", "max_new_tokens: 4000"))
+    asked = ["run", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked, "--device", "cpu", "--quiet"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "task gsm8k, question 1: the prompt has" in told
+    assert "choose max_new_tokens of at most" in told
 
 
 def test_options_that_a_harness_has_no_use_for_are_refused(model, monkeypatch, capsys):
@@ -527,7 +745,9 @@ def test_an_adapter_of_a_results_folder_that_cannot_answer_is_said_and_the_other
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr()
+    told = printed.err
+    assert "of 12; grader strict" in printed.out
     assert f"{broken.name} can't be scored on gsm8k: " in told
     assert "uses bias" in told
     assert "Traceback" not in told

@@ -1,5 +1,6 @@
 """The sweep with a stub engine: resume, kills, shared trials, what is kept and what is refused."""
 
+import math
 import os
 import random
 import signal
@@ -8,9 +9,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import stub_sweep
 from loratune import training
 from loratune.analyse.cells import make_cells
 from loratune.analyse.curves import make_curves
@@ -19,6 +22,7 @@ from loratune.errors import StoreError
 from loratune.recommendation.searched import answered
 from loratune.records import Answer, Outcome, Said, ScoreKey, Trial, TrialResult
 from loratune.store.database import Store, open_store
+from loratune.study.loading import LoadedStudy, parse_study
 from loratune.sweep import Sweep
 from loratune.training import Interrupted
 from stub_sweep import (
@@ -31,6 +35,9 @@ from stub_sweep import (
     searching_study,
     stub_study,
     sweep_stub,
+)
+from stub_sweep import (
+    number as drawn_number,
 )
 
 # 2 methods x 2 batch sizes x 2 LRs x 2 seeds
@@ -475,7 +482,7 @@ def test_without_an_engine_for_a_group_its_trials_fail_and_the_others_go_on(tmp_
         def groups(self, trials):
             return tuple((trial,) for trial in trials)
 
-        def engine(self, group, *, remark):
+        def engine(self, group, *, num_processes, remark):
             if group[0].seed == 1:
                 raise OSError("the model is gone")
             return self.stub
@@ -688,6 +695,68 @@ def test_stopped_anywhere_an_adaptive_study_ends_like_an_undisturbed_one(tmp_pat
             sweep_stub(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
         resumed = sweep_stub(out, loaded)
         assert sorted(table(resumed)) == sorted(table(undisturbed))
+
+
+def flat(trial: Trial) -> float:
+    """Ever worse with the learning rate: half of what a search tries is hopeless."""
+    return 1.0 + 3.0 * math.log10(trial.learning_rate / 1e-4) + drawn_number(trial, "seed") * 1e-3
+
+
+@pytest.fixture
+def sweep_flat(monkeypatch, stub):
+    """`sweep_stub` with a stub whose training losses are its validation loss throughout."""
+    monkeypatch.setattr(stub_sweep, "stub_loss_at", lambda trial, update: flat(trial))
+
+    def sweep(out: Path, loaded: LoadedStudy, **options: Any) -> Sweep:
+        workshop = StubWorkshop(loaded, stub(loss=flat))
+        return sweep_stub(out, loaded, workshop=workshop, **options)
+
+    return sweep
+
+
+def test_hopeless_trials_of_a_search_stop_half_way_and_the_same_ones_wherever_it_is_interrupted(
+    tmp_path, sweep_flat
+):
+    loaded = searching_study()
+    undisturbed = sweep_flat(tmp_path / "undisturbed", loaded)
+    halted = [one for one in undisturbed.results if one.status == "stopped"]
+    assert halted
+    assert all(one.purpose == "adaptive" for one in halted)
+    for one in halted:
+        assert one.outcome is not None
+        assert one.outcome.num_updates == math.ceil(one.trial.num_updates / 2)
+    # The first design is trained to its end: a trial of each batch size, and one more at least.
+    statuses = [one.status for one in undisturbed.results if one.purpose == "adaptive"]
+    assert statuses.index("stopped") >= 3
+    total = sum(one.outcome.num_updates for one in undisturbed.results if one.outcome)
+    for number, num_updates in enumerate(range(7, total, total // 4)):
+        out = tmp_path / str(number)
+        watcher = StopsAfter(num_updates)
+        with pytest.raises(Interrupted):
+            sweep_flat(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
+        resumed = sweep_flat(out, loaded)
+        assert sorted(table(resumed)) == sorted(table(undisturbed))
+    # Switched off, all are trained to their ends.
+    text = loaded.text.replace("trials_per_round: 3", "trials_per_round: 3, early_stopping: false")
+    whole = sweep_flat(tmp_path / "whole", parse_study(text, name="s.yaml", folder=Path.cwd()))
+    assert "stopped" not in whole.statuses()
+
+
+def test_another_study_trains_to_the_end_what_a_search_had_stopped(tmp_path, sweep_flat):
+    store = str(tmp_path / "shared.db")
+    searching = searching_study()
+    searched = sweep_flat(tmp_path / "search", searching, store=store)
+    halted = next(one.trial for one in searched.results if one.status == "stopped")
+    grid = stub_study("grid", batch_size=f"[{halted.batch_size}]")
+    text = grid.text.replace("[1e-3, 1e-2]", f"[{halted.learning_rate!r}]")
+    text = text.replace("seeds: 2", f"seeds: [{halted.seed}]")
+    again = sweep_flat(
+        tmp_path / "grid", parse_study(text, name="grid.yaml", folder=Path.cwd()), store=store
+    )
+    (same,) = [one for one in again.results if one.trial.trial_id == halted.trial_id]
+    assert same.status == "done"
+    assert same.outcome is not None
+    assert same.outcome.num_updates == halted.num_updates
 
 
 def test_a_trial_that_fails_does_not_end_an_adaptive_search(tmp_path, stub):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import workshop
+from loratune import run, workshop
 from loratune.errors import ModelError, StudyError
 from loratune.planning.build import make_plan
 from loratune.planning.cost import H100
@@ -40,7 +40,7 @@ class Packed:
 
     def start(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def lr_factors(self, *args: Any) -> None: ...
+    def adam_factors(self, *args: Any) -> None: ...
 
     def export_layers(self, *args: Any) -> None: ...
 
@@ -154,3 +154,12 @@ def test_a_family_that_computes_something_else_when_packed_is_said_or_refused(
     # Asked for by name it is refused before anything is written or trained.
     with pytest.raises(ModelError, match="its logits differ"):
         LocalWorkshop(loaded, torch.device("cpu"), engine_choice="packed").plan()
+
+
+def test_a_precision_that_cannot_be_had_is_refused_before_anything_is_written(tmp_path):
+    text = FAMILY.format(model=tmp_path / "not looked at", rows=tmp_path / "nor.jsonl")
+    text = text.replace("precision: float32", "precision: nf4")
+    loaded = parse_study(text, name="quantised.yaml", folder=tmp_path)
+    with pytest.raises(ModelError, match="precision nf4 needs a CUDA device"):
+        run(loaded, out=tmp_path / "out", device="cpu", quiet=True)
+    assert not (tmp_path / "out").exists()

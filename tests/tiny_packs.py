@@ -17,6 +17,7 @@ from loratune.engine.packed_model import PackedModel
 from loratune.engine.slots import from_row
 from loratune.methods.base import LayerTensors
 from loratune.models.load import Base
+from loratune.planning.bar import Bar
 from loratune.planning.packing import PackShape
 from loratune.records import Trial
 from loratune.study.methods import describe
@@ -78,6 +79,7 @@ def pack(
     snapshots: Mapping[str, Snapshot | None] | None = None,
     wants: Callable[[], bool] = lambda: False,
     drops: Callable[[str], bool] = lambda trial_id: False,
+    bars: Mapping[str, Bar] | None = None,
     **engine: Any,
 ) -> Packed:
     """All trials on one packed engine, to their ends."""
@@ -88,7 +90,7 @@ def pack(
         targets=("all-linear",),
         **engine,
     )
-    feed = ListFeed(trials, snapshots or {}, wants=wants, drops=drops)
+    feed = ListFeed(trials, snapshots or {}, wants=wants, drops=drops, bars=bars or {})
     return Packed(list(made.train(feed)))
 
 

@@ -13,6 +13,7 @@ from loratune.engine.base import Finished, Progress, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.models.load import Base
+from loratune.planning.bar import Bar
 from loratune.planning.horizon import horizon
 from loratune.records import DataFacts, DataSummary, Outcome, Trial
 from loratune.study.methods import choose, describe
@@ -59,15 +60,19 @@ def random_data(num_rows: int = 40, *, num_validation: int = 8, seed: int = 0) -
     return PreparedData(train, validation, (), (), facts, summary)
 
 
-def tiny_base(family: str = "llama") -> Base:
+def tiny_base(
+    family: str = "llama", *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Base:
     model = tiny_model(family)
     model.requires_grad_(False)
+    to: Any = model.to  # transformers wraps nn.Module.to untyped
+    to(device, dtype)
     return Base(
         model=model,
         tokenizer=tiny_tokenizer(),
         source="tiny",
         fingerprint="tiny",
-        device=torch.device("cpu"),
+        device=torch.device("cuda:0" if device == "cuda" else device),
     )
 
 
@@ -128,6 +133,7 @@ def train(
     base: Base | None = None,
     tokens_per_microbatch: int = 10_000,
     snapshot: Snapshot | None = None,
+    bar: Bar | None = None,
     **engine: Any,
 ) -> tuple[Outcome, AdapterFiles | None]:
     """The whole trial on the reference engine."""
@@ -138,7 +144,8 @@ def train(
         **engine,
     )
     updates = list[int]()
-    for event in made.train(ListFeed([trial], {trial.trial_id: snapshot})):
+    bars = {} if bar is None else {trial.trial_id: bar}
+    for event in made.train(ListFeed([trial], {trial.trial_id: snapshot}, bars=bars)):
         if isinstance(event, Progress):
             updates.append(event.update)
         if isinstance(event, Finished):

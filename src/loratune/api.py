@@ -305,9 +305,12 @@ def recommend(
 
 
 def _results_of(folder: Path) -> tuple[TrialResult, ...]:
+    """All trials; with their losses where some were stopped, of which no other number is known."""
     _, store, record = open_results(folder)
     with store:
-        return store.results(record.name, with_losses=False)
+        found = store.results(record.name, with_losses=False)
+        stopped = any(one.status == "stopped" for one in found)
+        return store.results(record.name) if stopped else found
 
 
 def compare(folder: str | Path) -> tuple[Comparison, ...]:
@@ -347,16 +350,21 @@ def score(
     Args:
         folder: a results folder whose study has test tasks.
         grader: pissa, strict, exact, plain, normalised or tests.
-        tasks: only these of the study's; None: all that the grader can judge.
-        data: questions by task, where the study's paths lead nowhere from here.
+        tasks: only these, by their names in the tables; None: all that the grader can judge.
+        data: questions by task, for scores of older versions, which did not keep them, where the
+            study's paths lead nowhere from here.
         unsafe_exec: run generated code where it cannot be isolated.
 
     Raises:
-        LoratuneError: no such folder or task, or questions that are not those that were asked.
+        LoratuneError: no such folder or task, none that the grader can judge, or questions that are
+            not those that were asked.
     """
     from loratune.regrading import regrade
     from loratune.study.schema import Source, source_of
 
+    for name, path in (data or {}).items():
+        if not path:
+            raise EvaluationError(f"data of task {name} is {path!r}; give a file, or a hub id")
     place, store, _ = open_results(folder)
     with store:
         return regrade(
@@ -391,14 +399,14 @@ def evaluate(
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> "tuple[Evaluation, ...]":
-    """Any PEFT adapter's folder, or a model itself, on tasks; no study is needed.
+    """Any PEFT adapter, or a model itself, on tasks; no study is needed.
 
     Of a results folder every adapter that it keeps, with the study's own prompts; scores and
     answers go into its store, and what is there is not asked again.
 
     Args:
-        source: the adapter's folder, a hub id, folder, file.gguf or demo model, or a results
-            folder.
+        source: an adapter's folder or hub id; a model's hub id, folder, file.gguf or demo model;
+            or a results folder.
         tasks: names of tasks, or paths of a task's .yaml file.
         data: the questions, where there is one task and they are not its own.
         grader: in the place of the tasks' own.
@@ -406,7 +414,8 @@ def evaluate(
         model: the adapter's base; None: the one that its adapter_config.json names.
         prompt: a text with {prompt}, or alpaca, plain or chat; None: "Question: {prompt}\nAnswer:".
         max_new_tokens: in the place of the tasks' own.
-        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        precision: of the base; None: bfloat16 on a GPU (float16 on one without it), float32 on a
+            CPU.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         answers: a file that keeps raw answers, a line a question; gone on with where it is there.
         engine: packed lets many adapters answer at once or refuses, reference asks one after
@@ -417,21 +426,28 @@ def evaluate(
 
     Raises:
         LoratuneError: no such adapter, model or task, or they do not fit together.
+        evaluating.NotAllScoredError: something has no score; it holds what has, as `found`.
     """
     from loratune.evaluating import DEFAULT_PROMPT, evaluate_results, is_results_folder
     from loratune.evaluating import evaluate as evaluate_source
+    from loratune.evaluation.custom import is_custom
+    from loratune.models.load import default_precision
     from loratune.study.schema import Source, Task, source_of
     from loratune.workshop import choose_device
 
     if not tasks:
         raise EvaluationError("no task is named; give at least one, such as gsm8k")
+    twice = sorted({name for name in tasks if tasks.count(name) > 1})
+    if twice:
+        raise EvaluationError(f"task {twice[0]} is named twice; name each task once")
     if data is not None and len(tasks) > 1:
         raise EvaluationError(f"data={data!r} for {len(tasks)} tasks; give one task with it")
     try:
         asked = [
             Task(
-                name=name,
-                data=None if data is None else Source.model_validate(source_of(data)),
+                # Relative to the working folder, a results folder's adapters or not.
+                name=str(Path(name).expanduser().absolute()) if is_custom(name) else name,
+                data=None if data is None else Source.model_validate(source_of(_absolute(data))),
                 grader=grader,
                 questions=questions,
                 max_new_tokens=max_new_tokens,
@@ -459,13 +475,12 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             unsafe_exec=unsafe_exec,
         )
-    on_gpu = choose_device(device).type == "cuda"
     return evaluate_source(
         str(source),
         tasks=asked,
         model=model,
         prompt=prompt or DEFAULT_PROMPT,
-        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        precision=precision or default_precision(choose_device(device)),
         device=device,
         answers=None if answers is None else Path(answers),
         engine=engine,
@@ -491,10 +506,11 @@ def evaluate_by_harness(
     """lm-evaluation-harness's own tasks, asked of an adapter or a model; its results by task.
 
     Args:
-        source: the adapter's folder, or a hub id, folder, file.gguf or demo model.
+        source: an adapter's folder or hub id; or a model's hub id, folder, file.gguf or demo model.
         tasks: names of the harness's tasks.
         model: the adapter's base; None: the one that its adapter_config.json names.
-        precision: of the base; None: bfloat16 on a GPU, float32 on a CPU.
+        precision: of the base; None: bfloat16 on a GPU (float16 on one without it), float32 on a
+            CPU.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         include_path: a folder with task files of your own.
         num_fewshot: worked examples before each question; None: the task's own.
@@ -506,14 +522,14 @@ def evaluate_by_harness(
         LoratuneError: the harness is not installed, or no such adapter, model or task.
     """
     from loratune import evaluating
+    from loratune.models.load import default_precision
     from loratune.workshop import choose_device
 
-    on_gpu = choose_device(device).type == "cuda"
     return evaluating.evaluate_by_harness(
         str(source),
         tasks=tasks,
         model=model,
-        precision=precision or ("bfloat16" if on_gpu else "float32"),
+        precision=precision or default_precision(choose_device(device)),
         device=device,
         include_path=None if include_path is None else str(include_path),
         num_fewshot=num_fewshot,
@@ -524,6 +540,8 @@ def evaluate_by_harness(
 
 
 def _absolute(name: str) -> str:
+    if not name:
+        return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
@@ -728,9 +746,10 @@ def new_study(
     Raises:
         LoratuneError: no such data or method, or fields that can't be told; it lists the columns.
     """
+    from loratune.models.load import default_precision
     from loratune.new_study import grid_study, read_request
     from loratune.workshop import choose_device
 
-    on_gpu = choose_device(device).type == "cuda"
-    request = read_request(data=data, methods=methods, on_gpu=on_gpu)
+    precision = default_precision(choose_device(device))
+    request = read_request(data=data, methods=methods, precision=precision)
     return grid_study(request, model=model, rank=rank)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  # it ships no complete types
 
     from loratune.analyse.tables import TableFormat
+    from loratune.evaluating import Evaluation
     from loratune.recommendation.grid import Recommendation
     from loratune.sweep import Sweep
 
@@ -355,7 +356,7 @@ def score(
     moved = dict[str, str]()
     for one in data or ():
         name, sign, path = one.partition("=")
-        if not sign:
+        if not sign or not path:
             raise typer.BadParameter(f"--data {one!r}; give TASK=FILE, as in gsm8k=test.jsonl")
         moved[name] = path
     made = api.score(folder, grader=grader.value, tasks=task, data=moved, unsafe_exec=unsafe_exec)
@@ -368,7 +369,8 @@ def score(
             f"{one.trial_id} {after.task}: {after.correct} of {after.total} right by "
             f"{after.grader}, {before.correct} by {before.grader}"
         )
-    _say(f"{len(made)} scores added")
+    stand = "" if made else f"; what grader {grader.value} judges here, it has judged"
+    _say(f"{len(made)} scores added{stand}")
 
 
 @app.command()
@@ -376,7 +378,8 @@ def evaluate(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="ADAPTER|MODEL|DIR", help="A PEFT folder, a model, or a results folder."
+            metavar="ADAPTER|MODEL|DIR",
+            help="A PEFT adapter or a model, each a folder or hub id, or a results folder.",
         ),
     ],
     *,
@@ -466,22 +469,32 @@ def evaluate(
         raise typer.BadParameter(
             "--tasks, --include-path, --num-fewshot and --chat belong to --harness lm-eval"
         )
-    found = api.evaluate(
-        source,
-        tasks=task or [],
-        data=data,
-        grader=None if grader is None else grader.value,
-        questions=questions,
-        model=model,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        answers=answers,
-        engine=engine.value,
-        remark=_say,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        unsafe_exec=unsafe_exec,
-    )
+    from loratune.evaluating import NotAllScoredError  # It takes seconds to import.
+
+    try:
+        found = api.evaluate(
+            source,
+            tasks=task or [],
+            data=data,
+            grader=None if grader is None else grader.value,
+            questions=questions,
+            model=model,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            answers=answers,
+            engine=engine.value,
+            remark=_say,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            unsafe_exec=unsafe_exec,
+        )
+    except NotAllScoredError as error:
+        _print_evaluations(error.found, as_json=as_json)
+        raise
+    _print_evaluations(found, as_json=as_json)
+
+
+def _print_evaluations(found: "Sequence[Evaluation]", *, as_json: bool) -> None:
     if as_json:
         _print(_json_of([one.to_json() for one in found]))
         return

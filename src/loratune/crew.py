@@ -2,9 +2,10 @@
 
 The parent trains nothing: it starts a process for each device, hands on what they report, and waits
 for their end. The work needs no dividing, since each process claims a trial when it has room for
-one. Nothing is shared but the store and the results folder. No queue and no lock either: a process
-that is killed while it holds one would stop all others. Each has a pipe to the parent, and the end
-of the pipe says that the other side is gone: processes whose parent was killed stop with snapshots.
+one, and holds no more than its share of those that are still open. Nothing is shared but the store
+and the results folder. No queue and no lock either: a process that is killed while it holds one
+would stop all others. Each has a pipe to the parent, and the end of the pipe says that the other
+side is gone: processes whose parent was killed stop with snapshots.
 
 The others pass by what a process has claimed. If it is killed, new processes take that over when
 all have ended. What it had begun is suspected of having killed it (memory, say) and is then trained
@@ -19,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -30,6 +31,7 @@ from types import FrameType
 from loratune.engine.base import Progress
 from loratune.errors import LoratuneError
 from loratune.folder import ResultsFolder
+from loratune.planning.bar import Bar
 from loratune.planning.build import Plan
 from loratune.records import FINAL_STATUSES, Outcome, Score, Trial
 from loratune.store.database import Store, open_store
@@ -53,7 +55,8 @@ class CrewMember:
 class Assignment:
     """What every process of a crew is told.
 
-    `since` is the store's newest attempt before them; `suspects` are trained last, each alone.
+    `since` is the store's newest attempt before them; `bars` say what stops a trial half-way, by
+    trial id; `suspects` are trained last, each alone; `num_processes` is how many are told so.
     """
 
     study: str
@@ -62,7 +65,9 @@ class Assignment:
     wants_adapters: bool
     snapshot_seconds: float
     since: int
+    bars: Mapping[str, Bar] = field(default_factory=dict[str, Bar])
     suspects: tuple[Trial, ...] = ()
+    num_processes: int = 1
 
 
 def train_in_crew(
@@ -82,12 +87,14 @@ def train_in_crew(
     """
     left, suspects, strikes = assignment.trials, set[str](), Counter[str]()
     while left:
+        present = members[: len(left)]
         told = replace(
             assignment,
+            num_processes=len(present),
             trials=tuple(trial for trial in left if trial.trial_id not in suspects),
             suspects=tuple(trial for trial in left if trial.trial_id in suspects),
         )
-        crew = _Crew(members[: len(left)], told, watcher, should_stop)
+        crew = _Crew(present, told, watcher, should_stop)
         yield from crew.train()
         left = _open_trials(store, assignment.study, crew.not_ended())
         if left and crew.is_stopping:
@@ -298,6 +305,8 @@ def _work(make_workshop: Callable[[], Workshop], assignment: Assignment, pipe: C
                 should_stop=parent.is_to_stop,
                 snapshot_seconds=assignment.snapshot_seconds,
                 since=assignment.since,
+                num_processes=assignment.num_processes,
+                bars=assignment.bars,
             )
             alone = ((trial,) for trial in assignment.suspects)
             for group in (*workshop.groups(assignment.trials), *alone):

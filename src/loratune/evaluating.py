@@ -6,7 +6,7 @@ it was stopped, and another grader needs no model. Of a results folder the score
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,8 +22,10 @@ from loratune.evaluation.answering import Asked, answer_all
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.tasks import ask, check_tasks, load_questions
 from loratune.folder import ResultsFolder, open_results
+from loratune.methods.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from loratune.methods.adapter_sources import locate_adapter
 from loratune.methods.attach_files import attach_files
-from loratune.models.load import Base, Precision, load_base
+from loratune.models.load import Base, Precision, load_base, positions_of
 from loratune.records import (
     Answer,
     NotScored,
@@ -42,6 +44,14 @@ from loratune.workshop import EngineChoice, choose_device, model_source
 
 # lm-evaluation-harness's and most papers' prompt for a model that was not trained on another one.
 DEFAULT_PROMPT = "Question: {prompt}\nAnswer:"
+
+
+class NotAllScoredError(EvaluationError):
+    """Something could not be scored. `found` is what could."""
+
+    def __init__(self, message: str, found: tuple["Evaluation", ...]) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +102,11 @@ def evaluate(
     trust_remote_code: bool = False,
     unsafe_exec: bool = False,
 ) -> tuple[Evaluation, ...]:
-    """Score an adapter's folder, or a model, on tasks.
+    """Score an adapter, or a model, on tasks.
 
     Args:
-        source: a folder in PEFT's format, or a model: hub id, folder, file.gguf or demo model.
+        source: an adapter in PEFT's format, a folder or a hub id, or a model: hub id, folder,
+            file.gguf or demo model.
         tasks: what to ask.
         model: the adapter's base; None: the one that its adapter_config.json names.
         prompt: a text with {prompt}, or alpaca, plain or chat, for tasks without one of their own.
@@ -108,14 +119,15 @@ def evaluate(
         unsafe_exec: see `sandbox.choose_isolation`.
 
     Raises:
-        LoratuneError: no such adapter, model or task, or they do not fit together.
+        LoratuneError: no such adapter, model or task, or they do not fit together; nothing has been
+            asked then.
+        NotAllScoredError: some tasks have no score; it holds the others.
     """
-    adapter = _adapter_of(source)
-    name = model or (source if adapter is None else _base_of(adapter))
     check_tasks(tasks, folder=Path.cwd(), unsafe_exec=unsafe_exec)
     data = _data_with(prompt)
-    if answers is not None:
-        _check_writable(answers)
+    known = [] if answers is None else _read_answers(answers)
+    adapter = _adapter_of(source)
+    name = model or (source if adapter is None else _base_of(adapter))
     base = load_base(
         name,
         precision=precision,
@@ -123,12 +135,13 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     questions = [_ask(given, base, data, folder=Path.cwd()) for given in tasks]
-    who = _fingerprint(name, adapter)
-    kept = [_Kept(answers, who=who, asked=one) for one in questions]
+    who = _fingerprint(base, adapter, precision)
+    kept = [_Kept(answers, known, who=who, asked=one) for one in questions]
     asked = [
         Asked(adapter, one, of_one.answers) for one, of_one in zip(questions, kept, strict=True)
     ]
     scores = dict[int, Score]()
+    failures = list[str]()
     waiting = dict[int, dict[int, Answer]]()
 
     def write() -> None:
@@ -145,12 +158,16 @@ def evaluate(
                 elif isinstance(event, Scored):
                     scores[event.asked] = event.score
                 else:
-                    raise EvaluationError(event.reason)
+                    task = questions[event.asked].task
+                    failures.append(f"{source} can't be scored on {task}: {event.reason}")
                 if sum(map(len, waiting.values())) >= ANSWERS_AT_ONCE:
                     write()
     finally:
         write()
-    return tuple(_evaluation(name, adapter, scores[index]) for index in range(len(asked)))
+    who_answers = None if adapter is None else source
+    found = tuple(_evaluation(name, who_answers, scores[index]) for index in sorted(scores))
+    _check_all_scored(failures, found)
+    return found
 
 
 def evaluate_results(
@@ -169,8 +186,8 @@ def evaluate_results(
     already is not asked again.
 
     Raises:
-        LoratuneError: no adapter is kept, no such task, the base cannot be had, or an adapter
-            can't be scored; the scores of the others are in the store by then.
+        LoratuneError: no adapter is kept, no such task, or the base cannot be had.
+        NotAllScoredError: an adapter can't be scored; the scores of all others are in the store.
     """
     place, store, record = open_results(folder)
     with store:
@@ -183,6 +200,7 @@ def evaluate_results(
             )
         check_tasks(tasks, folder=place.root, unsafe_exec=unsafe_exec)
         found = list[Evaluation]()
+        failures = list[str]()
         for model, of_model in groupby(kept, key=lambda one: one.trial.model):
             source = model_source(model, folder=place.root)
             base = load_base(
@@ -193,7 +211,7 @@ def evaluate_results(
             )
             questions = [_ask(given, base, study.data, folder=place.root) for given in tasks]
             results_of_model = list(of_model)
-            scores = _score_results(
+            scores, unscored = _score_results(
                 base,
                 results_of_model,
                 questions,
@@ -204,11 +222,20 @@ def evaluate_results(
                 unsafe_exec=unsafe_exec,
             )
             found += [
-                _evaluation(model, place.adapter(one.trial.trial_id), scores[index, number])
+                _evaluation(model, str(place.adapter(one.trial.trial_id)), scores[index, number])
                 for index, one in enumerate(results_of_model)
                 for number in range(len(questions))
+                if (index, number) in scores
             ]
+            failures += unscored
+        _check_all_scored(failures, tuple(found))
         return tuple(found)
+
+
+def _check_all_scored(failures: Sequence[str], found: tuple[Evaluation, ...]) -> None:
+    if failures:
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise NotAllScoredError(f"{failures[0]}{others}", found)
 
 
 def _score_results(
@@ -221,11 +248,10 @@ def _score_results(
     engine: EngineChoice,
     remark: Callable[[str], None],
     unsafe_exec: bool,
-) -> dict[tuple[int, int], Score]:
-    """Every trial's score on every task, by their indices; those that are missing are made.
+) -> tuple[dict[tuple[int, int], Score], list[str]]:
+    """Every trial's score on every task, by their indices, and why there is none.
 
-    Raises:
-        EvaluationError: one that can't be had; all the others are in the store by then.
+    Those that are missing are made, and are in the store then.
     """
     scores = dict[tuple[int, int], Score]()
     wanted = list[tuple[int, int]]()
@@ -255,10 +281,7 @@ def _score_results(
                     f"{results[index].trial.trial_id} can't be scored on {questions[number].task}: "
                     f"{event.reason}"
                 )
-    if failures:
-        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise EvaluationError(f"{failures[0]}{others}")
-    return scores
+    return scores, failures
 
 
 def evaluate_by_harness(
@@ -281,7 +304,7 @@ def evaluate_by_harness(
             samples.
     """
     try:
-        from loratune.evaluation.harness import run_harness
+        from loratune.evaluation.harness import manager_of, run_harness
     except ImportError as error:
         raise EvaluationError(
             f"lm-evaluation-harness is not installed ({error}); install it with "
@@ -289,11 +312,12 @@ def evaluate_by_harness(
         ) from error
     adapter = _adapter_of(source)
     name = model or (source if adapter is None else _base_of(adapter))
+    manager = manager_of(tasks, include_path=include_path)  # Before the base is loaded.
     with _attached(name, adapter, precision, device, trust_remote_code) as base:
         return run_harness(
             base,
             tasks,
-            include_path=include_path,
+            manager=manager,
             num_fewshot=num_fewshot,
             limit=limit,
             chat=chat,
@@ -310,14 +334,14 @@ def _adapter_of(source: str) -> Path | None:
 
     Raises:
         EvaluationError: it is a results folder.
+        ModelError: as `locate_adapter` says.
     """
-    folder = Path(source).expanduser()
     if is_results_folder(source):
         raise EvaluationError(
             f"{source} is a results folder; give one of its adapters, such as "
-            f"{folder / 'adapters' / 'trial-...'}"
+            f"{Path(source).expanduser() / 'adapters' / 'trial-...'}"
         )
-    return folder if (folder / "adapter_config.json").is_file() else None
+    return locate_adapter(source)
 
 
 @contextmanager
@@ -343,9 +367,9 @@ def _attached(
             attached.detach()
 
 
-def _evaluation(model: str, adapter: Path | None, score: Score) -> Evaluation:
+def _evaluation(model: str, adapter: str | None, score: Score) -> Evaluation:
     low, high = wilson(score.correct, score.total)
-    return Evaluation(model, None if adapter is None else str(adapter), score, low, high)
+    return Evaluation(model, adapter, score, low, high)
 
 
 def _base_of(adapter: Path) -> str:
@@ -365,8 +389,8 @@ def _base_of(adapter: Path) -> str:
 
 
 def _ask(given: Task, base: Base, data: Data, *, folder: Path) -> TaskQuestions:
-    """A task as a study with this data section would ask it."""
-    return ask(
+    """A task as a study with this data section would ask it, if the model has room for it."""
+    asked = ask(
         given,
         load_questions(given, folder=folder),
         data=data,
@@ -374,6 +398,8 @@ def _ask(given: Task, base: Base, data: Data, *, folder: Path) -> TaskQuestions:
         folder=folder,
         end_ids=turn_ends(data, tokenizer=base.tokenizer),
     )
+    asked.check_room(positions_of(base.model.config))
+    return asked
 
 
 def _data_with(prompt: str) -> Data:
@@ -399,25 +425,51 @@ def _data_with(prompt: str) -> Data:
         ) from error
 
 
-def _check_writable(path: Path) -> None:
-    """Before anything is loaded: raise EvaluationError where answers cannot be kept there."""
+def _fingerprint(base: Base, adapter: Path | None, precision: Precision) -> str:
+    """Who answers: a hash of all that its answers come from, wherever the files lie."""
+    parts = [base.fingerprint, precision]
+    if adapter is not None:
+        files = [path for name in (CONFIG_NAME, WEIGHTS_NAME) if (path := adapter / name).is_file()]
+        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
+
+
+# What every line of a file of answers begins with, and so the one that was being written when the
+# process was killed.
+_BEGINNING = b'{"who": '
+
+
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a file of answers; afterwards it is there, and lines can be added to it.
+
+    Raises:
+        EvaluationError: it holds anything else, or cannot be written.
+    """
+    foreign = "no answer of `loratune evaluate`; give another file for --answers"
+    found = list[dict[str, Any]]()
     try:
-        with path.open("a", encoding="utf-8"):
-            pass
+        with path.open("a+b") as file:
+            file.seek(0)
+            # Line by line in bytes: one that is no UTF-8 is no answer of ours.
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    if line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
+                        raise EvaluationError(f"{path}, line {number}: {foreign}")
+                    file.truncate(file.tell() - len(line))
+                    break
+                try:
+                    one = json.loads(line)
+                    Answer(one["text"], one["num_tokens"], one["finished"])
+                    int(one["question_index"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise EvaluationError(f"{path}, line {number}: {foreign}") from error
+                found.append(one)
     except OSError as error:
         raise EvaluationError(
             f"answers cannot be kept in {path}: {error.strerror}; give --answers a file in a "
             "folder that is there"
         ) from error
-
-
-def _fingerprint(model: str, adapter: Path | None) -> str:
-    """Who answers: the model's name, and a hash of the adapter's weights."""
-    if adapter is None:
-        return model
-    weights = adapter / "adapter_model.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
-    return f"{model}+sha256:{digest[:16]}"
+    return found
 
 
 class _Kept:
@@ -426,7 +478,15 @@ class _Kept:
     `answers`: those that were in it at the beginning, by question.
     """
 
-    def __init__(self, path: Path | None, *, who: str, asked: TaskQuestions) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        known: Sequence[Mapping[str, Any]],
+        *,
+        who: str,
+        asked: TaskQuestions,
+    ) -> None:
+        """`known`: what `_read_answers` found in the file."""
         self._path = path
         self._key = {
             "who": who,
@@ -434,33 +494,16 @@ class _Kept:
             "task_version": asked.version,
             "decoding": asked.decoding,
         }
-        self.answers = dict(self._read())
-
-    def _read(self) -> Iterator[tuple[int, Answer]]:
-        if self._path is None or not self._path.is_file():
-            return
-        # Line by line in bytes: one that is no UTF-8 is no answer of ours.
-        with self._path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    return  # The last one was being written when the process was killed.
-                try:
-                    one = json.loads(line)
-                    answer = Answer(one["text"], one["num_tokens"], one["finished"])
-                    index = int(one["question_index"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise EvaluationError(
-                        f"{self._path}, line {number}: no answer of `loratune evaluate`; give "
-                        "another file for --answers"
-                    ) from error
-                if {name: one.get(name) for name in self._key} == self._key:
-                    yield index, answer
+        self.answers = {
+            int(one["question_index"]): Answer(one["text"], one["num_tokens"], one["finished"])
+            for one in known
+            if {name: one.get(name) for name in self._key} == self._key
+        }
 
     def write(self, answers: Mapping[int, Answer]) -> None:
         """Add answers, by question, to the file."""
         if self._path is None:
             return
-        self._cut_torn_line()
         with self._path.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
                 line = {
@@ -471,11 +514,3 @@ class _Kept:
                     "text": answer.text,
                 }
                 file.write(json.dumps(line) + "\n")
-
-    def _cut_torn_line(self) -> None:
-        assert self._path is not None
-        if self._path.is_file():
-            content = self._path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole != len(content):
-                self._path.write_bytes(content[:whole])

@@ -66,8 +66,10 @@ class Request:
         return tuple(size for size in sizes if size <= most) or (1,)
 
 
-def read_request(*, data: str, methods: Sequence[str], on_gpu: bool) -> Request:
+def read_request(*, data: str, methods: Sequence[str], precision: str) -> Request:
     """Look at the data: how many rows, and which fields are prompt and response.
+
+    `precision` is that of the study's base.
 
     Raises:
         LoratuneError: no such data or method, or fields that can't be told; it lists the columns.
@@ -83,7 +85,7 @@ def read_request(*, data: str, methods: Sequence[str], on_gpu: bool) -> Request:
         template="chat" if fields.messages is not None else "alpaca",
         num_rows=len(rows),
         methods=tuple(methods),
-        precision="bfloat16" if on_gpu else "float32",
+        precision=precision,
     )
 
 

@@ -1,20 +1,23 @@
 """Kept answers graded anew: no model, no GPU. What was scored before stays; scores are added.
 
-Answers and what was asked are in the store. Scores of older versions came without their questions:
-those are read from the tasks' own data again, and checked to be the ones that were asked.
+Answers and what was asked are in the store, of a user's own task too, so that no file is needed.
+Scores of older versions came without their questions: those are read from the tasks' own data
+again, and checked to be the ones that were asked.
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.data.templates import prompt_for
 from loratune.errors import EvaluationError
+from loratune.evaluation.custom import file_hash_of, is_custom, version_of
+from loratune.evaluation.graders import CHOICE_GRADERS
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.score import grade
-from loratune.evaluation.tasks import check_tasks, load_questions, task
+from loratune.evaluation.tasks import alike, can_score, load_questions, task
 from loratune.records import Answer, Prediction, QuestionSet, Score, ScoreRecord
 from loratune.store.database import Store
 from loratune.study.schema import GraderName, Source, Study, Task
@@ -78,72 +81,104 @@ def regrade(
 ) -> tuple[Regraded, ...]:
     """Grade every kept set of answers of a study that this grader has not judged yet.
 
+    What it judged in an older version, or could not judge (the sandbox failed), is judged anew; a
+    score is added where a verdict or the version is another one.
+
     Args:
         store: where scores and answers are, and where scores are added.
         study: the newest revision of the study.
         folder: what relative paths of the study start at.
         grader: how to judge.
-        tasks: only these; None: every task of the study that this grader can judge.
-        data: the questions of tasks by name, where the study's own path leads nowhere from here.
+        tasks: only these, by the names that tables have; None: all that this grader can judge.
+        data: the questions of tasks by name, where the store does not have them (scores of older
+            versions) and the study's own path leads nowhere from here.
         unsafe_exec: see `sandbox.choose_isolation`.
 
     Raises:
-        EvaluationError: no such task in the study, a grader that cannot judge its answers, or
-            questions that cannot be had or are not those that were asked.
+        EvaluationError: no answers to such a task, a grader that cannot judge them, no sandbox for
+            what has to be run, or questions that cannot be had or are not those that were asked.
     """
-    named = {given.name: given for given in study.evaluate.tasks}
-    unknown = sorted((tasks or frozenset()) - named.keys())
-    if unknown:
+    records = store.all_scores(study.study)
+    scored = dict[str, str]()  # The newest grader of each task.
+    for record in records:
+        scored[record.score.task] = record.score.grader
+    for name in sorted((tasks or frozenset()) | (data or {}).keys()):
+        if name not in scored:
+            raise EvaluationError(_no_answers(name, study, list(scored)))
+    if not scored:
         raise EvaluationError(
-            f"task {unknown[0]!r} is none of the study's test tasks; it has "
-            f"{', '.join(named) or 'none'}"
+            f"study {study.study} keeps no answers yet; name tasks in its evaluate section and run "
+            "it, or use `loratune evaluate DIR --task ...`"
+        )
+    wanted = [name for name in scored if tasks is None or name in tasks]
+    judgeable = [name for name in wanted if grader in alike(scored[name])]
+    if len(judgeable) < len(wanted) and (tasks is not None or not judgeable):
+        refused = [name for name in wanted if name not in judgeable]
+        raise EvaluationError(
+            f"grader {grader} judges none of the answers to {', '.join(refused)}; choose "
+            + ", ".join(f"{' or '.join(alike(scored[name]))} for {name}" for name in refused)
         )
     made = list[Regraded]()
-    records = store.all_scores(study.study)
-    for name, given in named.items():
-        if tasks is not None and name not in tasks:
-            continue
-        given = given.model_copy(update={"grader": grader})
-        if data and name in data:
-            given = given.model_copy(update={"data": data[name]})
-        try:
-            check_tasks([given], folder=folder, unsafe_exec=unsafe_exec)
-        except EvaluationError:
-            if tasks is None:
-                continue  # Other tasks of the study may be of a kind that this grader judges.
-            raise
-        made += _of_task(store, study, given, records, folder=folder, unsafe_exec=unsafe_exec)
+    for name in judgeable:
+        of_task = [record for record in records if record.score.task == name]
+        given = _given(study, name, data=data, grader=grader)
+        made += _of_task(store, study, given, of_task, folder=folder, unsafe_exec=unsafe_exec)
     return tuple(made)
+
+
+def _no_answers(name: str, study: Study, scored: Sequence[str]) -> str:
+    others = f"there are answers to {', '.join(scored)}" if scored else "there are no answers yet"
+    if any(given.name == name for given in study.evaluate.tasks):
+        if is_custom(name):
+            return f"task {name}: give the name that its file says, as in the tables; {others}"
+        return f"task {name} has not been scored; {others}"
+    return f"task {name!r} is none of the study's test tasks; {others}"
+
+
+def _given(
+    study: Study, name: str, *, data: Mapping[str, Source] | None, grader: GraderName
+) -> Task:
+    """The study's settings of a task; the task as it comes where it is asked besides the study."""
+    named = [given for given in study.evaluate.tasks if given.name == name]
+    given = named[0] if named else Task(name=name)
+    moved = {} if not data or name not in data else {"data": data[name]}
+    return given.model_copy(update={"grader": grader, **moved})
 
 
 def _of_task(
     store: Store,
     study: Study,
     given: Task,
-    records: tuple[ScoreRecord, ...],
+    records: Sequence[ScoreRecord],
     *,
     folder: Path,
     unsafe_exec: bool,
 ) -> list[Regraded]:
-    definition = task(given.name, folder=folder)
+    """All scores of one task; `records` are its scores so far, oldest first."""
     assert given.grader is not None
-    judged = {
-        (one.trial_id, one.score.decoding)
-        for one in records
-        if one.score.task == definition.name and one.score.grader == given.grader
-    }
+    # By the answers: those of a choice depend on how its version put it to the model.
+    standing = dict[tuple[str, str, str], ScoreRecord]()
+    newest = dict[tuple[str, str, str], ScoreRecord]()
+    for record in records:
+        version = _version_now(record.score)
+        key = (record.trial_id, version, record.score.decoding)
+        if record.score.grader == given.grader and record.score.task_version == version:
+            standing[key] = record
+        newest[key] = record
     questions: tuple[Question, ...] | None = None
     made = list[Regraded]()
-    for record in reversed(records):  # Of two scores of the same answers the newest counts.
-        key = (record.trial_id, record.score.decoding)
-        if record.score.task != definition.name or key in judged:
+    without_answers = 0
+    for key, record in newest.items():
+        known = standing.get(key)
+        if known is not None and (given.grader != "tests" or known.score.errors == 0):
             continue
         answers = store.predictions(record.score_id)
         if not answers:
+            without_answers += 1
             continue
-        known = store.question_set(record.score)
-        if known is not None:
-            asked = _of_set(known, version=definition.version, grader=given.grader)
+        question_set = store.question_set(record.score)
+        if question_set is not None:
+            asked = _of_set(question_set, version=key[1], grader=given.grader)
         else:
             if questions is None:
                 questions = load_questions(given, folder=folder)
@@ -152,11 +187,31 @@ def _of_task(
             [_answer(one, record.score) for one in answers], asked, unsafe_exec=unsafe_exec
         )
         score = replace(score, decoding=record.score.decoding)
+        if known is not None and [one.verdict for one in predictions] == [
+            one.verdict for one in store.predictions(known.score_id)
+        ]:
+            continue
         kept = replace(asked.question_set(), decoding=record.score.decoding)
         store.add_score(record.trial_id, score, predictions, questions=kept)
-        judged.add(key)
         made.append(Regraded(record.trial_id, record.score, score))
-    return made[::-1]
+    if without_answers and not made and not standing:
+        raise EvaluationError(
+            f"task {given.name}: none of its {without_answers} scores was stored with its answers, "
+            "so that nothing can be judged anew; score the adapters again"
+        )
+    return made
+
+
+def _version_now(score: Score) -> str:
+    """The version that a score of the same answers has if they are judged today.
+
+    Of a user's own task it begins with its file's hash, so that the file is not needed.
+    """
+    if score.grader in CHOICE_GRADERS:
+        return score.task_version
+    if can_score(score.task):
+        return task(score.task).version
+    return version_of(file_hash_of(score.task_version))
 
 
 def _of_set(known: QuestionSet, *, version: str, grader: GraderName) -> TaskQuestions:

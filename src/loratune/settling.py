@@ -25,7 +25,9 @@ from loratune.analyse.curves import make_curves
 from loratune.analyse.scores import trial_score
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder
+from loratune.planning.bar import Bar
 from loratune.planning.build import Plan
+from loratune.recommendation.early_stopping import bar
 from loratune.recommendation.rounds import Point, confirmation, next_points_of, refinement
 from loratune.recommendation.searched import answer_point, answered, observed
 from loratune.records import (
@@ -94,6 +96,8 @@ class Settling:
             untried = {one.trial_id for one in trials} - set(finished)
             self._cells[key] = _Open(trials, untried, asks_more, purpose)
             self._key_of |= {one.trial_id: key for one in trials}
+        # By trial id: what stops a trial of an adaptive search half-way. It grows with every round.
+        self.bars = dict[str, Bar]()
         self._has_confirmed = not study.seeds.confirm
         self._searched_with = self._curves() if study.learning_rate.search is not None else {}
         # By the keys of a curve's cells: the point that its search answers.
@@ -194,7 +198,7 @@ class Settling:
         at_size = {cell.trials[0].batch_size: key for key, cell in cells.items()}
         while not any(cell.untried for cell in cells.values()):
             trials = tuple(trial for cell in cells.values() for trial in cell.trials)
-            results = self._results(trials)
+            results = self._results(trials, with_losses=True)
             if any(result.status in ("planned", "running") for result in results):
                 return []  # Another process has some of it.
             points = next_points_of(self.study, observed(results))
@@ -204,12 +208,22 @@ class Settling:
                 if wanted:
                     new += self._add(key, cells[key], wanted)
             if new:
+                self._set_bars(new, known=results)
                 return new
             if not points:
                 for cell in cells.values():
                     cell.asks_more = False
                 break
         return []
+
+    def _set_bars(self, trials: Sequence[Trial], *, known: Sequence[TrialResult]) -> None:
+        """What these trials must reach half-way, by those of the rounds before theirs."""
+        if not self.study.learning_rate.stops_early:
+            return
+        for trial in trials:
+            found = bar(trial.num_updates, known)
+            if found is not None:
+                self.bars[trial.trial_id] = found
 
     def _curves(self) -> dict[tuple[object, ...], tuple[tuple[object, ...], ...]]:
         """By each cell's key the keys of all cells of its curve."""
@@ -403,12 +417,12 @@ class Settling:
         return Path(elsewhere) if elsewhere is not None and Path(elsewhere).is_dir() else None
 
     def _results(
-        self, trials: Sequence[Trial], *, every_score: bool = False
+        self, trials: Sequence[Trial], *, with_losses: bool = False, every_score: bool = False
     ) -> tuple[TrialResult, ...]:
         return self.store.results(
             self.study.study,
             trial_ids=[trial.trial_id for trial in trials],
-            with_losses=False,
+            with_losses=with_losses,
             every_score=every_score,
         )
 

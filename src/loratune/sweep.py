@@ -90,6 +90,9 @@ def run_sweep(
         )
         for fingerprint, summary in workshop.data_summaries().items():
             opened.add_data_summary(fingerprint, summary)
+        if not study.learning_rate.stops_early:
+            # Another study that shares the store was content with half of these trials.
+            opened.forget_stopped(ids)
         finished = frozenset(
             result.trial.trial_id
             for result in opened.results(study.study, with_losses=False)
@@ -120,6 +123,7 @@ def run_sweep(
                 wants_adapters=wants_adapters,
                 snapshot_seconds=snapshot_seconds,
                 since=opened.newest_attempt(),
+                bars=settling.bars,
             )
             while assignment.trials:
                 training_of_all = train_in_crew(
@@ -143,6 +147,7 @@ def run_sweep(
                 should_stop=should_stop,
                 snapshot_seconds=snapshot_seconds,
                 clock=clock,
+                bars=settling.bars,
             )
             _train_here((*left, *further), training, settling)
         return Sweep(

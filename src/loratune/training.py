@@ -11,13 +11,14 @@ goes on alone from its last snapshot, and only the one that breaks again is reco
 Knows nothing of scores and cells, nor which processes share the store with it.
 """
 
+import math
 import shutil
 import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from loratune.engine.base import Engine, Event, Failed, Finished, Progress, Snapshot, Work
 from loratune.errors import StoreError
 from loratune.folder import ResultsFolder, replace_folder
+from loratune.planning.bar import Bar
 from loratune.planning.build import Plan
 from loratune.records import (
     DataSummary,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 SNAPSHOT_SECONDS = 120.0
 # Snapshots may cost a twentieth of the time: the pause between two rounds, in durations of a round.
 PAUSE_IN_ROUNDS = 20.0
+# How often a process that shares its trials asks the store how many of them are still open.
+SECONDS_BETWEEN_COUNTS = 1.0
 HEARTBEAT_SECONDS = 15.0
 
 
@@ -79,10 +83,13 @@ class Workshop(Protocol):
         """The trials, each once, in groups that one engine can train together."""
         ...
 
-    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+    def engine(
+        self, group: Sequence[Trial], *, num_processes: int, remark: Callable[[str], None]
+    ) -> Engine:
         """An engine for a group or some of it, on the group's base model.
 
-        `remark` is told what the user should know of the choice.
+        `num_processes` share the group, each with such an engine. `remark` is told what the user
+        should know of the choice.
         """
         ...
 
@@ -155,7 +162,9 @@ class Training:
 
     `since` is for processes that share a sweep: the newest attempt in the store when it began. What
     another of them holds is then nothing to remark on, and what has failed with one of them is not
-    tried by the next.
+    tried by the next. `num_processes` is how many they are: none holds more than its share of the
+    trials that are still open, so that none is idle while another has all that is left. `bars`, by
+    trial id, say what stops a trial half-way; more may come.
     """
 
     folder: ResultsFolder
@@ -167,6 +176,8 @@ class Training:
     snapshot_seconds: float = SNAPSHOT_SECONDS
     clock: Callable[[], float] = time.monotonic
     since: int | None = None
+    num_processes: int = 1
+    bars: Mapping[str, Bar] = field(default_factory=dict[str, Bar])
 
     def train(
         self, group: tuple[Trial, ...], *, calls_for: Callable[[Trial], Sequence[Trial]]
@@ -197,7 +208,9 @@ class Training:
     def _train_together(self, trials: tuple[Trial, ...], feed: "_StoreFeed") -> Generator[Trial]:
         feed.stop_if_asked()
         try:
-            engine = self.workshop.engine(trials, remark=self.watcher.remarks)
+            engine = self.workshop.engine(
+                trials, num_processes=self.num_processes, remark=self.watcher.remarks
+            )
         except Exception as error:  # noqa: BLE001 - it must not cost the other groups
             feed.fail_all(error)
             yield from feed.new_outcomes()
@@ -255,11 +268,17 @@ class _StoreFeed:
         # The engine was to offer snapshots because we stop, and has offered those that it has.
         self._has_offered = False
         self._begun = {path.stem for path in training.folder.snapshots()}
+        # Of all of them, whoever trains them: how many had no outcome when that was last asked.
+        self._shared = tuple(self.waits)
+        self._num_open = 0
+        self._counted_at = -math.inf
 
     # What an engine asks --------------------------------------------------------------------------
 
     def waiting(self) -> Sequence[Trial]:
-        return () if self._is_asked_to_stop() else tuple(self.waits.values())
+        if self._is_asked_to_stop() or self._has_its_share():
+            return ()
+        return tuple(self.waits.values())
 
     def claim(self, trial: Trial) -> Work | None:
         training = self._training
@@ -267,7 +286,7 @@ class _StoreFeed:
         if not self._claim(trial):
             return None
         training.watcher.trial_begins(trial)
-        return Work(trial, self._snapshot_of(trial))
+        return Work(trial, self._snapshot_of(trial), training.bars.get(trial.trial_id))
 
     def _snapshot_of(self, trial: Trial) -> Snapshot | None:
         """What the trial can go on from with this engine, if anything."""
@@ -281,6 +300,17 @@ class _StoreFeed:
             f"{self.provenance.engine} engine can't use: it begins anew"
         )
         return None
+
+    def _has_its_share(self) -> bool:
+        """Whether what waits is for other processes to take. One trial can always be taken."""
+        training = self._training
+        if training.num_processes == 1 or not self.under_way:
+            return False
+        now = training.clock()
+        if now - self._counted_at >= SECONDS_BETWEEN_COUNTS:
+            ended = training.store.num_ended(self._shared, since=training.since)
+            self._num_open, self._counted_at = len(self._shared) - ended, now
+        return len(self.under_way) >= math.ceil(self._num_open / training.num_processes)
 
     def is_begun(self, trial: Trial) -> bool:
         return trial.trial_id in self._begun

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loratune.errors import ModelError, StudyError
 from loratune.folder import ResultsFolder, open_results, write_whole
+from loratune.models.load import default_precision
 from loratune.models.proxies import propose_proxy
 from loratune.new_study import (
     SWEEP_BATCH_SIZES,
@@ -105,8 +106,8 @@ def tune(
         LoratuneError: the request is wrong; nothing was written.
         training.Interrupted: `should_stop` said so; the same call goes on.
     """
-    on_gpu = choose_device(asked.device).type == "cuda"
-    request = read_request(data=asked.data, methods=[asked.method], on_gpu=on_gpu)
+    precision = default_precision(choose_device(asked.device))
+    request = read_request(data=asked.data, methods=[asked.method], precision=precision)
     name = _proxy_name(asked, say)
     if name is None:
         loaded = grid_study(request, model=asked.model, rank=asked.rank)

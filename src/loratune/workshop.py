@@ -32,14 +32,22 @@ from loratune.engine.reference import ReferenceEngine
 from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.errors import CapacityError, DataError, LoratuneError, ModelError, StudyError
 from loratune.evaluation.answering import Asked, answer_all
-from loratune.evaluation.generate import check_room
 from loratune.evaluation.questions import Question, TaskQuestions
 from loratune.evaluation.tasks import ask, ask_validation, check_tasks, load_questions
 from loratune.methods import load_method
 from loratune.methods.base import Packable
 from loratune.models.demo import DEMO_MODELS, resolve_demo_model
 from loratune.models.describe import describe_model
-from loratune.models.load import Base, Precision, load_base, load_tokenizer
+from loratune.models.load import (
+    Base,
+    Precision,
+    check_precision,
+    load_base,
+    load_tokenizer,
+    positions_of,
+    read_config,
+)
+from loratune.models.sources import locate
 from loratune.models.targets import block_linears
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
 from loratune.planning.cost import H100, QUANTISED_BYTES, Rate, tokens_that_fit
@@ -311,6 +319,8 @@ class LocalWorkshop:
             LoratuneError: what the study asks for can't be had or can't be done.
         """
         self._refuse_what_cannot_be_packed()
+        for name in self.loaded.study.model:
+            check_precision(name, self.loaded.study.precision, device=self.device)
         plan = make_plan(
             self.loaded.study,
             models=self._survey.models,
@@ -362,7 +372,9 @@ class LocalWorkshop:
             groups.setdefault((self._is_packed(trial), *key), []).append(trial)
         return tuple(tuple(group) for group in groups.values())
 
-    def engine(self, group: Sequence[Trial], *, remark: Callable[[str], None]) -> Engine:
+    def engine(
+        self, group: Sequence[Trial], *, num_processes: int = 1, remark: Callable[[str], None]
+    ) -> Engine:
         """See `training.Workshop`.
 
         Raises:
@@ -384,7 +396,7 @@ class LocalWorkshop:
                 return PackedEngine(
                     base,
                     rows,
-                    shape=self._pack_shape(group),
+                    shape=self._pack_shape(group, num_processes=num_processes),
                     targets=group[0].targets,
                     noise=noise,
                 )
@@ -504,8 +516,12 @@ class LocalWorkshop:
         asked = dict[tuple[str, str, str], TaskQuestions]()
         for (name, _), facts in found.data.items():
             rows, tokenizer = found.prepared[facts.fingerprint], found.tokenizers[name]
+            location = locate(model_source(name, folder=self.loaded.folder))
+            positions = positions_of(
+                read_config(location, trust_remote_code=self.trust_remote_code)
+            )
             for task in study.scored_tasks():
-                asked[name, facts.fingerprint, task] = (
+                one = (
                     ask_validation(
                         rows.validation_examples,
                         given=given.get(task),
@@ -523,6 +539,8 @@ class LocalWorkshop:
                         end_ids=rows.end_ids,
                     )
                 )
+                one.check_room(positions)
+                asked[name, facts.fingerprint, task] = one
         return asked
 
     def _base_of(self, trial: Trial) -> Base:
@@ -542,14 +560,9 @@ class LocalWorkshop:
                 raise ModelError(
                     f"model {trial.model} changed on disk since the study was planned; run it again"
                 )
-            for (name, _, _), asked in self._asked.items():
-                if name == trial.model:
-                    check_room(
-                        self._base.model, asked.prompt_ids, max_new_tokens=asked.max_new_tokens
-                    )
         return self._base
 
-    def _pack_shape(self, group: Sequence[Trial]) -> PackShape:
+    def _pack_shape(self, group: Sequence[Trial], *, num_processes: int) -> PackShape:
         """From the device's whole memory, not what is free now."""
         on_cuda = self.device.type == "cuda"
         total = torch.cuda.get_device_properties(self.device).total_memory if on_cuda else None
@@ -558,6 +571,7 @@ class LocalWorkshop:
             group,
             model=self._survey.models[group[0].model],
             data=[self._survey.data[key] for key in row_sets],
+            num_processes=num_processes,
             memory_bytes=total,
             gradient_checkpointing=self.gradient_checkpointing,
         )

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets.exceptions import DatasetNotFoundError
 from loratune.data.demo_task import generate_rows
 from loratune.data.sources import read_rows, source_name
 from loratune.errors import DataError
-from loratune.study.schema import Source
+from loratune.study.schema import Source, source_of
 
 ROWS = [
     {"question": "1, 2 or \u2028 3?", "answer": "007"},
@@ -37,6 +38,17 @@ def test_the_same_rows_come_out_of_every_format(tmp_path, csv_text):
     assert read(tmp_path / "e.json", json.dumps({"version": 1, "data": ROWS})) == ROWS
     assert read(tmp_path / "d.csv", csv_text) == ROWS
     assert read_rows(Source(file="d.parquet"), folder=tmp_path) == ROWS
+
+
+def test_compressed_texts_are_read_as_they_are_shipped(tmp_path, csv_text):
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    for name, text in (("d.jsonl", lines), ("d.json", json.dumps(ROWS)), ("d.csv", csv_text)):
+        content = gzip.compress(text.encode())
+        assert read(tmp_path / f"{name}.gz", content) == ROWS
+        assert source_of(f"{name}.gz") == {"file": f"{name}.gz"}
+        for damaged in (text.encode(), content[:-9], content[:20] + b"x" * 9):
+            with pytest.raises(DataError, match=f"{name}.gz is no whole gzip file"):
+                read(tmp_path / f"{name}.gz", damaged)
 
 
 def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path, csv_text):

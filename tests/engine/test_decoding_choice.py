@@ -1,5 +1,6 @@
 """The next token against transformers' own warpers and a chi-square test of its draws."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from loratune.errors import EvaluationError
 
 
 def draws(logits_V: Tensor, *, temperature: float, top_p: float, count: int) -> Tensor:
-    uniforms = Sampling(temperature=temperature, top_p=top_p, seed=3).uniforms(count)
+    keys = Sampling(temperature=temperature, top_p=top_p, seed=3).keys(count)
     return drawn(
         logits_V.expand(count, -1),
         temperature_M=torch.full((count,), temperature),
         top_p_M=torch.full((count,), top_p),
-        uniform_M=torch.from_numpy(uniforms),
+        key_M=torch.from_numpy(keys),
     )
 
 
@@ -49,35 +50,56 @@ def test_a_row_without_temperature_takes_the_likeliest_beside_rows_that_sample()
         logits_MV,
         temperature_M=temperature_M,
         top_p_M=torch.ones(200),
-        uniform_M=torch.rand(200, generator=torch.Generator().manual_seed(3)),
+        key_M=torch.from_numpy(Sampling(temperature=5.0, seed=3).keys(200)),
     )
     greedy = likeliest(logits_MV)
     assert torch.equal(found[::2], greedy[::2])
     assert (found[1::2] != greedy[1::2]).float().mean() > 0.7
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
-def test_the_extremes_of_the_uniform_number_choose_the_first_and_the_last_that_is_kept(
-    uniform: float,
-):
-    logits_V = torch.tensor([1.0, 3.0, 2.0, -40.0])
-    (found,) = drawn(
-        logits_V[None],
-        temperature_M=torch.ones(1),
-        top_p_M=torch.tensor([0.9]),
-        uniform_M=torch.tensor([uniform]),
-    ).tolist()
+def test_what_top_p_leaves_out_never_comes_and_the_rest_does():
     # 3.0 and 2.0 hold 0.92; what stands before 1.0 is more than top_p.
-    assert found == (1 if uniform == 0 else 2)
+    logits_V = torch.tensor([1.0, 3.0, 2.0, -40.0])
+    assert set(draws(logits_V, temperature=1.0, top_p=0.9, count=1000).tolist()) == {1, 2}
 
 
-def test_numbers_of_a_seed_are_below_one_and_longer_answers_begin_alike():
-    sampling = Sampling(temperature=1.0, seed=11)
-    numbers = sampling.uniforms(1000)
-    assert numbers.dtype == np.float32
-    assert 0 <= numbers.min() < numbers.max() < 1
-    assert np.array_equal(sampling.uniforms(7), numbers[:7])
-    assert not np.array_equal(Sampling(temperature=1.0, seed=12).uniforms(7), numbers[:7])
+@pytest.mark.parametrize(("moved_by", "most"), [(1e-6, 0.0), (1e-2, 0.03)])
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_a_rounding_error_of_the_logits_hardly_ever_draws_another_token(
+    moved_by: float, most: float, top_p: float
+):
+    """Two sums are nearer than the error about so often; an error of 16 bits is the second.
+
+    Logits lie so close that the first makes some change places in the order of likelihood.
+    """
+    generator = torch.Generator().manual_seed(5)
+    logits_MV = 0.3 * torch.randn(400, 12_000, generator=generator)
+    moved_MV = logits_MV + moved_by * torch.randn(400, 12_000, generator=generator)
+    how = {
+        "temperature_M": torch.ones(400),
+        "top_p_M": torch.full((400,), top_p),
+        "key_M": torch.from_numpy(Sampling(temperature=3.0, seed=8).keys(400)),
+    }
+    changed_M = drawn(logits_MV, **how) != drawn(moved_MV, **how)
+    assert changed_M.float().mean() <= most
+
+
+def test_draws_from_a_large_vocabulary_come_as_often_as_their_logits_say():
+    """Half of all likelihood lies in four tokens, half in 20,000 that are equally unlikely."""
+    logits_V = torch.zeros(20_004)
+    logits_V[:4] = math.log(5000)
+    found = draws(logits_V, temperature=1.0, top_p=1.0, count=2000).numpy()
+    groups = np.where(found < 4, found, 4 + (found - 4) // 5000)
+    # One in 10,000 fails by chance; the draws are always the same.
+    assert chisquare(np.bincount(groups, minlength=8)).pvalue > 1e-4
+
+
+def test_keys_of_a_seed_are_its_own_and_longer_answers_begin_alike():
+    keys = Sampling(temperature=1.0, seed=11).keys(1000)
+    assert keys.dtype == np.int32
+    assert len(set(keys.tolist())) == 1000
+    assert np.array_equal(Sampling(temperature=1.0, seed=11).keys(7), keys[:7])
+    assert not np.array_equal(Sampling(temperature=1.0, seed=12).keys(7), keys[:7])
 
 
 @pytest.mark.parametrize(

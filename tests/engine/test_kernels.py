@@ -1,9 +1,8 @@
 """The Triton kernels against plain sums over tokens in float64.
 
-They need a CUDA device, or Triton's interpreter: TRITON_INTERPRET=1 pytest -m gpu.
+They need a CUDA device, or Triton's interpreter: see `devices`.
 """
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,17 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import INTERPRETED, KERNEL_DEVICE, ON_KERNELS
 from loratune.engine.grouped import GroupedProducts
 from loratune.engine.routing import TOKENS_SUMMED_AT_ONCE, Routing, route
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device"
-    ),
-]
+DEVICE = KERNEL_DEVICE
+pytestmark = ON_KERNELS
 # Tokens of each slot: none (first, in the middle, last), one, less and more than a tile, more than
 # a chunk; filler behind them.
 COUNTS = (0, 5, 70, 0, 1, TOKENS_SUMMED_AT_ONCE + 65, 0)
@@ -87,6 +81,67 @@ def expanded(hs: Sequence[Tensor], ws: Sequence[Tensor], segments: Sequence[int]
                     part = h[tokens, ranks].double() @ w[slot, :, low:high].double()
                     y_MN[tokens, low:high] += part
     return y_MN
+
+
+@pytest.mark.parametrize("width", [72, 203])
+@pytest.mark.parametrize("rank", [8, 24])
+@pytest.mark.parametrize("num_factors", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shrink_takes_each_token_through_its_own_slots_factor(dtype, num_factors, rank, width):
+    x_MN = draw(NUM_TOKENS, width, seed=0, dtype=dtype)
+    # What filler holds is nobody's.
+    x_MN[-FILLER:] = float("nan")
+    ws = [factors(rank, width, seed=1 + i, dtype=dtype) for i in range(num_factors)]
+    # Parts of wider matrices, as a group's members are.
+    wide = [torch.full((NUM_TOKENS, rank + 16), 7.0, device=DEVICE, dtype=dtype) for _ in ws]
+    products().shrink(x_MN, ws, routing(), into=[one[:, 8:-8] for one in wide])
+    for w_AKN, h in zip(ws, wide, strict=True):
+        wanted = torch.zeros(NUM_TOKENS, rank, dtype=torch.float64, device=DEVICE)
+        for slot, tokens in spans():
+            if COUNTS[slot]:
+                wanted[tokens] = x_MN[tokens].double() @ w_AKN[slot].double().T
+        assert error(h[:, 8:-8], wanted) < CLOSE[dtype]
+        assert not h[-FILLER:, 8:-8].any()
+        assert bool((h[:, :8] == 7).all())
+        assert bool((h[:, -8:] == 7).all())
+
+
+@pytest.mark.parametrize("width", [72, 203])
+@pytest.mark.parametrize("rank", [8, 72])
+@pytest.mark.parametrize(("num_factors", "is_scaled"), [(1, False), (2, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outer_overwrites_fresh_slots_adds_to_others_and_keeps_those_without_tokens(
+    dtype, num_factors, is_scaled, rank, width
+):
+    hs = [draw(NUM_TOKENS, rank, seed=i, dtype=dtype) for i in range(num_factors)]
+    x_MN = draw(NUM_TOKENS, width, seed=4, dtype=dtype)
+    for one in (*hs, x_MN):
+        one[-FILLER:] = float("nan")
+    scale_A = draw(len(COUNTS), seed=7) if is_scaled else None
+    before = draw(len(COUNTS), rank, width, seed=6)
+    into = torch.empty_like(before)
+
+    def run() -> None:
+        into.copy_(before)
+        # Fresh with a NaN of a trial that diverged, of one chunk and of several; fresh, no tokens.
+        into[[2, 5]] = float("nan")
+        products().outer(hs, x_MN, routing(fresh=(2, 3, 5)), into_AKN=into, scale_A=scale_A)
+
+    run()
+    for slot, tokens in spans():
+        # Two factors are summed in float32 and rounded to the operands' precision once.
+        h_MK = torch.stack([one[tokens].float() for one in hs]).sum(dim=0).to(dtype)
+        wanted = h_MK.double().T @ x_MN[tokens].double()
+        wanted *= 1.0 if scale_A is None else float(scale_A[slot])
+        if slot not in (2, 5):
+            wanted += before[slot].double()
+        if not COUNTS[slot]:
+            assert torch.equal(into[slot], before[slot]), slot
+        # Beside float32's sums, that rounding: the interpreter cuts it off.
+        assert error(into[slot], wanted) < (CLOSE[dtype] if num_factors == 2 else 4e-6), slot
+    first = into.clone()
+    run()
+    assert torch.equal(into, first), "the same bits at every repeat"
 
 
 @pytest.mark.parametrize("segments", [(0, 200), (0, 136, 200), (0, 136, 160, 203)])

@@ -1,31 +1,20 @@
 """What only a CUDA device can show of the packed engine's probes: probed steps are not replayed."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
-import torch
 
+from devices import ON_CUDA
 from loratune.data.order import row_order
 from loratune.records import NoiseProbe, NoiseSchedule
 from row_oracle import differences, expected_probe
 from tiny_packs import pack
 from tiny_trials import random_data, tiny_base, tiny_trial
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # torch's compiler instantiates an autograd function to trace it, and warns of that itself.
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+pytestmark = ON_CUDA
 
 
 def test_probes_between_replayed_steps_are_right_and_leave_training_within_rounding():
     data = random_data(40)
-    base = tiny_base()
-    to: Any = base.model.to  # transformers wraps nn.Module.to untyped
-    to(device="cuda")
-    base = replace(base, device=torch.device("cuda:0"))
+    base = tiny_base(device="cuda")
     trial = tiny_trial(data, batch_size=8, learning_rate=1e-3, steps=12)
     plain = pack([trial], [data], base=base)
     probed = pack([trial], [data], base=base, noise=NoiseSchedule(3, 8, held_out_rows=4))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from feeds import ListFeed
 from loratune.data.order import row_order
 from loratune.data.rows import pad_rows
+from loratune.engine import loss_scale
 from loratune.engine.base import Finished, Progress, Snapshot
 from loratune.engine.loss import mean_token_loss
 from loratune.engine.reference import ReferenceEngine
@@ -20,7 +21,8 @@ from loratune.engine.snapshot import load_snapshot, save_snapshot
 from loratune.methods import load_method
 from loratune.methods.base import Attached, ParameterGroup
 from loratune.models.load import Base
-from loratune.records import Trial
+from loratune.records import NoiseProbe, NoiseSchedule, Trial
+from row_oracle import differences
 from tiny_models import PAD_ID
 from tiny_trials import random_data, tiny_base, tiny_trial, train
 
@@ -389,6 +391,77 @@ def test_closing_an_unfinished_trial_leaves_the_base_as_it_was():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+# float16 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("first_scale", [1.0, 2.0**16, 2.0**40])
+def test_float16_gives_float32s_numbers_whatever_loss_scale_it_begins_with(
+    monkeypatch, first_scale, method
+):
+    data = random_data(40)
+    trial = tiny_trial(data, method=method, learning_rate=1e-3)
+    exact, _ = train(trial, data)
+    monkeypatch.setattr(loss_scale, "FIRST_LOSS_SCALE", first_scale)
+    half, _ = train(trial, data, base=tiny_base(dtype=torch.float16), tokens_per_microbatch=30)
+    assert half.status == "done", half.reason
+    # float16 has 11 bits: 5e-4 a rounding.
+    assert half.losses == pytest.approx(exact.losses, rel=5e-3)
+    assert half.grad_norms == pytest.approx(exact.grad_norms, rel=5e-2)
+
+
+def test_gradients_too_small_for_float16_come_through_at_a_larger_scale(monkeypatch):
+    data = random_data(40)
+    trial = tiny_trial(data, batch_size=40, steps=1)
+    exact, _ = train(trial, data)
+
+    def norm_from(scale: float) -> float:
+        monkeypatch.setattr(loss_scale, "FIRST_LOSS_SCALE", scale)
+        outcome, _ = train(trial, data, base=tiny_base(dtype=torch.float16))
+        return outcome.grad_norms[0]
+
+    # As if the batch had 4096 times as many tokens, each with so much less weight.
+    assert norm_from(2.0**-12) != pytest.approx(exact.grad_norms[0], rel=5e-2)
+    assert norm_from(2.0**16) == pytest.approx(exact.grad_norms[0], rel=5e-3)
+
+
+def test_in_float16_going_on_is_bit_equal_and_keeps_the_loss_scale(monkeypatch):
+    monkeypatch.setattr(loss_scale, "FIRST_LOSS_SCALE", 2.0**40)
+    data, base = random_data(40), tiny_base(dtype=torch.float16)
+    trial = tiny_trial(data, learning_rate=1e-3)
+    engine = ReferenceEngine(
+        base, {data.facts.fingerprint: data}, tokens_per_microbatch=lambda _: 99
+    )
+    events = list(engine.train(ListFeed([trial], wants=lambda: True)))
+    whole = next(one.outcome for one in events if isinstance(one, Finished))
+    middle = [one for one in events if isinstance(one, Snapshot)][1]
+    scale = middle.facts["loss_scale"]
+    assert isinstance(scale, float)
+    assert 1 < scale < 2.0**40
+    rest, _ = train(trial, data, base=base, snapshot=middle)
+    assert rest.losses == whole.losses
+    assert rest.grad_norms == whole.grad_norms
+
+
+def test_in_float16_probes_are_those_of_float32():
+    data = random_data(40)
+    trial = tiny_trial(data, learning_rate=1e-3)
+    schedule = NoiseSchedule(1, 8, held_out_rows=4)
+
+    def probes(dtype: torch.dtype) -> list[NoiseProbe]:
+        engine = ReferenceEngine(
+            tiny_base(dtype=dtype),
+            {data.facts.fingerprint: data},
+            tokens_per_microbatch=lambda _: 99,
+            noise=schedule,
+        )
+        return [one for one in engine.train(ListFeed([trial])) if isinstance(one, NoiseProbe)]
+
+    half, exact = probes(torch.float16), probes(torch.float32)
+    assert len(half) == len(exact) > 0
+    assert max(differences(half[0], exact[0]).values()) < 2e-2
+
+
 # Out of memory ------------------------------------------------------------------------------------
 
 
@@ -398,19 +471,31 @@ class _TooLarge:
 
     inner: Any
     times: int
+    error: Exception = field(
+        default_factory=lambda: torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB"
+        )
+    )
 
     def attach(self, model: Any, trial: Trial, *, targets: Sequence[str]) -> Any:
         self.times -= 1
         if self.times >= 0:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise self.error
         return self.inner.attach(model, trial, targets=targets)
 
 
-def test_a_trial_that_does_not_fit_is_cut_smaller_and_goes_on():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_trial_that_does_not_fit_is_cut_smaller_and_goes_on(error):
     data = random_data(40)
     trial = tiny_trial(data, batch_size=20)
     whole, _ = train(trial, data)
-    small = _TooLarge(load_method("lora"), times=2)
+    small = _TooLarge(load_method("lora"), times=2, error=error)
     cut, _ = train(trial, data, tokens_per_microbatch=200, find_method=lambda _: small)
     assert cut.status == "done"
     assert cut.losses == pytest.approx(whole.losses, rel=2e-5)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from loratune.errors import EvaluationError
-from loratune.evaluation.custom import read_task
+from loratune.evaluation.custom import file_hash_of, read_task, version_of
 from loratune.evaluation.graders import extracted, judge_choice, judge_exact
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.score import grade
@@ -297,6 +297,15 @@ def test_a_reference_of_zero_is_a_number(tmp_path, grader, reference):
 def test_another_content_is_another_version(tmp_path):
     first = read_task(own(tmp_path)).version
     assert read_task(own(tmp_path, OWN.replace("8", "9"))).version != first
+
+
+def test_another_grader_or_another_way_to_put_choices_is_another_version(tmp_path, monkeypatch):
+    first = read_task(own(tmp_path)).version
+    monkeypatch.setattr("loratune.evaluation.graders.VERSION", "another")
+    second = read_task(own(tmp_path)).version
+    assert second != first
+    assert file_hash_of(second) == file_hash_of(first)
+    assert version_of("sha256:0", is_choice=True) != version_of("sha256:0")
 
 
 def test_a_users_own_choices_take_the_right_ones_text_or_number(tmp_path):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loratune.errors import LoratuneError, ModelError, StudyError
 from loratune.methods import load_method
-from loratune.methods.base import LayerTensors, Packable
+from loratune.methods.base import AdamFactors, LayerTensors, Packable
+from loratune.methods.lora import start_lora
 from loratune.methods.lora_method import LoraMethod
 from loratune.models.targets import target_modules
 from loratune.records import MethodChoice, Trial
@@ -130,16 +131,28 @@ def test_an_export_does_not_follow_what_is_trained_on(method):
 
 
 @pytest.mark.parametrize("method", PACKABLE)
-def test_learning_rate_factors_are_those_of_the_parameter_groups(method):
+def test_adams_factors_are_those_of_the_parameter_groups(method):
     model, trial = base_of(), make_trial(method)
     attached = load_method(method).attach(
         model, trial, targets=target_modules(model, trial.targets)
     )
-    factors = packable(method).lr_factors(trial)
-    assert factors == ({"B": 16.0} if method == "loraplus" else {})
+    factors = packable(method).adam_factors(trial)
+    assert factors == ({"B": AdamFactors(lr_factor=16.0)} if method == "loraplus" else {})
     for group in attached.parameter_groups():
-        assert group.lr_factor == factors.get(group.name, 1.0)
+        assert group.lr_factor == factors.get(group.name, AdamFactors()).lr_factor
         assert (group.eps_factor, group.weight_decay_factor) == (1.0, 1.0)
+
+
+def test_a_methods_own_factors_reach_its_parameter_groups():
+    own = {"A": AdamFactors(lr_factor=2.0, eps_factor=3.0), "B": AdamFactors(weight_decay_factor=4)}
+    method = LoraMethod(start_lora, adam_factors_of=lambda _: own)
+    model, trial = base_of(), make_trial("lora")
+    attached = method.attach(model, trial, targets=target_modules(model, trial.targets))
+    found = {
+        group.name: (group.lr_factor, group.eps_factor, group.weight_decay_factor)
+        for group in attached.parameter_groups()
+    }
+    assert found == {"A": (2.0, 3.0, 1.0), "B": (1.0, 1.0, 4.0)}
 
 
 @pytest.mark.parametrize("method", PACKABLE)

@@ -1,5 +1,7 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,14 @@ from transformers import (
 
 from loratune.errors import ModelError
 from loratune.models import load
-from loratune.models.load import Precision, load_base, load_tokenizer, set_gradient_checkpointing
+from loratune.models.load import (
+    Precision,
+    check_precision,
+    default_precision,
+    load_base,
+    load_tokenizer,
+    set_gradient_checkpointing,
+)
 from loratune.models.targets import target_modules
 from tiny_models import (
     EOS,
@@ -306,6 +315,38 @@ def test_a_quantised_precision_without_bitsandbytes_is_refused(
     expected = f"precision {precision} needs the package bitsandbytes.*pip install bitsandbytes, or"
     with pytest.raises(ModelError, match=expected):
         load_base("demo:1m", precision=precision, device="cuda")
+
+
+def old_card(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that emulates bfloat16, as torch tells of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    return torch.device("cuda", 0)
+
+
+def test_bfloat16_is_refused_on_a_card_that_only_emulates_it(monkeypatch: Any) -> None:
+    device = old_card(monkeypatch)
+    expected = (
+        r"demo:1m: precision bfloat16 is not there on Tesla T4 \(sm_75\); choose precision float16"
+    )
+    with pytest.raises(ModelError, match=expected):
+        load_base("demo:1m", precision="bfloat16", device=device)
+    for precision in ("float16", "float32"):
+        check_precision("demo:1m", precision, device=device)
+
+
+def test_where_no_precision_is_asked_for_it_is_one_that_the_device_has(monkeypatch: Any) -> None:
+    assert default_precision(torch.device("cpu")) == "float32"
+    device = old_card(monkeypatch)
+    assert default_precision(device) == "float16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert default_precision(device) == "bfloat16"
+    check_precision("demo:1m", "bfloat16", device=device)
 
 
 def test_a_checkpoint_that_is_stored_quantised_is_not_quantised_again(

@@ -86,13 +86,23 @@ def random_packs() -> list[Any]:
     return found
 
 
-def test_planned_memory_is_near_that_of_every_recorded_random_pack():
-    # Not all within 5%: rows of many lengths leave holes in the allocator's segments, and of a pack
-    # of 1 GiB the smallest segments are several percent. What is planned must not be far short.
-    ratios = [
+def planned_over_taken() -> list[float]:
+    return [
         pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS) / taken
         for shape, taken in random_packs()
     ]
+
+
+@pytest.mark.xfail(strict=True, reason="reached by three in four: docs/benchmarks.md")
+def test_planned_memory_is_within_5_percent_of_every_recorded_random_pack():
+    # Rows of many lengths leave holes in the allocator's segments, and of a pack of 1 GiB the
+    # smallest segments are several percent.
+    assert all(0.95 <= one <= 1.05 for one in planned_over_taken())
+
+
+def test_planned_memory_of_random_packs_is_no_further_off_than_docs_benchmarks_says():
+    # Not what is promised: what was found, so that a change for the worse shows.
+    ratios = planned_over_taken()
     assert sum(0.95 <= one <= 1.05 for one in ratios) >= 0.75 * len(ratios)
     assert 0.86 < min(ratios) < max(ratios) < 1.16
 
@@ -129,3 +139,17 @@ def test_a_planned_pack_fits_the_memory_it_was_planned_for(gibibytes: int):
     needed = pack_bytes(shape, model=model, precision=trials[0].precision, targets=TARGETS)
     assert needed <= SHARE_OF_MEMORY * gibibytes * 2**30
     assert shape.tokens_per_step >= 512
+
+
+@pytest.mark.parametrize(("num_processes", "slots"), [(1, 12), (2, 6), (5, 3)])
+def test_a_pack_has_slots_for_its_processs_part_of_the_trials(num_processes: int, slots: int):
+    data, model = random_data(40), facts_of("135m")
+    one = replace(tiny_trial(data, batch_size=4), targets=TARGETS)
+    shape = plan_pack(
+        [replace(one, trial_id=f"trial-{number}") for number in range(12)],
+        model=model,
+        data=[data.facts],
+        memory_bytes=None,
+        num_processes=num_processes,
+    )
+    assert shape.num_slots == slots

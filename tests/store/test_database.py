@@ -292,6 +292,22 @@ def test_a_failure_since_a_moment_is_not_tried_again_by_those_who_ask_since_then
     assert store.claim("trial-1", provenance=PROVENANCE) is not None
 
 
+def test_the_trials_whose_outcome_stands_are_counted_as_they_are_claimed(store: Store) -> None:
+    add(store, 1, 2, 3, 4)
+    ids = [f"trial-{number}" for number in (1, 2, 3)]
+    assert store.num_ended(ids) == 0
+    store.finish(claim(store, 1), outcome(1, status="failed"))
+    moment = store.newest_attempt()
+    store.finish(claim(store, 2), outcome(2, status="diverged"))
+    store.finish(claim(store, 4), outcome(4))
+    assert store.num_ended(ids) == store.num_ended(ids, since=moment) == 1
+    # It fails twice, and is one trial.
+    for _ in range(2):
+        store.finish(claim(store, 1), outcome(1, status="failed"))
+    assert store.num_ended(ids, since=moment) == 2
+    assert store.num_ended(ids) == 1
+
+
 def test_an_outcome_of_another_trial_is_refused(store: Store) -> None:
     add(store, 1, 2)
     attempt = claim(store, 1)

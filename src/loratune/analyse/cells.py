@@ -168,7 +168,8 @@ def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
 
 def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
     results = [result for result in of_cell if result.purpose != "confirm"]
-    seeds = tuple(sorted({result.trial.seed for result in results}))
+    # A seed that was only tried where it was stopped half-way is lacking nowhere else.
+    seeds = tuple(sorted({one.trial.seed for one in results if one.status != "stopped"}))
     by_rate = dict[float, list[TrialResult]]()
     for result in results:
         by_rate.setdefault(result.trial.learning_rate, []).append(result)

@@ -8,8 +8,10 @@ not known here.
 # pyright: reportUnknownVariableType=false
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from loratune.data.demo_task import DEFAULT_NUM_ROWS, DEFAULT_SEED, generate_row
 from loratune.errors import DataError
 from loratune.study.schema import LOCAL_SUFFIXES, Source
 
+_COMPRESSED = ".gz"
 # The csv module refuses cells above 128 KiB unless told otherwise; a response can be longer.
 _LARGEST_CELL_CHARACTERS = 2**31 - 1
 
@@ -81,12 +84,14 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"data file {path} has an unknown ending; use {', '.join(readers)}")
+    name = path.name.lower()
+    ending = next((one for one in LOCAL_SUFFIXES if name.endswith(one)), None)
+    if ending is None:
+        raise DataError(f"data file {path} has an unknown ending; use {', '.join(LOCAL_SUFFIXES)}")
+    reader = readers[ending.removesuffix(_COMPRESSED)]
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"data file {path} {found}; give a {', '.join(readers)} file")
+        raise DataError(f"data file {path} {found}; give a {', '.join(LOCAL_SUFFIXES)} file")
     try:
         return reader(path)
     except OSError as error:
@@ -95,6 +100,13 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     content = path.read_bytes()
+    if path.name.lower().endswith(_COMPRESSED):
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path} is no whole gzip file ({error}); get it again, or give it uncompressed"
+            ) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

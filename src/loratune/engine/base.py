@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from loratune.planning.bar import Bar
 from loratune.records import NoiseProbe, Outcome, Trial
 
 if TYPE_CHECKING:  # The sweep dispatches on these records and must start without torch.
@@ -88,10 +89,11 @@ class Feed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A claimed trial, and where to go on with it if it was begun before."""
+    """A claimed trial, where to go on with it if it was begun before, and what may stop it."""
 
     trial: Trial
     snapshot: Snapshot | None = None
+    bar: Bar | None = None
 
 
 class Engine(Protocol):

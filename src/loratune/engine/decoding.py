@@ -7,8 +7,9 @@ the order of their adapters, so that few adapters are in a step and each has man
 What it promises: the tokens of an answer are those of transformers' `generate` with that adapter
 alone, but for rounding (tests hold that in float32 they are equal); they depend on the request and
 its adapter alone, not on neighbours, order or the number of slots; a row that samples draws from
-its own seed. In 16 bits neighbours move the last bits of the logits, as in any batched generation,
-and two tokens that are almost equally likely may change places.
+its own seed. Rounding changes a token only where two are as near as that, sampled or not: in 16
+bits neighbours move the last bits of the logits, as in any batched generation, and two tokens that
+are almost equally likely may change places.
 
 What it does not: beam search, penalties, adapters that are no LoRA, several devices. A model whose
 family computes otherwise than the packed form is refused (`engine.decoding_model`).
@@ -72,9 +73,9 @@ from loratune.engine.decoding_text import (
     answer_of,
     end_ids_of,
 )
-from loratune.engine.memory import release_memory
+from loratune.engine.memory import out_of_memory_reason, release_memory
 from loratune.errors import CapacityError, EvaluationError
-from loratune.models.load import Base
+from loratune.models.load import Base, positions_of
 from loratune.records import Answer
 
 # Unless the caller says: rows at once, where memory allows; adapters at once; tokens of prompts.
@@ -205,8 +206,10 @@ class Decoder:
                 for answered in self._answers(left):
                     del left[answered.index]
                     yield answered
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+                if reason is None:
+                    raise
             if reason is not None:
                 # Outside the except block: the error holds on to what was allocated.
                 release_memory(self._base.device)
@@ -245,7 +248,7 @@ class Decoder:
             room=room,
             longest_prompt=max(longest, CHECK_TOKENS),
             tokens_per_prefill=max(self._tokens_per_prefill, longest, CHECK_TOKENS),
-            num_uniforms=max(sampled, default=0),
+            num_keys=max(sampled, default=0),
         )
 
     def _seats_that_fit(self, num_adapters: int) -> int:
@@ -304,8 +307,10 @@ class Decoder:
                 for index, score in self._score(asked, sorted(left)):
                     left.remove(index)
                     yield index, score
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+                if reason is None:
+                    raise
             if reason is None:
                 continue
             release_memory(self._base.device)
@@ -383,8 +388,7 @@ class Decoder:
                 f"request {index} has a prompt without a token, and an answer has to start from "
                 "one; give a prompt that is not empty"
             )
-        config = self._base.model.config.get_text_config()
-        positions: int | None = getattr(config, "max_position_embeddings", None)
+        positions = positions_of(self._base.model.config)
         if positions is not None and len(ids) + num_more > positions:
             raise EvaluationError(
                 f"request {index} has a prompt of {len(ids)} tokens, and with {num_more} more it "

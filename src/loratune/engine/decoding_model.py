@@ -75,14 +75,14 @@ class DecoderSize:
     """What is allocated: `num_slots` rows at once, each of at most `room` tokens with its answer.
 
     `longest_prompt` tokens at most has any prompt, and `tokens_per_prefill` tokens of prompts go
-    through the model at once. `num_uniforms` is the longest answer of a row that samples, or 0.
+    through the model at once. `num_keys` is the longest answer of a row that samples, or 0.
     """
 
     num_slots: int
     room: int
     longest_prompt: int
     tokens_per_prefill: int
-    num_uniforms: int = 0
+    num_keys: int = 0
 
 
 class _State:
@@ -95,9 +95,7 @@ class _State:
         self.count_S = torch.zeros(num, dtype=torch.int64, device=device)
         self.temperature_S = torch.zeros(num, dtype=torch.float32, device=device)
         self.top_p_S = torch.ones(num, dtype=torch.float32, device=device)
-        self.uniform_ST = torch.zeros(
-            num, max(1, size.num_uniforms), dtype=torch.float32, device=device
-        )
+        self.key_ST = torch.zeros(num, max(1, size.num_keys), dtype=torch.int32, device=device)
 
 
 class DecodingModel:
@@ -148,7 +146,7 @@ class DecodingModel:
         """
         sampled = [one for one in prompts if one.sampling is not None]
         if sampled:
-            self._put_uniforms(sampled)
+            self._put_keys(sampled)
         num_tokens = sum(len(one.ids) for one in prompts)
         size = None
         if self._is_fixed:
@@ -171,14 +169,14 @@ class DecodingModel:
             self._capture(key, body, self._lay_prompts([], size)[0])
         return self._replays[key].forward(inputs)
 
-    def _put_uniforms(self, prompts: Sequence[Prompt]) -> None:
-        uniform_BT = np.zeros((len(prompts), self._state.uniform_ST.shape[1]), dtype=np.float32)
-        for row, one in zip(uniform_BT, prompts, strict=True):
+    def _put_keys(self, prompts: Sequence[Prompt]) -> None:
+        key_BT = np.zeros((len(prompts), self._state.key_ST.shape[1]), dtype=np.int32)
+        for row, one in zip(key_BT, prompts, strict=True):
             assert one.sampling is not None
-            row[: one.max_new_tokens] = one.sampling.uniforms(one.max_new_tokens)
+            row[: one.max_new_tokens] = one.sampling.keys(one.max_new_tokens)
         slot_B = torch.tensor([one.slot for one in prompts])
-        self._state.uniform_ST[sent(slot_B, self._device)] = sent(
-            torch.from_numpy(uniform_BT), self._device
+        self._state.key_ST[sent(slot_B, self._device)] = sent(
+            torch.from_numpy(key_BT), self._device
         )
 
     def _lay_prompts(
@@ -300,12 +298,12 @@ class DecodingModel:
         logits_BV = self._logits(hidden_BD)
         count_B = state.count_S[slot_B]
         if sampled:
-            at_B = count_B.clamp(max=state.uniform_ST.shape[1] - 1)
+            at_B = count_B.clamp(max=state.key_ST.shape[1] - 1)
             token_B = drawn(
                 logits_BV,
                 temperature_M=state.temperature_S[slot_B],
                 top_p_M=state.top_p_S[slot_B],
-                uniform_M=state.uniform_ST[slot_B, at_B],
+                key_M=state.key_ST[slot_B, at_B],
             )
         else:
             token_B = likeliest(logits_BV)

@@ -44,10 +44,19 @@ from loratune.records import Trial
 class HookedGradients:
     """Looks at every row that goes backward while it is `watching`.
 
-    `begin` comes before each micro-batch, `end` when all gradients are there.
+    `begin` comes before each micro-batch, `end` when all gradients are there. What goes backward is
+    `loss_scale` times the loss; what is told is not.
     """
 
-    def __init__(self, attached: Attached, optimizer: torch.optim.AdamW, trial: Trial) -> None:
+    def __init__(
+        self,
+        attached: Attached,
+        optimizer: torch.optim.AdamW,
+        trial: Trial,
+        *,
+        loss_scale: float = 1.0,
+    ) -> None:
+        self._loss_scale = loss_scale
         self._groups = attached.parameter_groups()
         self._block_of: dict[int, Block] = {
             id(parameter): cast("Block", group.name)
@@ -118,8 +127,8 @@ class HookedGradients:
                     mean_32[BLOCKS.index(block)] += mean_squares(parameter.grad, inverse)
         names = {group.name for group in self._groups}
         return ProbedRows(
-            squares_N32=torch.cat(self._parts),
-            mean_32=mean_32,
+            squares_N32=torch.cat(self._parts) / self._loss_scale**2,
+            mean_32=mean_32 / self._loss_scale**2,
             has_block={block: block in names for block in BLOCKS},
             is_scaled=scaled,
         )

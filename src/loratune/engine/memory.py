@@ -1,4 +1,4 @@
-"""Moving memory to a device, and giving it back."""
+"""Moving memory to a device, giving it back, and knowing when there is none left."""
 
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false
@@ -14,6 +14,20 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+# What CUDA's libraries, captured graphs and Triton's launches say where torch's own allocator would
+# raise OutOfMemoryError.
+_SAID = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory_reason(error: BaseException) -> str | None:
+    """The first line of an error that says that a device's memory is used up; None of any other."""
+    said = str(error)
+    is_it = isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in _SAID)
+    )
+    return said.partition("\n")[0] if is_it else None
 
 
 def release_memory(device: torch.device) -> None:

@@ -42,7 +42,8 @@ from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.dora_gains import DoraGains
 from loratune.engine.laying import StepRows, most_filler_rows
 from loratune.engine.loss import num_targets
-from loratune.engine.memory import release_memory, sent
+from loratune.engine.loss_scale import LossScale
+from loratune.engine.memory import out_of_memory_reason, release_memory, sent
 from loratune.engine.optimizer import RowUpdate, update_rows
 from loratune.engine.packed_gradients import PackedGradients, ProbedSlot, probed_rows
 from loratune.engine.packed_model import StepSize, group_targets, installed
@@ -59,20 +60,17 @@ from loratune.engine.slots import (
 from loratune.errors import LoratuneError, StudyError
 from loratune.methods import load_method
 from loratune.methods.adapter_files import AdapterFiles
-from loratune.methods.base import Method, Packable
+from loratune.methods.base import AdamFactors, Method, Packable
 from loratune.models.load import Base
 from loratune.models.targets import block_linears, target_modules
+from loratune.planning.bar import Bar
 from loratune.planning.horizon import lr_factor
 from loratune.planning.packing import Demand, PackShape, choose_next, fill_step
 from loratune.planning.probes import Probing, probing
-from loratune.records import NoiseProbe, NoiseSchedule, Outcome, Trial
+from loratune.records import FinishedStatus, NoiseProbe, NoiseSchedule, Outcome, Trial
 
 # Steps that are not full run at a part of the size, if that holds them: each size compiles once.
 PARTS_OF_A_STEP = (1, 4, 16)
-# float16 gradients below 6e-8 vanish: losses are multiplied by a power of two, as large as keeps
-# the gradients finite. Start, factor and patience as in torch.amp.GradScaler.
-FIRST_LOSS_SCALE = 2.0**16
-UPDATES_BEFORE_GROWTH = 2000
 
 
 class PackedEngine:
@@ -235,17 +233,17 @@ class _Seat:
     data: PreparedData
     sizes: "_RowSizes"
     method: Packable
-    lr_factors: tuple[float, float, float]
+    factors: tuple[AdamFactors, AdamFactors, AdamFactors]
     frozen_P: Tensor | None
     watch: DivergenceWatch
+    bar: Bar | None
     account: Account
-    loss_scale: float
+    loss_scale: LossScale
     probing: Probing
     has_magnitudes: bool = False
     update: int = 0
     rows_done: int = 0
     attempt: int = 0
-    good_updates: int = 0
     batch: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     targets: int = 0
@@ -298,17 +296,22 @@ class _Seat:
             num_updates=trial.num_updates,
             warmup=trial.warmup_steps,
         )
-        a, b, other = (trial.learning_rate * factor * one for one in self.lr_factors)
+        a, b, other = self.factors
+        lr, eps, decay = trial.learning_rate * factor, trial.eps, trial.weight_decay
         return RowUpdate(
             slot=self.slot,
             step=self.update + 1,
-            learning_rates=(a, b, other),
+            learning_rates=(lr * a.lr_factor, lr * b.lr_factor, lr * other.lr_factor),
             beta1=trial.beta1,
             beta2=trial.beta2,
-            eps=(trial.eps, trial.eps, trial.eps),
-            weight_decays=(trial.weight_decay, trial.weight_decay, trial.weight_decay),
+            eps=(eps * a.eps_factor, eps * b.eps_factor, eps * other.eps_factor),
+            weight_decays=(
+                decay * a.weight_decay_factor,
+                decay * b.weight_decay_factor,
+                decay * other.weight_decay_factor,
+            ),
             max_grad_norm=trial.max_grad_norm,
-            loss_scale=self.loss_scale,
+            loss_scale=self.loss_scale.value,
         )
 
 
@@ -433,8 +436,10 @@ class _Session:
                             yield from self._read()
                         for _, seat in sorted(self.seats.items()):
                             yield self._snapshot(seat)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+        except RuntimeError as error:
+            reason = out_of_memory_reason(error)
+            if reason is None:
+                raise
         # Not within the handler: the error's traceback would keep tensors alive.
         yield from self._probes_made()
         while self.launched:
@@ -457,8 +462,9 @@ class _Session:
                 return
             try:
                 self._seat(work)
-            except torch.OutOfMemoryError:
-                self.parked.insert(0, work)
+            except RuntimeError as error:
+                if out_of_memory_reason(error) is not None:
+                    self.parked.insert(0, work)
                 raise
             except LoratuneError as error:
                 yield Failed(work.trial.trial_id, error)
@@ -490,7 +496,7 @@ class _Session:
         free = [slot for slot in range(self.shape.num_slots) if slot not in self.seats]
         data = self.data[trial.data_fingerprint]
         layout = self.slots.layout
-        factors = method.lr_factors(trial)
+        factors = method.adam_factors(trial)
         account, watch = (
             Account(),
             DivergenceWatch(trial.num_updates, vocab_size=self.base.model.config.vocab_size),
@@ -501,15 +507,16 @@ class _Session:
             data=data,
             sizes=self.sizes[trial.data_fingerprint],
             method=method,
-            lr_factors=(
-                factors.get("A", 1.0),
-                factors.get("B", 1.0),
-                factors.get("other", 1.0),
+            factors=(
+                factors.get("A", AdamFactors()),
+                factors.get("B", AdamFactors()),
+                factors.get("other", AdamFactors()),
             ),
             frozen_P=None,
             watch=watch,
+            bar=work.bar,
             account=account,
-            loss_scale=FIRST_LOSS_SCALE if self.base.model.dtype == torch.float16 else 1.0,
+            loss_scale=LossScale.first(self.base.model.dtype),
             probing=probing(trial, self.noise, num_validation_rows=data.facts.num_validation_rows),
         )
         if work.snapshot is None:
@@ -597,22 +604,36 @@ class _Session:
                 looked_at = ProbeRows("train", one.seat.data.train, one.seat.batch)
                 self._take_down(one.seat, looked_at, torch.cat(one.seat.watched))
         if updates:
-            norms_U = update_rows(self.slots, updates)
-            for one in done:
-                if one.seat.trial.eps == 0:
-                    self._clear_beyond_rank(one.seat)
-            which = sent(torch.tensor([one.slot for one in updates]), self.device)
-            results, event = self._sent_home(
-                torch.stack([self.loss_A[which], norms_U.to(torch.float64)])
-            )
-            self.loss_A.index_fill_(0, which, 0)
+            results, event = self._update(updates)
             for one in done:
                 one.seat.begin_batch(one.seat.update + 1)
         self.launched.append(_Launched(tuple(done), results, event, tokens))
+        # Last: if it does not fit, the updates have been made and must not be made again.
+        for one, update in zip(done, updates, strict=True):
+            if 0 in update.eps:
+                self._clear_beyond_rank(one.seat)
         if self.gains is not None:
-            # Last: if it does not fit, the updates have been made and must not be made again.
             self.gains.refresh([one.seat.slot for one in done if one.seat.has_magnitudes])
         return True
+
+    def _update(self, updates: Sequence[RowUpdate]) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Step the rows: float64[2, U] loss sums and gradient norms, there after the event.
+
+        Memory is taken before the first row is stepped: once it is, the update must be made known,
+        or it would be made again.
+        """
+        which = sent(torch.tensor([one.slot for one in updates]), self.device)
+        results = self.loss_A[which].expand(2, -1).clone()
+        self.loss_A.index_fill_(0, which, 0)
+        home, event = results, None
+        if self.device.type == "cuda":
+            home = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+            event = torch.cuda.Event()
+        results[1].copy_(update_rows(self.slots, updates))
+        if event is not None:
+            home.copy_(results, non_blocking=True)
+            event.record(torch.cuda.current_stream(self.device))
+        return home, event
 
     def _clear_beyond_rank(self, seat: _Seat) -> None:
         """Without eps, Adam's step of what only fills a row up to the pack's rank is 0 / 0."""
@@ -649,7 +670,7 @@ class _Session:
             tokens.append((seat, len(part.input_ids)))
             slots += [slot] * count
             # Of the whole batch: summed over steps, the gradient is that of the batch's token mean.
-            weights += [seat.loss_scale / seat.targets] * count
+            weights += [seat.loss_scale.value / seat.targets] * count
             place = seat.update * seat.trial.batch_size + seat.rows_done
             keys.append(_row_keys(seat.trial.seed, place, count))
             if seat.rows_done == 0:
@@ -685,15 +706,6 @@ class _Session:
         """Rows of a step: twice as many as tokens / mean length, so that the bound seldom binds."""
         return max(1, math.ceil(2 * tokens / self.mean_row_tokens))
 
-    def _sent_home(self, results: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self.device.type != "cuda":
-            return results, None
-        home = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
-        home.copy_(results, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return home, event
-
     # Rows looked at one by one ------------------------------------------------------------------
 
     def _probes_made(self) -> Generator[Event]:
@@ -720,7 +732,7 @@ class _Session:
                 self.slots,
                 seat.as_probed(),
                 squares_N32,
-                loss_scale=seat.loss_scale,
+                loss_scale=seat.loss_scale.value,
                 has_magnitudes=seat.has_magnitudes,
             ),
         )
@@ -748,7 +760,7 @@ class _Session:
     def _squares_of(self, seat: _Seat, one: ProbeRows) -> Tensor:
         """float64[N, blocks, kinds] of a pass of its own, without dropout."""
         slot, rows = seat.slot, one.rows.take(one.indices)
-        weight = seat.loss_scale / num_targets(one.rows, one.indices)
+        weight = seat.loss_scale.value / num_targets(one.rows, one.indices)
         left: list[int] = rows.lengths.tolist()
         squares, unused_A = list[Tensor](), torch.zeros_like(self.loss_A)
         if self.keep_A is not None:
@@ -801,7 +813,8 @@ class _Session:
     def _take_in(self, one: _Done, *, loss_sum: float, norm: float) -> Generator[Event]:
         seat, trial = one.seat, one.seat.trial
         loss = loss_sum / one.targets
-        if self._rescaled(one, loss=loss, norm=norm):
+        if seat.loss_scale.has_overflowed(loss=loss, norm=norm):
+            self._rewind(seat, one.update)
             return
         account = seat.account
         account.losses.append(loss)
@@ -810,25 +823,14 @@ class _Session:
         account.num_tokens += one.num_tokens
         yield Progress(trial.trial_id, one.update, one.num_rows, loss)
         reason = seat.watch.reason_after(loss, update=one.update, grad_norm=norm)
+        status: FinishedStatus = "diverged"
+        if reason is None and seat.bar is not None:
+            status, reason = "stopped", seat.bar.reason_after(account.losses)
         if reason is not None:
             del self.seats[seat.slot]
             yield Finished(
-                self._outcome(seat, "diverged", stopped_at_update=one.update, reason=reason), None
+                self._outcome(seat, status, stopped_at_update=one.update, reason=reason), None
             )
-
-    def _rescaled(self, one: _Done, *, loss: float, norm: float) -> bool:
-        """Whether a float16 gradient overflowed: its batch is begun anew at a smaller scale."""
-        seat = one.seat
-        if math.isfinite(norm):
-            seat.good_updates += 1
-            if seat.loss_scale != 1 and seat.good_updates == UPDATES_BEFORE_GROWTH:
-                seat.loss_scale, seat.good_updates = seat.loss_scale * 2, 0
-            return False
-        if seat.loss_scale <= 1 or not math.isfinite(loss):
-            return False
-        seat.loss_scale, seat.good_updates = seat.loss_scale / 2, 0
-        self._rewind(seat, one.update)
-        return True
 
     def _rewind(self, seat: _Seat, update: int) -> None:
         seat.attempt += 1
@@ -894,12 +896,12 @@ class _Session:
         ordered = {name: layers[name] for name in self.targets}
         return seat.method.export_layers(self.base.model, seat.trial, ordered)
 
-    def _outcome(self, seat: _Seat, status: str, **more: object) -> Outcome:
+    def _outcome(self, seat: _Seat, status: FinishedStatus, **more: object) -> Outcome:
         on_cuda = self.device.type == "cuda"
         longest = int(seat.data.train.lengths.max())
         return seat.account.outcome(
             seat.trial,
-            "done" if status == "done" else "diverged",
+            status,
             peak_memory_bytes=torch.cuda.max_memory_reserved(self.device) if on_cuda else None,
             rows_per_microbatch=min(
                 seat.trial.batch_size, max(1, self.shape.tokens_per_step // longest)
@@ -955,8 +957,7 @@ class _Session:
                 **seat.account.facts(),
                 "slot": slot,
                 "rows_done": seat.rows_done,
-                "loss_scale": seat.loss_scale,
-                "good_updates": seat.good_updates,
+                **seat.loss_scale.facts(),
                 "has_magnitudes": seat.has_magnitudes,
             },
             engine=PackedEngine.name,
@@ -969,8 +970,7 @@ class _Session:
         seat.slot = before if before in free else free[0]
         seat.account = Account.from_facts(facts)
         seat.account.replay(seat.watch)
-        seat.loss_scale = cast("float", facts["loss_scale"])
-        seat.good_updates = cast("int", facts["good_updates"])
+        seat.loss_scale.take_over(facts)
         seat.has_magnitudes = cast("bool", facts["has_magnitudes"])
         self._check_room(
             trial, corrected="frozen" in snapshot.tensors, magnitudes=seat.has_magnitudes
@@ -1019,7 +1019,7 @@ class _Session:
                 for name, tensor in snapshot.tensors.items()
                 if name not in ("gain", "inverse_norm")
             }
-            works.append(Work(seat.trial, replace(snapshot, tensors=tensors)))
+            works.append(Work(seat.trial, replace(snapshot, tensors=tensors), seat.bar))
         self.seats.clear()
         return works + self.parked
 

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from loratune.engine.grouped import GroupedProducts, LoopedProducts, members
+from loratune.engine.mixing import mixed
 from loratune.engine.routing import Routing
 
 
@@ -491,7 +492,7 @@ class Dropout(nn.Module):
     """Dropout whose mask is a pure function of trial, row, position, layer and feature.
 
     So a trial drops the same numbers whoever its neighbours are, wherever its batch is cut, and
-    after a resume. The hash is the finaliser of MurmurHash3 in 32 bits; torch's integers wrap.
+    after a resume.
     """
 
     def __init__(self, *, salt: int, device: torch.device) -> None:
@@ -507,18 +508,9 @@ class Dropout(nn.Module):
         assert step.token_key_M is not None
         assert step.keep_A is not None
         features_D = torch.arange(x_MD.shape[1], dtype=torch.int32, device=x_MD.device)
-        mixed_MD = _mix(step.token_key_M[:, None] ^ _mix(features_D + self._first)[None, :])
-        uniform_MD = (mixed_MD & 0x7FFFFF).to(torch.float32) / 0x800000
+        bits_MD = mixed(step.token_key_M[:, None] ^ mixed(features_D + self._first)[None, :])
+        uniform_MD = (bits_MD & 0x7FFFFF).to(torch.float32) / 0x800000
         slots_M = step.routing[-1].long()
         keep_M = torch.where(slots_M >= 0, step.keep_A[slots_M.clamp(min=0)], 1.0)
         scaled_MD = (x_MD / keep_M[:, None]).to(x_MD.dtype)
         return torch.where(uniform_MD < keep_M[:, None], scaled_MD, 0)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser on int32; shifts are made logical by a mask."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * -2048144789  # 0x85ebca6b as int32
-    x = x ^ ((x >> 13) & 0x7FFFF)
-    x = x * -1028477387  # 0xc2b2ae35 as int32
-    return x ^ ((x >> 16) & 0xFFFF)

@@ -2,8 +2,8 @@
 
 What it promises: the loss is the token mean over the whole batch, however it is cut; every update
 but the last has exactly `batch_size` rows; adapter weights, gradients and AdamW's state are float32
-over a frozen base in the study's precision; the seed moves row order, dropout and, where the method
-draws one, the initialisation, and nothing else does.
+over a frozen base in the study's precision; in float16 losses are scaled; the seed moves row order,
+dropout and, where the method draws one, the initialisation, and nothing else does.
 
 What it does not: rows are padded to the longest of their micro-batch, so short rows waste work, and
 dropout masks depend on how a batch is cut. Bit-equal repeats hold on one machine with one number of
@@ -28,19 +28,21 @@ from loratune.data.order import row_order
 from loratune.data.prepare import PreparedData
 from loratune.data.rows import EncodedRows, cut_microbatches
 from loratune.engine.account import Account
-from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot
+from loratune.engine.base import Event, Feed, Finished, Progress, Snapshot, Work
 from loratune.engine.divergence import DivergenceWatch
 from loratune.engine.hooked_gradients import HookedGradients
 from loratune.engine.loss import mean_token_loss, microbatches, num_targets, target_loss_sum
-from loratune.engine.memory import release_memory
+from loratune.engine.loss_scale import LossScale
+from loratune.engine.memory import out_of_memory_reason, release_memory
 from loratune.engine.row_gradients import ProbeRows, probe_record, probes_apart
 from loratune.methods import load_method
 from loratune.methods.base import Attached, Method
 from loratune.models.load import Base
 from loratune.models.targets import target_modules
+from loratune.planning.bar import Bar
 from loratune.planning.horizon import lr_factor
 from loratune.planning.probes import probing
-from loratune.records import NoiseProbe, NoiseSchedule, Outcome, Trial
+from loratune.records import FinishedStatus, NoiseProbe, NoiseSchedule, Outcome, Trial
 
 
 class ReferenceEngine:
@@ -77,9 +79,10 @@ class ReferenceEngine:
         while waiting := feed.waiting():
             work = feed.claim(waiting[0])
             if work is not None:
-                yield from self._train(work.trial, work.snapshot, feed)
+                yield from self._train(work, feed)
 
-    def _train(self, trial: Trial, snapshot: Snapshot | None, feed: Feed) -> Generator[Event]:
+    def _train(self, work: Work, feed: Feed) -> Generator[Event]:
+        trial, snapshot = work.trial, work.snapshot
         rows = self._data[trial.data_fingerprint]
         longest = int(rows.train.lengths.max())
         budget = self._tokens_per_microbatch(trial)
@@ -95,10 +98,12 @@ class ReferenceEngine:
                 clock=self._clock,
             )
             try:
-                yield from run.events(snapshot, feed)
+                yield from run.events(snapshot, feed, bar=work.bar)
                 return
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+                if reason is None:
+                    raise
             release_memory(self._base.device)
             if budget <= longest:
                 yield Finished(_out_of_memory(trial, reason, self._clock() - started), None)
@@ -131,9 +136,10 @@ class _Run:
         self.tokens_per_microbatch = tokens_per_microbatch
         self.clock = clock
         self.account = Account()
+        self.loss_scale = LossScale.first(base.model.dtype)
         self._pad_id = cast("int", base.tokenizer.pad_token_id)
 
-    def events(self, snapshot: Snapshot | None, feed: Feed) -> Generator[Event]:
+    def events(self, snapshot: Snapshot | None, feed: Feed, *, bar: Bar | None) -> Generator[Event]:
         trial, base = self.trial, self.base
         if base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(base.device)
@@ -160,8 +166,11 @@ class _Run:
                     yield probe
                 num_rows = self._num_rows(update)
                 yield Progress(trial.trial_id, update, num_rows, self.account.losses[-1])
+                status: FinishedStatus = "diverged"
+                if reason is None and bar is not None:
+                    status, reason = "stopped", bar.reason_after(self.account.losses)
                 if reason is not None:
-                    yield Finished(self._outcome("diverged", update=update, reason=reason), None)
+                    yield Finished(self._outcome(status, update=update, reason=reason), None)
                     return
                 if feed.is_dropped(trial.trial_id):
                     return
@@ -203,31 +212,19 @@ class _Run:
             count=self._num_rows(update),
         )
         targets = num_targets(train, indices)
-        probe = None
-        if self.probing.of_batch(update, num_rows=len(indices)):
-            looked_at = ProbeRows("train", train, indices)
-            probe, total = self._probe(looked_at, update, attached, optimizer)
-        else:
-            total = self._backward(attached, train, indices)
-        penalty = attached.penalty()
-        if penalty is not None:
-            penalty.backward()
-
         groups = attached.parameter_groups()
-        gradients = [
-            parameter.grad
-            for group in groups
-            for parameter in group.parameters
-            if parameter.grad is not None
-        ]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        while True:
+            probe, total, norm = self._gradients(indices, update, attached, optimizer)
+            batch_loss, grad_norm = float(total) / targets, float(norm)
+            if not self.loss_scale.has_overflowed(loss=batch_loss, norm=grad_norm):
+                break
+            optimizer.zero_grad(set_to_none=True)
         if trial.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 [parameter for group in groups for parameter in group.parameters],
                 trial.max_grad_norm,
                 norm,
             )
-        batch_loss, grad_norm = float(total) / targets, float(norm)
         self.account.losses.append(batch_loss)
         self.account.grad_norms.append(grad_norm)
         self.account.targets.append(targets)
@@ -249,6 +246,38 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         return probe, None
 
+    def _gradients(
+        self,
+        indices: NDArray[np.int64],
+        update: int,
+        attached: Attached,
+        optimizer: torch.optim.AdamW,
+    ) -> tuple[NoiseProbe | None, Tensor, Tensor]:
+        """The batch's gradient into the parameters, the loss scale taken out of it again.
+
+        What its rows' gradients were, if they are looked at; the summed token losses in nats,
+        float64; the gradient's norm.
+        """
+        probe = None
+        if self.probing.of_batch(update, num_rows=len(indices)):
+            looked_at = ProbeRows("train", self.rows.train, indices)
+            probe, total = self._probe(looked_at, update, attached, optimizer)
+        else:
+            total = self._backward(attached, self.rows.train, indices)
+        penalty = attached.penalty()
+        if penalty is not None:
+            (penalty * self.loss_scale.value).backward()
+        gradients = [
+            parameter.grad
+            for group in attached.parameter_groups()
+            for parameter in group.parameters
+            if parameter.grad is not None
+        ]
+        if self.loss_scale.is_needed:
+            for gradient in gradients:
+                gradient.div_(self.loss_scale.value)
+        return probe, total, torch.nn.utils.get_total_norm(gradients)
+
     def _backward(
         self,
         attached: Attached,
@@ -257,7 +286,7 @@ class _Run:
         *,
         watching: HookedGradients | None = None,
     ) -> Tensor:
-        """The gradient of the rows' token mean; their summed token losses in nats, float64."""
+        """The gradient of the rows' token mean, times the loss scale; the sum of their losses."""
         targets = num_targets(rows, indices)
         total = torch.zeros((), dtype=torch.float64, device=self.base.device)
         for part in microbatches(
@@ -272,7 +301,7 @@ class _Run:
             loss = target_loss_sum(attached.model, part)
             # Divided by the targets of the whole batch: summed over the parts, the gradient is
             # that of the batch's token mean, whatever the cut.
-            (loss / targets).backward()
+            (loss / targets * self.loss_scale.value).backward()
             total += loss.detach()
         return total
 
@@ -280,7 +309,8 @@ class _Run:
         self, one: ProbeRows, update: int, attached: Attached, optimizer: torch.optim.AdamW
     ) -> tuple[NoiseProbe | None, Tensor]:
         """`_backward` of rows that are looked at one by one."""
-        with HookedGradients(attached, optimizer, self.trial).watching() as watching:
+        watched = HookedGradients(attached, optimizer, self.trial, loss_scale=self.loss_scale.value)
+        with watched.watching() as watching:
             total = self._backward(attached, one.rows, one.indices, watching=watching)
         cuts = cut_microbatches(
             one.rows.lengths[one.indices], tokens_per_microbatch=self.tokens_per_microbatch
@@ -318,7 +348,7 @@ class _Run:
 
     def _outcome(
         self,
-        status: str,
+        status: FinishedStatus,
         *,
         update: int | None = None,
         reason: str | None = None,
@@ -327,7 +357,7 @@ class _Run:
         device = self.base.device
         return self.account.outcome(
             self.trial,
-            "done" if status == "done" else "diverged",
+            status,
             validation_loss=loss,
             peak_memory_bytes=(
                 torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -360,6 +390,7 @@ class _Run:
             tensors=tensors,
             facts={
                 **self.account.facts(),
+                **self.loss_scale.facts(),
                 "tokens_per_microbatch": self.tokens_per_microbatch,
             },
             engine=ReferenceEngine.name,
@@ -378,6 +409,7 @@ class _Run:
         # The cut decides rounding: going on with another one would not be bit-equal.
         self.tokens_per_microbatch = cast("int", facts["tokens_per_microbatch"])
         self.account.replay(watch)
+        self.loss_scale.take_over(facts)
         attached.load_state(
             {
                 name.removeprefix("adapter."): tensor

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from loratune.engine.decoding import (
     ContinuationRequest,
     ContinuationScore,
@@ -26,7 +24,7 @@ from loratune.engine.decoding import (
     Request,
 )
 from loratune.engine.decoding_adapters import Adapter, read_layers
-from loratune.engine.memory import release_memory
+from loratune.engine.memory import out_of_memory_reason, release_memory
 from loratune.errors import CapacityError, LoratuneError, ModelError
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.score import answer_questions, choices_answer, grade
@@ -196,11 +194,10 @@ class _Work:
         for index in tuple(self._left):
             try:
                 yield from self._ask_alone(index)
-            except torch.OutOfMemoryError as error:
-                yield self._not_scored(index, _one_line(error))
-                release_memory(self._base.device)
             except Exception as error:  # noqa: BLE001 - it must not cost the other adapters
                 yield self._not_scored(index, _one_line(error))
+                if out_of_memory_reason(error) is not None:
+                    release_memory(self._base.device)
 
     def _ask_alone(self, index: int) -> Generator[Said | Scored | NotScored]:
         one, answers = self._asked[index], self._answers[index]

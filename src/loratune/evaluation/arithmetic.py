@@ -14,7 +14,7 @@ from typing import Any
 from loratune.data.sources import read_rows, source_name
 from loratune.data.templates import value_of
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluation.graders import plain_number
+from loratune.evaluation.graders import VERSION, plain_number
 from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import Source
 
@@ -72,7 +72,7 @@ def _number(value: Any, *, task: str, where: str) -> str:
 def _task(name: str, hub: Source | None) -> TaskDefinition:
     return TaskDefinition(
         name=name,
-        version="1",
+        version=f"1.{VERSION}",
         split="test",
         grader="strict",
         max_new_tokens=512,

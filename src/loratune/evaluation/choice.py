@@ -17,6 +17,10 @@ from loratune.errors import DataError, EvaluationError
 from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import GraderName, Source
 
+# Of how a choice is put after its prompt (`tasks.ask`), a user's own tasks included. 2: white space
+# at the end of a prompt goes to the choice.
+VERSION = "2"
+
 _ASKED = re.compile(
     r"^Please .*?(?:question|solution to the question|true or false, question): ?", re.S
 )
@@ -91,7 +95,7 @@ def _from_instruction(row: Mapping[str, Any]) -> Question:
 def _task(name: str, hub: Source, read: _Reader, grader: GraderName) -> TaskDefinition:
     return TaskDefinition(
         name=name,
-        version="1",
+        version=VERSION,
         split="test",
         grader=grader,
         max_new_tokens=None,

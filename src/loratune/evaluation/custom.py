@@ -10,8 +10,9 @@
     stop: ["\\n"]                      # optional
     max_new_tokens: 64
 
-For choices `reference` is the right one's text, or its number from 0. The file's own content is the
-version that goes into every score, so that a changed task's scores are others.
+For choices `reference` is the right one's text, or its number from 0. The version that goes into
+every score is the file's own content together with that of the graders, so that a changed task's
+scores are others.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from ruamel.yaml.error import YAMLError
 from loratune.data.sources import read_rows, source_name
 from loratune.data.templates import fill, value_of
 from loratune.errors import DataError, EvaluationError
+from loratune.evaluation import choice, graders
 from loratune.evaluation.graders import CHOICE_GRADERS, NUMBER_GRADERS, plain_number, read_number
 from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import GraderName, Section, Source, StopString, source_of
@@ -74,9 +76,10 @@ def read_task(path: Path) -> TaskDefinition:
         said = _first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise EvaluationError(f"task file {path}: {' '.join(said.split())}") from error
     _check(read, path)
+    file_hash = f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return TaskDefinition(
         name=read.task,
-        version=f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}",
+        version=version_of(file_hash, is_choice=read.choices is not None),
         split="test",
         grader=read.grader,
         max_new_tokens=None if read.choices else read.max_new_tokens,
@@ -85,6 +88,17 @@ def read_task(path: Path) -> TaskDefinition:
         extract=read.extract,
         prompt="{prompt}",  # The file's own prompt is complete.
     )
+
+
+def version_of(file_hash: str, *, is_choice: bool = False) -> str:
+    """The version of a task: its file, and how its answers are judged or its choices put."""
+    how = f"choices={choice.VERSION}" if is_choice else f"graders={graders.VERSION}"
+    return f"{file_hash};{how}"
+
+
+def file_hash_of(version: str) -> str:
+    """What a version says of the file alone; older versions are nothing else."""
+    return version.partition(";")[0]
 
 
 def _first_problem(error: ValidationError) -> str:

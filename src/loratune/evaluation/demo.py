@@ -4,7 +4,7 @@ from pathlib import Path
 
 from loratune.data.demo_task import DEFAULT_NUM_ROWS, DEFAULT_SEED, generate_rows
 from loratune.errors import EvaluationError
-from loratune.evaluation.graders import strict_number
+from loratune.evaluation.graders import VERSION, strict_number
 from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import Source
 
@@ -29,7 +29,7 @@ def _reference(answer: str) -> str:
 
 TASK = TaskDefinition(
     name="demo",
-    version="1",
+    version=f"1.{VERSION}",
     split="test",
     grader="strict",
     max_new_tokens=64,  # the longest worked answer has about half as many

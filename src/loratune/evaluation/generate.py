@@ -26,7 +26,7 @@ from transformers import (
 
 from loratune.engine.decoding_text import answer_of, decoded, end_ids_of
 from loratune.errors import EvaluationError
-from loratune.models.load import Base
+from loratune.models.load import Base, positions_of
 from loratune.records import Answer
 
 # transformers' tokenizers, configurations and `generate` are only partly typed.
@@ -85,8 +85,6 @@ def check_room(
 ) -> None:
     """Make sure that every prompt and its longest answer fit into the model's positions.
 
-    `generate_answers` does it too; ask here before anything is trained.
-
     Raises:
         EvaluationError: `max_new_tokens` is below 1, a prompt has no token, or the longest prompt
             leaves too little room.
@@ -100,7 +98,7 @@ def check_room(
                 "give the task a prompt that is not empty"
             )
     longest = max((len(ids) for ids in prompt_ids), default=0)
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions is not None and longest + max_new_tokens > positions:
         raise EvaluationError(
             f"max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed "

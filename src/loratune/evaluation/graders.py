@@ -6,8 +6,8 @@ the same answers they can be several points apart:
 - `pissa` is what PiSSA's and MiLoRA's published scripts do (the reading comes from MetaMath's
   evaluation), oddities included: 17.6 counts as 18, 3/4 as 1, and 1,234,567 is read as 1234. It
   exists to reproduce their numbers.
-- `strict` reads GSM8K's own `#### n` and MetaMathQA's `The answer is: n`, compares exactly and
-  rounds nothing.
+- `strict` reads GSM8K's own `#### n` and MetaMathQA's `The answer is: n`, in Markdown's bold too,
+  compares exactly and rounds nothing.
 
 - `number` takes an answer, or what a task's own expression extracts from it, that is one number and
   nothing else; `exact` compares texts, white space at both ends and its kind apart.
@@ -15,9 +15,12 @@ the same answers they can be several points apart:
   highest one divided by its length in characters, as lm-evaluation-harness's acc and acc_norm.
 - `tests` judges programs by running them, in code_answers.py.
 
-The first two do not look at the working, and neither understands units, words for numbers, LaTeX or
-`\\boxed{}`: an answer without its marker cannot be read. This file knows nothing of models. What a
-grader reads is part of every task's version (tasks.py): change one, and raise the other.
+The first two do not look at the working, and neither understands units (18 cents are 18), words for
+numbers, LaTeX or `\\boxed{}`: an answer without its marker cannot be read. Of a mixed number (5
+1/2) and of digits grouped by spaces (1 000) `strict` reads nothing, and `pissa` the first part.
+
+This file knows nothing of models. What a grader reads is part of the version of every task whose
+answers are texts, a user's own included: whoever changes it raises `VERSION`.
 """
 
 import math
@@ -29,6 +32,8 @@ from typing import Literal
 
 from loratune.errors import EvaluationError
 
+VERSION = "2"
+
 Verdict = Literal["correct", "wrong", "truncated", "error"]
 
 _PISSA_MARKER = "The answer is: "
@@ -38,14 +43,21 @@ _PISSA_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 # repeats one digit up to the token limit does write them.
 _MOST_DIGITS = 1000
 
-# A minus may also be the typographic one, U+2212. A number may have a dollar sign before it, groups
-# of three digits parted by commas, a decimal part, and one whole number to divide by.
+# A minus may also be the typographic one, U+2212. A number may have a dollar sign before it or
+# after its sign, groups of three digits parted by commas, a decimal part, and one whole number to
+# divide by.
 _SIGN = "[-+\u2212]?"
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_NUMBER = rf"(?P<sign>{_SIGN})\\?\$?(?P<size>{_UNSIGNED})(?:/(?P<divisor>[0-9]+))?"
-# What may not follow: anything that makes the number a part of something longer, such as the 1 of
-# 1,2345 or 1e5 or 1:30. A full stop at the end of a sentence may.
-_STRICT = re.compile(rf"(?:####|The answer is *:)\s*{_NUMBER}(?![\w^*]|[.,/:]\w)")
+_DOLLAR = r"\\?\$"
+_NUMBER = (
+    rf"(?:{_DOLLAR}(?=[-+\u2212]))?(?P<sign>{_SIGN})(?:{_DOLLAR})?"
+    rf"(?P<size>{_UNSIGNED})(?:/(?P<divisor>[0-9]+))?"
+)
+# Asterisks around marker or number are Markdown's bold. What may not follow: anything that makes
+# the number a part of something longer, such as the 1 of 1,2345 or 1e5 or 1:30, or the 5 of 5 1/2.
+# A full stop at the end of a sentence may.
+_BEHIND = r"(?:\*{1,3}(?!\w))?(?![\w^*]|[.,/:]\w|[ \t]+[0-9])"
+_STRICT = re.compile(rf"(?:####|The answer is\*{{0,3}} *:)[\s*]*{_NUMBER}{_BEHIND}")
 _WHOLE = re.compile(rf"\s*{_NUMBER}\s*")
 
 

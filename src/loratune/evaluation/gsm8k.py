@@ -9,7 +9,7 @@ from pathlib import Path
 from loratune.data.sources import read_rows, source_name
 from loratune.data.templates import value_of
 from loratune.errors import DataError, EvaluationError
-from loratune.evaluation.graders import plain_number
+from loratune.evaluation.graders import VERSION, plain_number
 from loratune.evaluation.questions import Question, TaskDefinition
 from loratune.study.schema import Source
 
@@ -49,7 +49,7 @@ def _reference(answer: str, *, where: str) -> str:
 
 TASK = TaskDefinition(
     name="gsm8k",
-    version="1",
+    version=f"1.{VERSION}",
     split="test",
     grader="strict",
     max_new_tokens=512,  # no worked answer of the data set is as long, in any tokenizer

@@ -11,6 +11,7 @@ Greedy decoding alone: a task that samples is refused.
 # pyright: reportMissingTypeStubs=false, reportMissingParameterType=false
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from lm_eval import simple_evaluate
@@ -18,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from loratune.errors import EvaluationError
+from loratune.errors import EvaluationError, LoratuneError
 from loratune.evaluation.generate import generate_answers
 from loratune.evaluation.likelihood import Continuation, log_likelihoods
 from loratune.models.load import Base
@@ -27,11 +28,44 @@ from loratune.models.load import Base
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
+def manager_of(tasks: Sequence[str], *, include_path: str | None = None) -> TaskManager:
+    """The harness's manager, after it has loaded the tasks and their data once.
+
+    Args:
+        tasks: names of the harness's tasks.
+        include_path: a folder with task files of the user's own.
+
+    Raises:
+        EvaluationError: none is named, no such task or folder, or a task that cannot be loaded.
+    """
+    if not tasks:
+        raise EvaluationError("no task is named; `lm-eval ls tasks` lists the harness's own")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise EvaluationError(
+            f"include path {include_path} is no folder; give one that holds task files"
+        )
+    manager = TaskManager(include_path=include_path)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise EvaluationError(
+            f"task {unknown[0]!r} is none of lm-evaluation-harness's; `lm-eval ls tasks` lists them"
+        )
+    for name in tasks:
+        try:
+            manager.load([name])
+        except Exception as error:  # A task's file and its data can fail in any way.
+            raise EvaluationError(
+                f"lm-evaluation-harness cannot load task {name}: {_one_line(error)}; check its "
+                "file, its data, and the network"
+            ) from error
+    return manager
+
+
 def run_harness(
     base: Base,
     tasks: Sequence[str],
     *,
-    include_path: str | None = None,
+    manager: TaskManager,
     num_fewshot: int | None = None,
     limit: int | None = None,
     chat: bool = False,
@@ -41,32 +75,37 @@ def run_harness(
     Args:
         base: the model, with whatever adapter is attached to it.
         tasks: names of the harness's tasks.
-        include_path: a folder with task files of the user's own.
+        manager: see `manager_of`.
         num_fewshot: worked examples before each question; None: the task's own.
         limit: the first so many questions of each task; None: all.
         chat: put prompts into the tokenizer's chat template.
 
     Raises:
-        EvaluationError: no such task, or one that samples.
+        EvaluationError: a task that samples, or one that the harness cannot ask.
     """
-    manager = TaskManager(include_path=include_path)
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise EvaluationError(
-            f"task {unknown[0]!r} is none of lm-evaluation-harness's; `lm-eval ls tasks` lists them"
-        )
     evaluate: Any = simple_evaluate
-    found = evaluate(
-        model=HarnessModel(base),
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    try:
+        found = evaluate(
+            model=HarnessModel(base),
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except LoratuneError:
+        raise
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness cannot run {', '.join(tasks)}: {_one_line(error)}"
+        ) from error
     return cast("dict[str, dict[str, Any]]", found["results"])
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class HarnessModel(TemplateLM):

@@ -59,7 +59,7 @@ def _runnable(prompt: str) -> str:
 
 TASK = TaskDefinition(
     name="humaneval",
-    version="1",
+    version="2",
     split="test",
     grader="tests",
     max_new_tokens=512,  # as HumanEval's own harness is mostly run; no reference is as long

@@ -82,7 +82,7 @@ def _reference(code: str, *, tests: str, imports: str, where: str) -> CodeRefere
 
 TASK = TaskDefinition(
     name="mbpp",
-    version="1",
+    version="2",
     split="test",
     grader="tests",
     max_new_tokens=512,  # as HumanEval's own harness is mostly run; no reference is as long

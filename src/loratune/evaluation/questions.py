@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from loratune.errors import EvaluationError
 from loratune.records import QuestionSet
 from loratune.study.schema import GraderName, Source
 
@@ -94,6 +95,38 @@ class TaskQuestions:
             f"greedy;max_new_tokens={self.max_new_tokens};stop={json.dumps(self.stop)};"
             f"questions={len(self.prompts)};prompt=sha256:{digest}"
         )
+
+    def check_room(self, positions: int | None) -> None:
+        """Make sure, before anything is asked, that all can be: prompts, and what comes after.
+
+        Args:
+            positions: the model's; None: no limit is known.
+
+        Raises:
+            EvaluationError: a prompt without a token, or one too long with its longest answer or
+                choice; it names task and question.
+        """
+        for number, ids in enumerate(self.prompt_ids, start=1):
+            where = f"task {self.task}, question {number}"
+            if not ids:
+                raise EvaluationError(
+                    f"{where}: the prompt has no token, and an answer has to start from one; give "
+                    "the task a prompt that is not empty"
+                )
+            if positions is None:
+                continue
+            choices = self.choice_ids[number - 1] if self.choice_ids else ()
+            more = max(map(len, choices), default=self.max_new_tokens)
+            if len(ids) + more > positions:
+                what = "the longest choice" if choices else "the answer"
+                left = positions - max(map(len, self.prompt_ids))
+                advice = "shorten the prompt, or leave the question out"
+                if not choices and left > 0:
+                    advice = f"choose max_new_tokens of at most {left}"
+                raise EvaluationError(
+                    f"{where}: the prompt has {len(ids)} tokens and {what} up to {more}, more than "
+                    f"the model's {positions} positions; {advice}"
+                )
 
     def question_set(self) -> QuestionSet:
         """What the store keeps of them, so that answers can be judged anew."""

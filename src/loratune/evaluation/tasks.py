@@ -110,16 +110,16 @@ def check_tasks(
             raise EvaluationError(f"task {given.name} has questions of its own; remove its `data:`")
         if definition.grader == "tests":
             choose_isolation(unsafe_exec=unsafe_exec)
-        if given.grader is not None and given.grader not in _alike(definition.grader):
+        if given.grader is not None and given.grader not in alike(definition.grader):
             raise EvaluationError(
                 f"task {given.name} is not judged by grader {given.grader}; choose "
-                f"{' or '.join(_alike(definition.grader))}"
+                f"{' or '.join(alike(definition.grader))}"
             )
         if given.prompt is not None:
             _check_prompt(given.prompt, task=given.name)
 
 
-def _alike(grader: str) -> tuple[str, ...]:
+def alike(grader: str) -> tuple[str, ...]:
     """The graders that can judge the same answers."""
     for kinds in (CHOICE_GRADERS, ("strict", "pissa")):
         if grader in kinds:

@@ -8,12 +8,12 @@ which it finds no number could never be answered rightly, so its question counts
 from collections.abc import Sequence
 
 from loratune.errors import EvaluationError
-from loratune.evaluation.graders import read_number
+from loratune.evaluation.graders import VERSION, read_number
 from loratune.evaluation.questions import TaskDefinition
 
 TASK = TaskDefinition(
     name="validation",
-    version="1",
+    version=f"1.{VERSION}",
     split="validation",
     grader="strict",
     max_new_tokens=None,

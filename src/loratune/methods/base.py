@@ -17,20 +17,25 @@ from loratune.methods.adapter_files import AdapterFiles
 from loratune.records import MethodChoice, Trial
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterGroup:
-    """Trainable parameters that share one learning rate, eps and weight decay.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamFactors:
+    """What multiplies a trial's learning rate, eps and weight decay for some of its parameters.
 
-    `name` is "A", "B" or "other". The optimizer uses lr * lr_factor, eps * eps_factor and
-    weight_decay * weight_decay_factor. All three exist because AdamW is unchanged by rescaling a
-    parameter by p only if lr is multiplied by p and eps and weight decay are divided by it.
+    All three exist because AdamW is unchanged by rescaling a parameter by p only if lr is
+    multiplied by p and eps and weight decay are divided by it.
     """
 
-    name: str
-    parameters: list[nn.Parameter]
     lr_factor: float = 1.0
     eps_factor: float = 1.0
     weight_decay_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup(AdamFactors):
+    """Trainable parameters that share their factors. `name` is "A", "B" or "other"."""
+
+    name: str
+    parameters: list[nn.Parameter]
 
 
 def number_option(method: MethodChoice, key: str, *, above: float) -> float:
@@ -131,9 +136,9 @@ class LayerTensors:
 class Packable(Protocol):
     """What a method offers beside `Method` so that many of its trials train over one base at once.
 
-    It must be the same method: `start` gives the numbers that `attach` puts in, `lr_factors` those
-    of `parameter_groups`, `export_layers` the files of `export`. A method without these trains on
-    the reference engine.
+    It must be the same method: `start` gives the numbers that `attach` puts in, `adam_factors`
+    those of `parameter_groups`, `export_layers` the files of `export`. A method without these
+    trains on the reference engine.
     """
 
     def start(
@@ -146,8 +151,8 @@ class Packable(Protocol):
         """
         ...
 
-    def lr_factors(self, trial: Trial) -> Mapping[str, float]:
-        """What multiplies the learning rate of the groups "A", "B" and "other"; 1 where absent."""
+    def adam_factors(self, trial: Trial) -> Mapping[str, AdamFactors]:
+        """Those of the groups "A", "B" and "other"; all 1 where a group is absent."""
         ...
 
     def export_layers(

@@ -19,7 +19,7 @@ Legend: D in, E out, R rank.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast, final
 
 import torch
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from loratune.errors import StudyError
 from loratune.methods.adapter_files import AdapterFiles
-from loratune.methods.base import Attached, LayerTensors, ParameterGroup
+from loratune.methods.base import AdamFactors, Attached, LayerTensors, ParameterGroup
 from loratune.methods.peft_adapter import (
     ADAPTER,
     adapter_layers,
@@ -52,7 +52,7 @@ CORRECTION = "correction"
 StartLayers = Callable[[PreTrainedModel, Trial, Sequence[str]], dict[str, LayerTensors]]
 
 
-def _all_one(trial: Trial) -> Mapping[str, float]:
+def _all_one(trial: Trial) -> Mapping[str, AdamFactors]:
     del trial
     return {}
 
@@ -65,12 +65,13 @@ class LoraMethod:
     Args:
         start_layers: raises as `Method.attach` does, leaves the model alone, and fills the optional
             fields of `LayerTensors` for all layers or for none.
-        lr_factors_of: see `Packable.lr_factors`; raises `StudyError` for an option it cannot use.
+        adam_factors_of: see `Packable.adam_factors`; raises `StudyError` for an option it cannot
+            use.
         use_rslora: the scale is alpha/sqrt(r), and the exported config says so.
     """
 
     start_layers: StartLayers
-    lr_factors_of: Callable[[Trial], Mapping[str, float]] = _all_one
+    adam_factors_of: Callable[[Trial], Mapping[str, AdamFactors]] = _all_one
     use_rslora: bool = False
 
     def attach(self, model: PreTrainedModel, trial: Trial, *, targets: Sequence[str]) -> Attached:
@@ -98,7 +99,7 @@ class LoraMethod:
             attached,
             layers,
             resident=resident,
-            lr_factors=self.lr_factors(trial),
+            adam_factors=self.adam_factors(trial),
             export=lambda live: self.export_layers(model, trial, live),
         )
 
@@ -118,12 +119,12 @@ class LoraMethod:
                 f"alpha={trial.alpha:g} at rank {trial.rank} gives {trial.alpha / root:g}; "
                 "take the scale from the method's description"
             )
-        self.lr_factors(trial)  # refuses options before anything is computed
+        self.adam_factors(trial)  # refuses options before anything is computed
         return self.start_layers(model, trial, targets)
 
-    def lr_factors(self, trial: Trial) -> Mapping[str, float]:
+    def adam_factors(self, trial: Trial) -> Mapping[str, AdamFactors]:
         """See `methods.base.Packable`."""
-        return self.lr_factors_of(trial)
+        return self.adam_factors_of(trial)
 
     def export_layers(
         self, model: PreTrainedModel, trial: Trial, layers: Mapping[str, LayerTensors]
@@ -175,13 +176,13 @@ class PeftAttached:
         layers: Mapping[str, Any],
         *,
         resident: Resident,
-        lr_factors: Mapping[str, float],
+        adam_factors: Mapping[str, AdamFactors],
         export: Callable[[Mapping[str, LayerTensors]], AdapterFiles],
     ) -> None:
         self.model = model
         self._layers = layers
         self._resident = resident
-        self._lr_factors = lr_factors
+        self._adam_factors = adam_factors
         self._export = export
         self._tensors = trained_tensors(model)
         for name, layer in layers.items():
@@ -202,7 +203,7 @@ class PeftAttached:
             ],
         }
         return [
-            ParameterGroup(name, parameters, lr_factor=self._lr_factors.get(name, 1.0))
+            ParameterGroup(name, parameters, **asdict(self._adam_factors.get(name, AdamFactors())))
             for name, parameters in grouped.items()
             if parameters
         ]

@@ -6,19 +6,19 @@ the same for both.
 
 from collections.abc import Mapping
 
-from loratune.methods.base import number_option
+from loratune.methods.base import AdamFactors, number_option
 from loratune.methods.lora import start_lora
 from loratune.methods.lora_method import LoraMethod
 from loratune.records import Trial
 
 
-def lr_factors(trial: Trial) -> Mapping[str, float]:
-    """B's is the option `ratio`.
+def adam_factors(trial: Trial) -> Mapping[str, AdamFactors]:
+    """The learning rate of B is multiplied by the option `ratio`.
 
     Raises:
         StudyError: a ratio that is not positive; B, which starts at zero, would stay there.
     """
-    return {"B": number_option(trial.method, "ratio", above=0.0)}
+    return {"B": AdamFactors(lr_factor=number_option(trial.method, "ratio", above=0.0))}
 
 
-METHOD = LoraMethod(start_lora, lr_factors_of=lr_factors)
+METHOD = LoraMethod(start_lora, adam_factors_of=adam_factors)

@@ -88,6 +88,11 @@ class Base:
     device: torch.device
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model has positions for; None where its configuration sets no limit."""
+    return cast("int | None", getattr(config.get_text_config(), "max_position_embeddings", None))
+
+
 def load_base(
     source: str,
     *,
@@ -107,14 +112,10 @@ def load_base(
 
     Raises:
         ModelError: the source is missing, incomplete or unsafe, or transformers cannot load it; or
-            what a quantised precision needs is not there.
+            the precision can't be had: see `check_precision`.
     """
-    if precision not in _DTYPES and precision not in QUANTISED:
-        known = ", ".join([*_DTYPES, *QUANTISED])
-        raise ModelError(f"precision {precision!r} is unknown; choose one of {known}")
     where = torch.device(device)
-    if precision in QUANTISED:
-        _check_quantisation(source, precision, device=where)
+    check_precision(source, precision, device=where)
     location = locate(source)
     tokenizer = _load_tokenizer(location, trust_remote_code=trust_remote_code)
     model = _load_model(
@@ -140,6 +141,41 @@ def load_base(
         fingerprint=fingerprint(location),
         device=where,
     )
+
+
+def check_precision(source: str, precision: str, *, device: torch.device) -> None:
+    """Refuse a precision that a model can't have on the device, before anything is read.
+
+    Raises:
+        ModelError: it is unknown; or bfloat16, on a card that only emulates it; or quantised,
+            without a CUDA device or bitsandbytes.
+    """
+    if precision not in _DTYPES and precision not in QUANTISED:
+        known = ", ".join([*_DTYPES, *QUANTISED])
+        raise ModelError(f"precision {precision!r} is unknown; choose one of {known}")
+    if precision in QUANTISED:
+        _check_quantisation(source, precision, device=device)
+    elif precision == "bfloat16" and not has_bfloat16(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ModelError(
+            f"model {source}: precision bfloat16 is not there on "
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}); choose precision float16"
+        )
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 itself: a CPU, or a CUDA device from sm_80."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def default_precision(device: torch.device) -> Precision:
+    """float32 on a CPU; on a CUDA device bfloat16 where it has it, else float16."""
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if has_bfloat16(device) else "float16"
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -232,8 +268,7 @@ def _load_model(
                 f"{precision} would be another model; choose precision bfloat16, or give the "
                 "unquantised checkpoint"
             )
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if native else torch.float16
+        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float16
         options["quantization_config"] = _quantisation(precision, dtype=dtype)
         options["device_map"] = {"": device}
     else:

@@ -10,6 +10,8 @@ so they are neither loaded nor downloaded.
 
 import json
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -88,6 +90,13 @@ def locate(source: str, *, download: bool = True) -> Location:
             f"model {source!r} does not exist; expected a folder, a .gguf file, a hub id or demo:4m"
         )
     return _checked(Location(source, "folder", _hub_snapshot(source, download=download)))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source can only be a hub id: nothing of that name is on this machine."""
+    if source.startswith("demo:") or source.lower().endswith(".gguf"):
+        return False
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source).expanduser().exists()
 
 
 def has_custom_code(config: dict[str, Any]) -> bool:
@@ -211,24 +220,40 @@ def _hub_snapshot(source: str, *, download: bool) -> Path:
             raise ModelError(
                 f"model {source} is no folder here and not complete in the hub's cache"
             ) from error
-    try:
+    with hub_errors(source, what="model", instead="a local folder or a .gguf file"):
         folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
         if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
             names = {name for name in huggingface_hub.list_repo_files(source) if "/" not in name}
             raise ModelError(_no_weights(source, names))
         return folder
+
+
+@contextmanager
+def hub_errors(source: str, *, what: str, instead: str) -> Generator[None]:
+    """Say what the hub refuses, or that it is not there, in a line.
+
+    Args:
+        source: the hub id.
+        what: what it is of.
+        instead: what may be given in its place.
+
+    Raises:
+        ModelError: it is gated, not on the hub, or the hub cannot be reached.
+    """
+    try:
+        yield
     except huggingface_hub.errors.GatedRepoError as error:
         raise ModelError(
-            f"model {source} is gated on the hub; accept its terms there, then log in with "
+            f"{what} {source} is gated on the hub; accept its terms there, then log in with "
             "`hf auth login`"
         ) from error
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"model {source} is neither a folder here nor a model on the hub; check the spelling, "
-            "or log in with `hf auth login` if it is private"
+            f"{what} {source} is neither a folder here nor on the hub; check the spelling, or log "
+            "in with `hf auth login` if it is private"
         ) from error
     except (huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model {source} is no folder here, not in the hub's cache, and the hub cannot be "
-            "reached; give a local folder or a .gguf file, or go online"
+            f"{what} {source} is no folder here, not in the hub's cache, and the hub cannot be "
+            f"reached; give {instead}, or go online"
         ) from error

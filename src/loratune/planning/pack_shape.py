@@ -35,6 +35,7 @@ def plan_pack(
     model: ModelFacts,
     data: Sequence[DataFacts],
     memory_bytes: int | None,
+    num_processes: int = 1,
     gradient_checkpointing: bool = False,
 ) -> PackShape:
     """The shape of a pack for trials of one model and one set of targets.
@@ -47,6 +48,8 @@ def plan_pack(
         model: the base.
         data: of every row set that the trials train on.
         memory_bytes: the device's whole memory; None: a CPU, whose memory is not counted.
+        num_processes: how many share the trials, with a pack each: no pack has slots for more than
+            its part of them.
         gradient_checkpointing: blocks keep their input alone. Also chosen where without it only a
             quarter of the tokens would fit.
     """
@@ -61,7 +64,8 @@ def plan_pack(
     )
     tokens = max(longest, wanted)
     # One more than enough: a slot whose trial has just ended gives nothing to the next step.
-    slots = min(len(trials), MOST_SLOTS, 1 + math.ceil(tokens / (smallest * mean)))
+    share = math.ceil(len(trials) / num_processes)
+    slots = min(share, MOST_SLOTS, 1 + math.ceil(tokens / (smallest * mean)))
 
     def shape(num_slots: int, tokens_per_step: int, *, checkpointing: bool) -> PackShape:
         return PackShape(

@@ -61,6 +61,9 @@ UNIT = np.array([4.0, 1.5])
 # Of the answer, before the search may end: one seed alone may be lucky.
 LEAST_SEEDS = 2
 SURE = 0.9
+# Standard deviation of the log of the loss that is expected of a trial that was stopped half-way,
+# as measured on recorded curves (0.10 to 0.17 on SmolLM2-135M; docs/adaptive-search.md).
+SPREAD_OF_STOPPED = 0.15
 # Of LRs that count as beside the answer's.
 NEAR = 2.0
 DEFAULT_MARGIN = 0.005
@@ -71,7 +74,9 @@ TRIALS_PER_ROUND = 6
 class Observed:
     """A trial that was trained. `loss` is None where it diverged.
 
-    A trial without an answer (failed, stopped early) is `useless`: its point is left alone.
+    A trial without an answer (failed) is `useless`: its point is left alone. The loss of one that
+    was `stopped` is what it was going to reach, roughly: it shapes the surface, but the trial is no
+    candidate.
     """
 
     batch_size: int
@@ -79,6 +84,7 @@ class Observed:
     seed: int
     loss: float | None
     useless: bool = False
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class Surface:
 
     `mean` [points] and `covariance` [points, points] are of z, `reference` is the loss at z = 0,
     `noise` the variance of one trial's z, `diverges` [points] the probability that a trial does.
-    `num_seeds` [points] counts trials with a loss; `safe` [points]: trained, and no seed diverged.
+    `num_seeds` [points] counts trials that trained to their end; `safe` [points]: those that can be
+    the answer, trained, and no seed diverged or was stopped.
     `left` [points]: seeds that can still be tried.
     """
 
@@ -119,7 +126,10 @@ def fit_surface(observations: Sequence[Observed], space: Space) -> Surface | Non
     z = TAU * np.log1p((logs - reference) / TAU)
     centre, spread = float(np.median(z)), max(float(z.std()), 1e-3)
     x = space.coordinates / UNIT
-    own = _own_variance(at, z) / spread**2
+    # How far a loss expected half-way is off, in z.
+    off = SPREAD_OF_STOPPED / (1 + (logs - reference) / TAU)
+    off *= np.array([one.stopped for one in with_loss])
+    own = (_own_variance(at, z) + off**2) / spread**2
     process = _fitted_process(x[at], (z - centre) / spread, own, spread=spread)
     noise = float(process.kernel_.k2.noise_level)
     mean, covariance = process.predict(x, return_cov=True)
@@ -134,7 +144,10 @@ def fit_surface(observations: Sequence[Observed], space: Space) -> Surface | Non
         noise=spread**2 * noise,
         diverges=diverges,
         risk=risk,
-        num_seeds=np.bincount(at, minlength=len(x)),
+        num_seeds=np.bincount(
+            [index for index, one in zip(at, with_loss, strict=True) if not one.stopped],
+            minlength=len(x),
+        ),
         safe=_safe(known, space),
         left=_left(known, space),
     )
@@ -389,14 +402,23 @@ def _lowest_diverged(observations: Sequence[Observed]) -> dict[int, float]:
     return lowest
 
 
-def _safe(observations: Sequence[Observed], space: Space) -> NDArray[np.bool_]:
-    """Trained with a loss, and no seed diverged there or at a lower LR."""
+def _lived(observations: Sequence[Observed], space: Space) -> NDArray[np.bool_]:
+    """[points]: trained with a loss, and no seed diverged there or at a lower LR."""
     lowest = _lowest_diverged(observations)
-    safe = np.zeros(len(space.points), dtype=np.bool_)
+    lived = np.zeros(len(space.points), dtype=np.bool_)
     for one in observations:
         bound = lowest.get(one.batch_size, math.inf)
         if one.loss is not None and not one.useless and one.learning_rate < bound:
-            safe[space.index[one.batch_size, one.learning_rate]] = True
+            lived[space.index[one.batch_size, one.learning_rate]] = True
+    return lived
+
+
+def _safe(observations: Sequence[Observed], space: Space) -> NDArray[np.bool_]:
+    """[points]: candidates for the answer, where moreover no seed was stopped."""
+    safe = _lived(observations, space)
+    for one in observations:
+        if one.stopped:
+            safe[space.index[one.batch_size, one.learning_rate]] = False
     return safe
 
 
@@ -419,16 +441,16 @@ def _left(observations: Sequence[Observed], space: Space) -> tuple[tuple[int, ..
 def _divergence(observations: Sequence[Observed], space: Space) -> tuple[Floats, Floats]:
     """Two [points]: whether a trial diverges for the search, and what that costs an answer.
 
-    The first is 0 up to the highest safe LR of a batch size, 1 from the lowest that diverged on,
-    and between them the logistic regression of all trials on log2 batch and ln LR. The second is
-    over the safe stretch: the regression as a Beta prior of weight 2, and each trial that lived
-    there or at a higher LR counted as a success. Without any trial that diverged both are 0.
+    The first is 0 up to the highest LR of a batch size that trained, 1 from the lowest that
+    diverged on, and between them the logistic regression of all trials on log2 batch and ln LR. The
+    second is over the stretch that trained: the regression as a Beta prior of weight 2, and each
+    trial that lived there or at a higher LR counted as a success. Without any trial that diverged
+    both are 0.
     """
     lowest = _lowest_diverged(observations)
-    safe = _safe(observations, space)
     highest = dict[int, float]()
-    for (size, rate), one_safe in zip(space.points, safe, strict=True):
-        if one_safe:
+    for (size, rate), lived in zip(space.points, _lived(observations, space), strict=True):
+        if lived:
             highest[size] = max(rate, highest.get(size, 0.0))
     between = np.zeros(len(space.points))
     counted = [one for one in observations if not one.useless]

@@ -17,6 +17,7 @@ from loratune.recommendation.adaptive import (
     fit_surface,
     search_answer,
 )
+from loratune.recommendation.early_stopping import expected_loss
 from loratune.records import FINAL_STATUSES, TrialResult
 
 
@@ -32,8 +33,9 @@ class Searched:
 def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
     """The trials that have been tried, as the search takes them.
 
-    One that failed, ran out of memory or was stopped early has no loss and did not diverge. One
-    that ended with an infinite loss has diverged.
+    One that failed or ran out of memory has no loss and did not diverge. One that ended with an
+    infinite loss has diverged. One that was stopped has the loss that `early_stopping` expects of
+    it, for which the results need their losses.
     """
     found = list[Observed]()
     for result in results:
@@ -41,6 +43,8 @@ def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
         if outcome is None or result.purpose == "confirm":
             continue
         loss = outcome.validation_loss if outcome.status == "done" else None
+        if outcome.status == "stopped":
+            loss = expected_loss(result, results)
         if loss is not None and not 0.0 < loss < float("inf"):
             loss = None
         found.append(
@@ -49,7 +53,9 @@ def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
                 learning_rate=result.trial.learning_rate,
                 seed=result.trial.seed,
                 loss=loss,
-                useless=outcome.status not in ("done", "diverged"),
+                useless=outcome.status not in ("done", "diverged", "stopped")
+                or (outcome.status == "stopped" and loss is None),
+                stopped=outcome.status == "stopped",
             )
         )
     return tuple(found)
@@ -139,6 +145,13 @@ def _notes(answer: SearchAnswer, trials: Sequence[Observed], left: int) -> list[
     if left:
         notes.append(f"{left} trials have no outcome yet; the answer may change")
     diverged = sum(one.loss is None and not one.useless for one in trials)
+    stopped = sum(one.stopped for one in trials)
+    if stopped:
+        notes.append(
+            f"{stopped} of the trials were stopped half-way, far above the best ones there; what "
+            "they would have reached is estimated, and a batch size at which all good ones were "
+            "stopped looks worse than it is"
+        )
     if diverged:
         notes.append(f"{diverged} of the trials diverged; the search kept away from there")
     return notes

@@ -325,6 +325,17 @@ class Store:
             newest = select(func.coalesce(func.max(tables.attempts.c.attempt_id), 0))
             return connection.execute(newest).scalar_one()
 
+    def num_ended(self, trial_ids: Collection[str], *, since: int | None = None) -> int:
+        """How many of the trials have an outcome that stands; `since` as for `claim`."""
+        ours, count = tables.outcomes.c, 0
+        with self._reading() as connection:
+            for some in _chunks(trial_ids):
+                ended = select(func.count(ours.trial_id.distinct())).where(
+                    ours.trial_id.in_(some), _stands(since)
+                )
+                count += connection.execute(ended).scalar_one()
+        return count
+
     def claim(
         self, trial_id: str, *, provenance: Provenance, since: int | None = None
     ) -> int | None:
@@ -345,9 +356,6 @@ class Store:
         mine = tables.attempts.c.trial_id == trial_id
         is_open = tables.attempts.c.ended_at.is_(None)
         number = select(func.coalesce(func.max(tables.attempts.c.number), 0) + 1).where(mine)
-        stands = tables.outcomes.c.status.in_(FINAL_STATUSES)
-        if since is not None:
-            stands = or_(stands, tables.outcomes.c.attempt_id > since)
         values: dict[str, Any] = {
             "trial_id": trial_id,
             "provenance": codec.provenance_to_json(provenance),
@@ -370,7 +378,7 @@ class Store:
                     number.scalar_subquery(),
                 ).where(
                     ~exists().where(mine, is_open),
-                    ~exists().where(tables.outcomes.c.trial_id == trial_id, stands),
+                    ~exists().where(tables.outcomes.c.trial_id == trial_id, _stands(since)),
                 ),
             )
             .execution_options(preserve_rowcount=True)
@@ -782,6 +790,16 @@ class Store:
         with self._reading() as connection:
             return connection.execute(query).scalar_one_or_none()
 
+    def forget_stopped(self, trial_ids: Collection[str]) -> None:
+        """Take back the outcomes of those that were stopped half-way: they can be trained again."""
+        with self._writing() as connection:
+            for some in _chunks(trial_ids):
+                connection.execute(
+                    delete(tables.outcomes).where(
+                        tables.outcomes.c.trial_id.in_(some), tables.outcomes.c.status == "stopped"
+                    )
+                )
+
     def remove_artifact(self, trial_id: str, *, kind: str) -> None:
         """Forget the artifact; nothing happens where there is none. The file is the caller's."""
         with self._writing() as connection:
@@ -1031,6 +1049,12 @@ def _open_attempts(study_id: int, trial_ids: Sequence[str] | None) -> Executable
         .join(own, own.c.trial_id == ours.c.trial_id)
         .where(_of_study(study_id, ours.c.trial_id, trial_ids), ours.c.ended_at.is_(None))
     )
+
+
+def _stands(since: int | None) -> ColumnElement[bool]:
+    """That an outcome is final, or of an attempt later than `since`."""
+    is_final = tables.outcomes.c.status.in_(FINAL_STATUSES)
+    return is_final if since is None else or_(is_final, tables.outcomes.c.attempt_id > since)
 
 
 def _inserted_id(connection: Connection, statement: Insert) -> int:

@@ -20,7 +20,8 @@ from loratune.study.methods import choose
 PAPER_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
 # The task whose questions are the study's own held-out rows.
 VALIDATION = "validation"
-LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Texts may be compressed, as data sets are often shipped.
+LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 # Bounds against slips of the finger; what trains for longer is not a study of batch sizes.
 MAX_SEEDS = MAX_EPOCHS = 1_000_000
 MAX_STEPS = 1_000_000_000
@@ -72,7 +73,8 @@ class Source(Section):
     subset: str | None = Field(default=None, description="configuration of the hub data set")
     split: str = Field(default="train", description="split of the hub data set")
     file: str | None = Field(
-        default=None, description=".jsonl, .json, .csv or .parquet, relative to the study"
+        default=None,
+        description=".jsonl, .json or .csv, also with .gz, or .parquet; relative to the study",
     )
     demo: Literal["task"] | None = Field(default=None, description="the shipped synthetic task")
 
@@ -261,7 +263,8 @@ class LearningRate(Section):
 
     `{search: adaptive, low: 1e-5, high: 1e-2}`: batch sizes and LRs are searched together, curve by
     curve, in rounds of `trials_per_round`, until the expected regret of the answer is below
-    `margin`, a fraction of the validation loss, or a curve has `max_trials`.
+    `margin`, a fraction of the validation loss, or a curve has `max_trials`. Trials that look
+    hopeless stop half-way, unless `early_stopping: false`.
     """
 
     values: Annotated[tuple[float, ...] | None, BeforeValidator(_rates)] = None
@@ -282,6 +285,15 @@ class LearningRate(Section):
     trials_per_round: int | None = Field(
         default=None, ge=1, description="of an adaptive search; left out: 6"
     )
+    early_stopping: bool | None = Field(
+        default=None,
+        description="of an adaptive search: hopeless trials stop half-way; left out: true",
+    )
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether trials that look hopeless are stopped half-way."""
+        return self.search is not None and self.early_stopping is not False
 
     @field_validator("low", "high", "margin", mode="before")
     @classmethod
@@ -308,7 +320,14 @@ class LearningRate(Section):
             if self.extend:
                 raise ValueError("extend belongs to a list of values, not to search: adaptive")
             return self
-        of_search = ("low", "high", "margin", "max_trials", "trials_per_round")
+        of_search = (
+            "low",
+            "high",
+            "margin",
+            "max_trials",
+            "trials_per_round",
+            "early_stopping",
+        )
         given = [name for name in of_search if getattr(self, name) is not None]
         if given:
             raise ValueError(f"{' and '.join(given)} belong to search: adaptive")

@@ -288,15 +288,29 @@ def test_a_wrong_program_gets_its_reason(program, reason):
         ("from decimal import Decimal\ndef f(): return Decimal('1e99999999')",
          "assert int(f()) == 42", "exceeded a limit with what the program gave"),
         ("class X:\n    def __bool__(self): return False\ndef f(): return X()",
+         "assert f()", "AssertionError"),
+        ("class X:\n    def __bool__(self): raise ValueError\ndef f(): return X()",
          "assert f()", "neither true nor false"),
         ("import collections\ndef f(): return collections.deque()",
-         "assert f()", "neither true nor false"),
+         "assert f()", "AssertionError"),
+        ("import re\ndef f(): return re.search('b', 'abc')",
+         "assert not f()", "AssertionError"),
     ],
 )  # fmt: skip
 def test_what_a_program_gives_costs_itself_the_verdict(program, tests, reason):
     judgement = judge_program(Check(program, tests, ("f",)), isolation=NONE, limits=LIMITS)
     assert judgement.verdict == "wrong"
     assert reason in judgement.reason
+
+
+def test_what_is_no_plain_data_is_as_true_as_it_was_in_the_program():
+    """As in MBPP's own check_str, whose tests look at what `re.search` finds."""
+    check = Check(
+        "import re\ndef f(text): return re.search('^[aeiou]', text)",
+        "assert f('annie')\nassert not f('dawood')\nassert f('else')",
+        ("f",),
+    )
+    assert judge_program(check, isolation=NONE).verdict == "correct"
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ no place for programs that somebody writes to break out of it on purpose; use a 
 
 Differences from tests in the program's own process: arguments and results are copied (identity is
 lost; changes to lists, dicts and sets are carried back), a subclass of a builtin type arrives as
-that type, an object of any other class equals nothing, tests do not see what the program prints,
-and tests that hand over a function or object are an `error`.
+that type, an object of any other class equals nothing and is as true as it was there, tests do not
+see what the program prints, and tests that hand over a function or object are an `error`.
 """
 
 from loratune.evaluation.sandbox.choosing import available_isolations, choose_isolation

@@ -28,17 +28,21 @@ class WireError(Exception):
 class Opaque:
     """A value of the other process that has no builtin form; it equals only itself.
 
-    It is neither true nor false: what it would be over there is not known here.
+    It is true or false as it was over there, such as what `re.search` found, or an empty deque;
+    what could not be told there cannot be told here either.
     """
 
-    def __init__(self, type_name: str) -> None:
+    def __init__(self, type_name: str, *, truth: bool | None) -> None:
         self.type_name = type_name
+        self.truth = truth
 
     def __repr__(self) -> str:
         return f"<{self.type_name} object of the program>"
 
     def __bool__(self) -> bool:
-        raise TypeError(f"{self!r} is no plain data, so that it is neither true nor false")
+        if self.truth is None:
+            raise TypeError(f"{self!r} is neither true nor false")
+        return self.truth
 
 
 def send(stream: BinaryIO, message: dict[str, Any]) -> None:
@@ -95,7 +99,14 @@ def pack(value: Any) -> Any:
         return {"decimal": str(value)}
     if _is_from(value, "fractions", "Fraction"):
         return {"fraction": [_pack_int(value.numerator), _pack_int(value.denominator)]}
-    return {"opaque": type(value).__name__[:100]}
+    return {"opaque": [type(value).__name__[:100], _truth(value)]}
+
+
+def _truth(value: Any) -> bool | None:
+    try:
+        return bool(value)
+    except Exception:  # noqa: BLE001  # an array of many values, or the program's own class
+        return None
 
 
 def holds_opaque(data: Any) -> bool:
@@ -203,6 +214,11 @@ def _ending_in_error(items: list[Any]) -> Iterator[Any]:
     raise WireError(f"the program's iterator has more than {MOST_ITEMS} items")
 
 
+def _opaque(content: list[Any]) -> Opaque:
+    name, truth = content
+    return Opaque(str(name)[:100], truth=None if truth is None else bool(truth))
+
+
 _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda content: int(content, 16),
     "tuple": lambda content: tuple(_list(content)),
@@ -219,5 +235,5 @@ _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     "values": lambda content: dict(enumerate(_list(content))).values(),
     "items": lambda content: dict(_list(content)).items(),
     "iterator": _unpack_iterator,
-    "opaque": lambda content: Opaque(str(content)[:100]),
+    "opaque": _opaque,
 }
