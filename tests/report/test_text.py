@@ -114,14 +114,14 @@ def test_a_change_of_sign_that_is_noise_names_nobody_as_better():
     draw = np.random.default_rng(1)
 
     def told(noise):
-        rates = {"learning_rates": (1e-4, 1e-3)}
-        lora = sweep(lambda _, rate, seed: 1.0 + rate + noise * draw.normal(), **rates)
+        rates = (1e-4, 1e-3)
+        lora = sweep(lambda _, rate, seed: 1.0 + rate + noise * draw.normal(), learning_rates=rates)
         other = sweep(
             lambda size, rate, seed: (
                 1.0 + rate + {4: 0.2, 16: -0.2, 64: -0.25}[size] + noise * draw.normal()
             ),
             method="pissa",
-            **rates,
+            learning_rates=rates,
         )
         return comparison_sentence(compare(lora + other)[0])
 
