@@ -140,6 +140,14 @@ def test_what_is_confirmed_compared_and_shown_is_what_is_recommended():
     assert unaware.seeds == "chose"
 
 
+def test_a_trial_that_was_stopped_with_a_seed_of_its_own_is_not_lost():
+    stopped = trial(16, 2e-4, 9, status="stopped", loss=None)
+    (curve,) = make_curves(answered([*searched(), stopped]))
+    assert stopped in [one for cell in curve.cells for one in cell.results]
+    (_, middle, _) = curve.cells
+    assert middle.seeds == (0, 1, 2)
+
+
 def test_a_grid_has_no_answer_but_its_means():
     grid = [trial(size, rate, purpose="search") for size in SIZES for rate in RATES]
     assert answered(grid) == make_cells(grid)

@@ -217,7 +217,8 @@ def _tried(
         verdict = "screened"
     return TriedRate(
         learning_rate=rate,
-        trials=tuple(by_seed[seed] for seed in seeds if seed in by_seed),
+        # One that was stopped may have a seed that is none of the cell's.
+        trials=tuple(by_seed[seed] for seed in sorted(by_seed)),
         seed_scores=scores,
         mean=math.fsum(finite) / len(finite) if finite else None,
         verdict=verdict,

@@ -85,8 +85,12 @@ def answer_point(results: Sequence[TrialResult]) -> tuple[int, float] | None:
     """Batch size and LR of the answer, decided or not; None where there is none.
 
     Args:
-        results: all of one curve's search.
+        results: all of one curve's search, in any order.
     """
+    # In the order of a curve's cells, as `answer_of_search` has them: rounding moves no answer.
+    results = sorted(
+        results, key=lambda one: (one.trial.batch_size, one.trial.learning_rate, one.trial.seed)
+    )
     surface = fit_surface(observed(results), _tried(results))
     answer = None if surface is None else search_answer(surface, margin=DEFAULT_MARGIN)
     return None if answer is None else (answer.batch_size, answer.learning_rate)
