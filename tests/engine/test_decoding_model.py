@@ -111,7 +111,7 @@ def test_a_family_that_computes_something_else_is_refused_and_its_base_left_alon
         model = STRANGERS[name]().eval().requires_grad_(False)
     base = replace(tiny_base(), model=model)
     before = [type(module) for module in model.modules()]
-    with pytest.raises(ModelError, match=rf"{name}ForCausalLM computes something"):
+    with pytest.raises(ModelError, match=rf"{name}ForCausalLM .*--engine reference"):
         list(Decoder(base, {"plain": None}).answers([Request("plain", [5, 6], 3)]))
     assert [type(module) for module in model.modules()] == before
 

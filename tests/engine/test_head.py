@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from devices import INTERPRETED, KERNEL_DEVICE, WAYS
 from loratune.engine import head
 from loratune.engine.head import Targets, head_losses
 from loratune.planning import packing
+from torch_devices import INTERPRETED, KERNEL_DEVICE, WAYS
 
 NUM_TOKENS, WIDTH, VOCABULARY = 700, 16, 50
 

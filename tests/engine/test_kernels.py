@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from devices import INTERPRETED, KERNEL_DEVICE, ON_KERNELS
 from loratune.engine.grouped import GroupedProducts
 from loratune.engine.routing import TOKENS_SUMMED_AT_ONCE, Routing, route
+from torch_devices import INTERPRETED, KERNEL_DEVICE, ON_KERNELS
 
 DEVICE = KERNEL_DEVICE
 pytestmark = ON_KERNELS

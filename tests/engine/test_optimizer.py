@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from devices import INTERPRETED, KERNEL_DEVICE, WAYS
 from loratune.engine.optimizer import RowUpdate, update_rows
 from loratune.engine.slots import GroupShape, RowLayout, Slots, lay_out, views
+from torch_devices import INTERPRETED, KERNEL_DEVICE, WAYS
 
 GROUPS = (
     GroupShape(names=("q", "k"), in_features=8, out_features=(8, 5)),

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from devices import DEVICES, ON_CUDA
 from feeds import ListFeed
 from loratune.data.order import row_order
 from loratune.engine import loss_scale
@@ -43,6 +42,7 @@ from loratune.planning.packing import PackShape
 from loratune.records import Outcome, Trial
 from tiny_packs import PACKABLE, Packed, Steps, mixed_trials, pack, rescaled, shape_for, spied
 from tiny_trials import random_data, tiny_base, tiny_trial, train
+from torch_devices import DEVICES, ON_CUDA
 
 PROMISED = 1e-4
 # The measured figures of all but the weights, times four.

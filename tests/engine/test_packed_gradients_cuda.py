@@ -2,12 +2,12 @@
 
 import pytest
 
-from devices import ON_CUDA
 from loratune.data.order import row_order
 from loratune.records import NoiseProbe, NoiseSchedule
 from row_oracle import differences, expected_probe
 from tiny_packs import pack
 from tiny_trials import random_data, tiny_base, tiny_trial
+from torch_devices import ON_CUDA
 
 pytestmark = ON_CUDA
 

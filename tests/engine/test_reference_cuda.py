@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from devices import ON_CUDA
 from feeds import ListFeed
 from loratune.engine.base import Finished, Snapshot
 from loratune.engine.reference import ReferenceEngine
 from tiny_trials import random_data, tiny_base, tiny_trial, train
+from torch_devices import ON_CUDA
 
 pytestmark = ON_CUDA
 METHODS = ["lora", "rslora", "pissa", "milora", "dora", "loraplus", "olora", "adalora"]
