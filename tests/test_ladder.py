@@ -20,7 +20,9 @@ def write(path: Path, *, best_rate: float, best_size: int, flops: float, **chang
             for rate in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2):
                 for seed in range(4):
                     loss = 1 + 0.1 * math.log(rate / best_rate) ** 2
-                    loss += 0.05 * math.log2(size / best_size) ** 2 + 1e-4 * ((7 * seed + size) % 5)
+                    loss += 0.05 * math.log2(size / best_size) ** 2 + 1e-4 * (
+                        (7 * seed + size - 8) % 5
+                    )
                     loss = changes.get(f"{size},{rate:g},{seed}", loss)
                     writer.writerow(["lora", size, rate, seed, loss, 100, flops, 1.0])
     return path
