@@ -63,12 +63,12 @@ def test_a_proxy_is_searched_as_tune_does_and_the_target_gets_its_few_trials():
     on_proxy = search.num_trials(made.trials[0].num_train_rows)
     assert found.num_trials == on_proxy + TRIALS_OF_TARGET
     assert found.flops == pytest.approx((0.1 * on_proxy + TRIALS_OF_TARGET) * of_one, rel=0.02)
-    assert "tiny for small (0.1 of its size, by the names)" in found.basis
+    assert "tiny in the place of small (0.1 of its size, by the names)" in found.basis
     unknown = proxy_alternative(
         grid, made.trials, made.costs, flops=made.flops, proxies={}, search=search
     )
     assert unknown is not None
-    assert "none is known for small: with one of 0.062 of its size" in unknown.basis
+    assert "no smaller model is known for small: one of 0.062 of its size" in unknown.basis
     assert unknown.flops < found.flops
 
 

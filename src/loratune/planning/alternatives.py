@@ -126,9 +126,11 @@ def proxy_alternative(
         of_all += (on_proxy * ratio + on_target) * cost.flops
         seconds += (on_proxy * ratio + on_target) * cost.seconds
     named = [
-        f"{proxies[model][0]} for {model} ({proxies[model][1]:.2g} of its size, by the names)"
+        f"{proxies[model][0]} in the place of {model} ({proxies[model][1]:.2g} of its size, by the "
+        "names)"
         if model in proxies
-        else f"none is known for {model}: with one of {ASSUMED_RATIO:.2g} of its size, by --proxy"
+        else f"no smaller model is known for {model}: one of {ASSUMED_RATIO:.2g} of its size is "
+        "assumed, to be named by --proxy"
         for model in models
     ]
     return Alternative(
@@ -138,7 +140,7 @@ def proxy_alternative(
         flops=of_all,
         hours=seconds / 3600,
         share=of_all / flops,
-        basis=f"smaller models: {'; '.join(named)}",
+        basis="; ".join(named),
     )
 
 
