@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
+from huggingface_hub import errors
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -100,6 +101,9 @@ def test_a_model_on_the_hub_is_no_adapter_and_nothing_of_it_is_fetched(use):
     assert hub.calls == ["list"]
 
 
+NO_NETWORK = errors.HTTPError("no such name")  # pyright: ignore[reportPrivateImportUsage]
+
+
 def refused(kind: type[RepositoryNotFoundError]) -> Exception:
     return kind("no", response=MagicMock(headers={}))
 
@@ -112,6 +116,8 @@ def refused(kind: type[RepositoryNotFoundError]) -> Exception:
         (refused(GatedRepoError), "is gated on the hub; accept its terms"),
         (refused(RepositoryNotFoundError), "neither a folder here nor on the hub; check the spell"),
         (OfflineModeIsEnabled("offline"), "not in the hub's cache, and the hub cannot be reached"),
+        # As it comes where there is no network.
+        (NO_NETWORK, "the hub cannot be reached"),
     ],
 )
 def test_what_the_hub_does_not_give_is_said_in_a_line(use, listed, message):

@@ -252,7 +252,12 @@ def hub_errors(source: str, *, what: str, instead: str) -> Generator[None]:
             f"{what} {source} is neither a folder here nor on the hub; check the spelling, or log "
             "in with `hf auth login` if it is private"
         ) from error
-    except (huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+    except (
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        # Of the library that speaks HTTP, which is another from version to version.
+        huggingface_hub.errors.HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        OSError,
+    ) as error:
         raise ModelError(
             f"{what} {source} is no folder here, not in the hub's cache, and the hub cannot be "
             f"reached; give {instead}, or go online"
