@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from loratune.analyse.intervals import mean_with_interval
+from loratune.planning.bar import HALF_WAY
 from loratune.planning.search_space import Space, design_size, initial_design, make_space
 from loratune.recommendation.adaptive import (
     DEFAULT_MARGIN,
@@ -36,7 +37,6 @@ from loratune.recommendation.adaptive import (
     search_answer,
 )
 from loratune.recommendation.early_stopping import (
-    HALF_WAY,
     Finished,
     highest_allowed,
     scaled_from_the_best,

@@ -24,7 +24,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from adaptive import half_way_loss
-from loratune.recommendation.early_stopping import HALF_WAY, highest_allowed
+from loratune.planning.bar import HALF_WAY
+from loratune.recommendation.early_stopping import highest_allowed
 
 FOLDER = Path(__file__).parents[1] / "tests" / "recorded"
 RECORDED = ("fig1-smollm2", "demo-1m", "demo-4m")

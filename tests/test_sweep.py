@@ -678,7 +678,8 @@ def test_an_adaptive_study_trains_each_trial_once_and_no_more_than_it_may(tmp_pa
     assert any(differ), "else nothing is shown"
     assert all(cell.lr_at_edge is None for cell in make_cells(sweep.results))
     kept = list((tmp_path / "out" / "adapters").iterdir())
-    assert len(kept) == 4  # the best of every cell
+    known = [cell for cell in answered(sweep.results) if cell.best is not None]
+    assert len(kept) == len(known) >= 3  # the best of every cell in which it is known
     again = StubWorkshop(loaded)
     sweep_stub(tmp_path / "out", loaded, workshop=again)
     assert again.stub.trained == []

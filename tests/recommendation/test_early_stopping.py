@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from loratune.recommendation.early_stopping import bar, expected_loss, half_way_loss
+from loratune.analyse.cells import cells_table, make_cells
+from loratune.planning.bar import half_way_loss
+from loratune.recommendation.early_stopping import bar, expected_loss
 from loratune.recommendation.grid import recommendations
 from loratune.recommendation.searched import observed
 from loratune.records import TrialResult
@@ -100,6 +102,18 @@ def test_a_stopped_trial_shapes_the_surface_and_is_never_the_answer():
     (answer,) = recommendations([*results, halted])
     assert (answer.batch_size, answer.learning_rate) == (16, 2e-4)
     assert any("1 of the trials were stopped half-way" in n for n in answer.evidence.notes)
+
+
+@pytest.mark.parametrize(("half_way", "is_known"), [(1.0, False), (7.0, True)])
+def test_a_cell_whose_stopped_trial_was_ahead_of_those_that_ended_has_no_known_best(
+    half_way, is_known
+):
+    # The low LR ended badly; a stopped one was far ahead of it half-way, or was not.
+    low = trained(4.0, 6.0, 6.0, rate=1e-4)
+    (cell,) = make_cells([low, stopped(half_way, half_way, rate=1e-2)])
+    assert (cell.best is not None) == is_known
+    (row,) = cells_table([cell]).to_dict("records")
+    assert row["status"] == ("done" if is_known else "incomplete")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from loratune.analyse.scores import (
     trial_score,
 )
 from loratune.analyse.tables import TASK_COLUMNS, Value, make_frame, results_columns, trial_row
+from loratune.planning.bar import half_way_loss
 from loratune.records import Trial, TrialResult
 from loratune.study.identity import cell_key
 
@@ -181,6 +182,8 @@ def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
         _tried(rate, by_rate[rate], fresh.get(rate, ()), seeds, metric) for rate in sorted(by_rate)
     )
     best = best_rate(rates, metric)
+    if best is not None and _was_behind_a_stopped_one(best, results):
+        best = None
     first = of_cell[0]
     return Cell(
         trial=first.trial,
@@ -194,6 +197,18 @@ def _cell(of_cell: Sequence[TrialResult], metric: Metric) -> Cell:
         lr_at_edge=None if best is None or first.purpose == "adaptive" else _at_edge(best, rates),
         score=None if best is None else mean_with_interval(_finite(best.seed_scores)),
     )
+
+
+def _was_behind_a_stopped_one(best: TriedRate, results: Sequence[TrialResult]) -> bool:
+    """Whether a trial that was stopped half-way was ahead of all that ended at the best LR.
+
+    Then what is best here is not known: it was nowhere near the best of the whole search.
+    """
+    stopped, ended = (
+        [loss for one in some if (loss := half_way_loss(one)) is not None]
+        for some in ([one for one in results if one.status == "stopped"], best.trials)
+    )
+    return bool(stopped and ended) and min(stopped) < min(ended)
 
 
 def _tried(

@@ -20,14 +20,10 @@ Pure: a function of the results, whatever their order.
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 
-from loratune.planning.bar import Bar
+from loratune.planning.bar import Bar, half_way_loss, stretch_before_half_way
 from loratune.records import TrialResult
 
-# Of all updates.
-HALF_WAY = 0.5
-STRETCH = 0.1
 # Relative.
 GOOD = 0.02
 WORSE = 0.2
@@ -50,7 +46,7 @@ def bar(num_updates: int, known: Sequence[TrialResult]) -> Bar | None:
     allowed = highest_allowed(_finished(known))
     if num_updates < FEWEST_UPDATES or allowed is None:
         return None
-    begin, end = _stretch(num_updates)
+    begin, end = stretch_before_half_way(num_updates)
     return Bar(begin=begin, end=end, loss=allowed)
 
 
@@ -80,22 +76,6 @@ def scaled_from_the_best(half_way: float, finished: Sequence[Finished]) -> float
     """The loss in which a half-way loss ends, if it ends as far above the best as it is there."""
     final, reached = min(finished)
     return final * half_way / reached
-
-
-def half_way_loss(result: TrialResult) -> float | None:
-    """The mean training loss over the tenth of its updates before half-way, in nats."""
-    losses = () if result.outcome is None else result.outcome.losses
-    begin, end = _stretch(result.trial.num_updates)
-    if len(losses) < end:
-        return None
-    mean = fmean(losses[begin:end])
-    return mean if 0.0 < mean < math.inf else None
-
-
-def _stretch(num_updates: int) -> tuple[int, int]:
-    """The first and the last update but one of the tenth before half-way; one at least."""
-    end = max(1, math.ceil(HALF_WAY * num_updates))
-    return min(end - 1, math.floor((HALF_WAY - STRETCH) * num_updates)), end
 
 
 def _finished(results: Sequence[TrialResult]) -> list[Finished]:

@@ -153,8 +153,8 @@ def _notes(answer: SearchAnswer, trials: Sequence[Observed], left: int) -> list[
     if stopped:
         notes.append(
             f"{stopped} of the trials were stopped half-way, far above the best ones there; what "
-            "they would have reached is estimated, and a batch size at which all good ones were "
-            "stopped looks worse than it is"
+            "they would have reached is estimated, and a batch size whose best trial was stopped "
+            "has no score"
         )
     if diverged:
         notes.append(f"{diverged} of the trials diverged; the search kept away from there")

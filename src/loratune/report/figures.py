@@ -334,10 +334,13 @@ def _note(curves: Sequence[Curve], *, every_rate: bool = False) -> str:
     if every_rate:
         seeds = seeds if num == 1 else f"Means over {num} seeds{_fewer(curves)}."
         on_test = curves[0].cells[0].select_on == "test"
-        return f"{seeds} {_selection_text(curves)}" if on_test else seeds
+        parts = [seeds, _selection_text(curves) if on_test else "", _absent_text(curves)]
+        return " ".join(part for part in parts if part)
     if num > 1:
         seeds = f"Means over {num} seeds, bands: 95% t interval over seeds."
-    parts = [f"{seeds} {_selection_text(curves)}", _edge_text(curves), _unequal_text(curves)]
+    absent = any(cell.best is None for curve in curves for cell in curve.cells)
+    first = f"{seeds} {_selection_text(curves)}{' x: no score.' if absent else ''}"
+    parts = [first, _edge_text(curves), _unequal_text(curves)]
     return "\n".join(part for part in parts if part)
 
 
@@ -345,6 +348,15 @@ def _fewer(curves: Sequence[Curve]) -> str:
     """Where further seeds went to some LRs alone."""
     verdicts = {rate.verdict for curve in curves for cell in curve.cells for rate in cell.rates}
     return ", fewer at rates away from the best" if "screened" in verdicts else ""
+
+
+def _absent_text(curves: Sequence[Curve]) -> str:
+    """What `_draw_absent` draws for LRs without a score."""
+    rates = [rate for curve in curves for cell in curve.cells for rate in cell.rates]
+    verdicts = {rate.verdict for rate in rates if rate.verdict in ("diverged", "incomplete")}
+    stopped = any(one.status == "stopped" for rate in rates for one in rate.trials)
+    said = {"diverged": "x: diverged", "incomplete": "+: stopped" if stopped else "+: no score"}
+    return "".join(f"{said[one]}. " for one in sorted(verdicts)).strip()
 
 
 def _edge_text(curves: Sequence[Curve]) -> str:
