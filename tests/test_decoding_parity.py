@@ -10,30 +10,7 @@ import pytest
 
 from loratune import api
 from tiny_models import save_tiny
-
-STUDY = """\
-study: parity
-model: {model}
-precision: float32
-data:
-  train: {rows}
-  prompt: q
-  response: a
-  template: "Question: {{prompt}}\\nAnswer:"
-  max_tokens: 64
-  validation: {{rows: 1}}
-protocol: {{kind: fixed_samples, epochs: 60}}
-methods: [lora]
-rank: 8
-alpha: rank
-targets: all-linear
-batch_size: [2]
-learning_rate: [1e-2]
-seeds: 3
-schedule: {{kind: cosine}}
-select_on: validation_loss
-keep_adapters: all
-"""
+from tiny_studies import study_by_heart
 
 
 @pytest.fixture
@@ -49,10 +26,11 @@ def test_both_ways_are_asked_once_and_agree_in_float32(tmp_path, monkeypatch, ca
     for name, content in (("rows", rows), ("test", asked)):
         text = "".join(json.dumps(one) + "\n" for one in content)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    text = STUDY.format(model=save_tiny(tmp_path, "llama"), rows=tmp_path / "rows.jsonl")
-    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
-    out = tmp_path / "out"
-    api.run(api.load_study(tmp_path / "study.yaml"), out=out, device="cpu", quiet=True)
+    model, out = save_tiny(tmp_path, "llama"), tmp_path / "out"
+    study = study_by_heart(
+        tmp_path, model=model, rows=tmp_path / "rows.jsonl", rates="[1e-2]", seeds=3
+    )
+    api.run(api.load_study(study), out=out, device="cpu", quiet=True)
     kept = tmp_path / "parity.json"
     arguments = [out, "--data", tmp_path / "test.jsonl", "--adapters", 3]
     arguments += ["--max-new-tokens", 9, "--device", "cpu"]

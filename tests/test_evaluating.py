@@ -21,6 +21,7 @@ from loratune.evaluation.tasks import task
 from loratune.records import NotScored, Prediction, QuestionSet, Score, Scored
 from loratune.store.database import open_store
 from tiny_models import save_tiny
+from tiny_studies import study_by_heart
 
 GSM8K = [
     {"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"}
@@ -59,31 +60,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
         folder / "train.jsonl",
         [{"q": row["question"], "a": row["answer"].partition("\n")[2]} for row in GSM8K],
     )
-    (folder / "study.yaml").write_text(
-        f"""\
-study: scored
-model: {model}
-precision: float32
-data:
-  train: {rows}
-  prompt: q
-  response: a
-  template: "Question: {{prompt}}\\nAnswer:"
-  max_tokens: 64
-  validation: {{rows: 1}}
-protocol: {{kind: fixed_samples, epochs: 60}}
-methods: [lora]
-rank: 8
-alpha: rank
-targets: all-linear
-batch_size: [2]
-learning_rate: [1e-2, 2e-2]
-seeds: 1
-schedule: {{kind: cosine}}
-evaluate: {{tasks: [{{name: gsm8k, data: {questions}, max_new_tokens: 8}}], when: all}}
-keep_adapters: all
-""",
-        encoding="utf-8",
+    tasks = f"[{{name: gsm8k, data: {questions}, max_new_tokens: 8}}]"
+    study_by_heart(
+        folder,
+        model=model,
+        rows=rows,
+        rates="[1e-2, 2e-2]",
+        seeds=1,
+        more=f"evaluate: {{tasks: {tasks}, when: all}}",
     )
     api.run(api.load_study(folder / "study.yaml"), out=folder / "out", device="cpu", quiet=True)
     shutil.copytree(folder / "out", folder / "copy")
@@ -222,15 +206,15 @@ def test_kept_answers_are_graded_anew_without_a_model_and_old_scores_stay(
 
     monkeypatch.setattr("loratune.models.load.load_base", no_model)
     with open_store(trained / "loratune.db", create=False) as store:
-        before = store.all_scores("scored")
+        before = store.all_scores("by_heart")
     made = api.score(trained, grader="pissa")
     assert len(made) == 2
     assert all(one.after.total == len(GSM8K) for one in made)
     assert {one.after.grader for one in made} == {"pissa"}
     assert all(one.after.decoding == one.before.decoding for one in made)
     with open_store(trained / "loratune.db", create=False) as store:
-        assert store.all_scores("scored")[: len(before)] == before
-        assert len(store.all_scores("scored")) == len(before) + 2
+        assert store.all_scores("by_heart")[: len(before)] == before
+        assert len(store.all_scores("by_heart")) == len(before) + 2
     assert api.score(trained, grader="pissa") == ()  # They stand.
     # The study's own choice is shown as before.
     assert set(api.results(trained)["gsm8k_total"]) == {len(GSM8K)}
@@ -253,12 +237,12 @@ def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, tra
     found = api.evaluate(folder, **asked)
     assert [one.score.total for one in found] == [6, 6]
     with open_store(folder / "loratune.db", create=False) as store:
-        count = len(store.all_scores("scored"))
-        (record, *_) = [one for one in store.all_scores("scored") if one.score.total == 6]
+        count = len(store.all_scores("by_heart"))
+        (record, *_) = [one for one in store.all_scores("by_heart") if one.score.total == 6]
         assert len(store.predictions(record.score_id)) == 6
     assert api.evaluate(folder, **asked) == found
     with open_store(folder / "loratune.db", create=False) as store:
-        assert len(store.all_scores("scored")) == count
+        assert len(store.all_scores("by_heart")) == count
 
 
 def test_grading_anew_needs_neither_the_questions_data_nor_a_model(tmp_path, trained):
@@ -309,7 +293,7 @@ def test_what_an_older_grader_or_a_broken_sandbox_judged_is_judged_anew(tmp_path
 
     reference = CodeReference(prefix="", tests="assert f() == 1", names=("f",), setup="").to_text()
     with open_store(folder / "loratune.db", create=False) as store:
-        (first, *_) = store.all_scores("scored")
+        (first, *_) = store.all_scores("by_heart")
         definition = task("mbpp")
         asked = QuestionSet("mbpp", definition.version, "greedy", "test", references=(reference,))
         failed = Prediction(0, "```python\ndef f(): return 1\n```", 9, "error", True, "no space")
@@ -340,7 +324,7 @@ def test_an_account_counts_answers_by_verdict_and_reason(tmp_path, trained, monk
     folder = tmp_path / "copy"
     shutil.copytree(trained.parent / "copy", folder)
     with open_store(folder / "loratune.db", create=False) as store:
-        (first, *_) = store.all_scores("scored")
+        (first, *_) = store.all_scores("by_heart")
         said = [
             Prediction(0, "x", 1, "wrong", True, "NameError: name 'x' is not defined"),
             Prediction(1, "y", 1, "wrong", True, "NameError: name 'y' is not defined"),
@@ -664,7 +648,7 @@ def scored(folder: Path) -> dict[tuple[str, str], tuple[Score, tuple[Prediction,
     with open_store(folder / "loratune.db", create=False) as store:
         return {
             (one.trial_id, one.score.task): (one.score, store.predictions(one.score_id))
-            for one in store.all_scores("scored")
+            for one in store.all_scores("by_heart")
         }
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -628,17 +629,28 @@ def test_what_outcomes_call_for_is_trained_once_and_every_best_rate_is_inside_or
     assert again.stub.trained == []
 
 
+def assert_stopped_anywhere_ends_alike(
+    folder: Path,
+    loaded: LoadedStudy,
+    undisturbed: Sweep,
+    *,
+    parts: int,
+    sweep: Callable[..., Sweep] = sweep_stub,
+) -> None:
+    """Stop a study early and then every so many parts of its updates, and go on each time."""
+    total = sum(one.outcome.num_updates for one in undisturbed.results if one.outcome)
+    for number, num_updates in enumerate(range(7, total, total // parts)):
+        out = folder / str(number)
+        watcher = StopsAfter(num_updates)
+        with pytest.raises(Interrupted):
+            sweep(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
+        assert sorted(table(sweep(out, loaded))) == sorted(table(undisturbed))
+
+
 def test_stopped_anywhere_a_growing_study_ends_like_an_undisturbed_one(tmp_path):
     loaded = growing_study()
     undisturbed = sweep_stub(tmp_path / "undisturbed", loaded)
-    total = sum(result.trial.num_updates for result in undisturbed.results)
-    for number, num_updates in enumerate(range(7, total, total // 6)):
-        out = tmp_path / str(number)
-        watcher = StopsAfter(num_updates)
-        with pytest.raises(Interrupted):
-            sweep_stub(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
-        resumed = sweep_stub(out, loaded)
-        assert sorted(table(resumed)) == sorted(table(undisturbed))
+    assert_stopped_anywhere_ends_alike(tmp_path, loaded, undisturbed, parts=6)
 
 
 def test_an_adaptive_study_trains_each_trial_once_and_no_more_than_it_may(tmp_path):
@@ -688,14 +700,7 @@ def test_an_adaptive_study_trains_each_trial_once_and_no_more_than_it_may(tmp_pa
 def test_stopped_anywhere_an_adaptive_study_ends_like_an_undisturbed_one(tmp_path):
     loaded = searching_study()
     undisturbed = sweep_stub(tmp_path / "undisturbed", loaded)
-    total = sum(result.trial.num_updates for result in undisturbed.results)
-    for number, num_updates in enumerate(range(7, total, total // 5)):
-        out = tmp_path / str(number)
-        watcher = StopsAfter(num_updates)
-        with pytest.raises(Interrupted):
-            sweep_stub(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
-        resumed = sweep_stub(out, loaded)
-        assert sorted(table(resumed)) == sorted(table(undisturbed))
+    assert_stopped_anywhere_ends_alike(tmp_path, loaded, undisturbed, parts=5)
 
 
 def flat(trial: Trial) -> float:
@@ -729,14 +734,7 @@ def test_hopeless_trials_of_a_search_stop_half_way_and_the_same_ones_wherever_it
     # The first design is trained to its end: a trial of each batch size, and one more at least.
     statuses = [one.status for one in undisturbed.results if one.purpose == "adaptive"]
     assert statuses.index("stopped") >= 3
-    total = sum(one.outcome.num_updates for one in undisturbed.results if one.outcome)
-    for number, num_updates in enumerate(range(7, total, total // 4)):
-        out = tmp_path / str(number)
-        watcher = StopsAfter(num_updates)
-        with pytest.raises(Interrupted):
-            sweep_flat(out, loaded, watcher=watcher, should_stop=watcher.should_stop)
-        resumed = sweep_flat(out, loaded)
-        assert sorted(table(resumed)) == sorted(table(undisturbed))
+    assert_stopped_anywhere_ends_alike(tmp_path, loaded, undisturbed, parts=4, sweep=sweep_flat)
     # Switched off, all are trained to their ends.
     text = loaded.text.replace("trials_per_round: 3", "trials_per_round: 3, early_stopping: false")
     whole = sweep_flat(tmp_path / "whole", parse_study(text, name="s.yaml", folder=Path.cwd()))

@@ -33,7 +33,6 @@ from loratune.records import (
     Said,
     Score,
     Scored,
-    ScoreKey,
     TrialResult,
 )
 from loratune.scoring import ANSWERS_AT_ONCE, written
@@ -255,17 +254,18 @@ def _score_results(
     """
     scores = dict[tuple[int, int], Score]()
     wanted = list[tuple[int, int]]()
+    # Once for all trials: both hash every prompt.
+    keys, sets = zip(*((one.score_key(), one.question_set()) for one in questions), strict=True)
     for index, result in enumerate(results):
         known = {score.key: score for score in result.scores}
-        for number, one in enumerate(questions):
-            key = ScoreKey(one.task, one.version, one.grader, one.decoding)
+        for number, key in enumerate(keys):
             if key in known:
                 scores[index, number] = known[key]
             else:
                 wanted.append((index, number))
     asked, of_trial = list[Asked](), list[tuple[str, QuestionSet]]()
     for index, number in wanted:
-        trial_id, of_task = results[index].trial.trial_id, questions[number].question_set()
+        trial_id, of_task = results[index].trial.trial_id, sets[number]
         kept = store.answers(trial_id, of_task)
         asked.append(Asked(place.adapter(trial_id), questions[number], kept))
         of_trial.append((trial_id, of_task))

@@ -406,8 +406,7 @@ class LocalWorkshop:
 
     def asks(self, trial: Trial, *, task: str) -> ScoreKey:
         """See `training.Workshop`."""
-        asked = self._asked[trial.model, trial.data_fingerprint, task]
-        return ScoreKey(asked.task, asked.version, asked.grader, asked.decoding)
+        return self._asked[trial.model, trial.data_fingerprint, task].score_key()
 
     def questions(self, trial: Trial, *, task: str) -> QuestionSet:
         """See `training.Workshop`."""

@@ -725,10 +725,9 @@ def _estimate(
                 return None, None, [_no_spread(f"{len(first)} seeds gave the same answers")]
             sources = answers.sources_of(trials[0][0], metric.task)
             try:
-                found = crossed_difference(first, second, paired=paired, sources=sources)
+                found = _crossed(first, second, sources, paired=paired)
             except AnalysisError as error:  # One question, or one source of all.
                 return None, None, [f"{error}; score a test with more questions"]
-            found = not_too_certain(found, first, second, sources=sources)
             return found, first.shape[1], []
     estimate = (
         paired_t([x - y for x, y in zip(one, two, strict=True)]) if paired else welch_t(one, two)
@@ -846,16 +845,18 @@ def _crossovers(
                 crossed_zero_set(left, right, sources=sources) for left, right in pairwise(gaps)
             ]
             differences = [
-                _crossed(one, two, sources)
+                _crossed(one, two, sources, paired=True)
                 for one, two in zip(known[::2], known[1::2], strict=True)
             ]
     found = crossovers(method, baseline, zero_sets=zero_sets, differences=differences)
     return _named(found, method, baseline, names)
 
 
-def _crossed(first: FloatArray, second: FloatArray, sources: Sequence[int] | None) -> Estimate:
-    """The difference at one batch size over the seeds that both have."""
-    found = crossed_difference(first, second, paired=True, sources=sources)
+def _crossed(
+    first: FloatArray, second: FloatArray, sources: Sequence[int] | None, *, paired: bool
+) -> Estimate:
+    """The difference of two tables of answers, no more certain than few answers allow."""
+    found = crossed_difference(first, second, paired=paired, sources=sources)
     return not_too_certain(found, first, second, sources=sources)
 
 

@@ -41,7 +41,13 @@ from loratune.engine.decoding_linear import DecodingGroup
 from loratune.engine.laying import LaidOut, StepRows, lay_out_step, most_filler_rows
 from loratune.engine.memory import release_memory, sent
 from loratune.engine.packed_linear import PackedLinear, StepRouting
-from loratune.engine.packed_model import LOGITS_TOLERANCE, check_rows, has_bias, side_by_side
+from loratune.engine.packed_model import (
+    LOGITS_TOLERANCE,
+    check_rows,
+    furthest,
+    has_bias,
+    side_by_side,
+)
 from loratune.engine.replay import Replay
 from loratune.engine.routing import route
 from loratune.errors import ModelError
@@ -441,7 +447,7 @@ class DecodingModel:
         self._state.length_S.zero_()
         found = self._logits(torch.stack(hidden, dim=1)).float()
         wanted = torch.stack([logits_TV[-CHECK_STEPS - 1 :] for _, logits_TV in expected])
-        error = float((found - wanted).abs().max() / wanted.abs().max())
+        error = furthest(found, wanted)
         if not error <= LOGITS_TOLERANCE[self._model.dtype]:
             raise ModelError(
                 f"{type(self._model).__name__} computes something that many adapters at once do "

@@ -441,7 +441,7 @@ def check_rows(model: PreTrainedModel) -> list[tuple[list[int], Tensor]]:
             for ids in rows:
                 ids_1T = torch.tensor([ids], device=model.device)
                 logits_TV = model(input_ids=ids_1T).logits[0].float()
-                error = _furthest(head(hidden.pop())[0].float(), logits_TV)
+                error = furthest(head(hidden.pop())[0].float(), logits_TV)
                 if not error <= HEAD_TOLERANCE[model.dtype]:
                     raise ModelError(
                         f"{type(model).__name__} does more to its logits than its head, which "
@@ -454,7 +454,7 @@ def check_rows(model: PreTrainedModel) -> list[tuple[list[int], Tensor]]:
     return expected
 
 
-def _furthest(found: Tensor, wanted: Tensor) -> float:
+def furthest(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, relative to the largest of what is wanted."""
     return float((found - wanted).abs().max() / wanted.abs().max())
 
@@ -478,7 +478,7 @@ def _compare(
     first, second = (logits for _, logits in expected)
     found = logits_MV[: len(first) + len(second)]
     wanted = torch.cat([first, second])
-    error = _furthest(found, wanted)
+    error = furthest(found, wanted)
     if not error <= LOGITS_TOLERANCE[model.dtype]:
         raise ModelError(
             f"{type(model).__name__} computes something that the packed engine does not: its "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from loratune.errors import EvaluationError
-from loratune.records import QuestionSet
+from loratune.records import QuestionSet, ScoreKey
 from loratune.study.schema import GraderName, Source
 
 
@@ -95,6 +95,10 @@ class TaskQuestions:
             f"greedy;max_new_tokens={self.max_new_tokens};stop={json.dumps(self.stop)};"
             f"questions={len(self.prompts)};prompt=sha256:{digest}"
         )
+
+    def score_key(self) -> ScoreKey:
+        """The key of the scores that these questions give; it hashes all of them."""
+        return ScoreKey(self.task, self.version, self.grader, self.decoding)
 
     def check_room(self, positions: int | None) -> None:
         """Make sure, before anything is asked, that all can be: prompts, and what comes after.

@@ -169,7 +169,7 @@ def ask(
     definition = task(given.name, folder=folder)
     if given.prompt is None and definition.prompt is not None:
         given = given.model_copy(update={"prompt": definition.prompt})
-    prompts, prompt_ids = _prompts(
+    prompts = _prompts(
         [question.text for question in questions], given=given, data=data, tokenizer=tokenizer
     )
     has_choices = definition.grader in CHOICE_GRADERS
@@ -180,6 +180,8 @@ def ask(
         prompt_ids, choice_ids = _choice_ids(
             prompts, questions, tokenizer=tokenizer, template=template, task=definition.name
         )
+    else:
+        prompt_ids = _tokens(prompts, tokenizer=tokenizer, template=template)
     longest = max((len(ids) for of_one in choice_ids for ids in of_one), default=0)
     return TaskQuestions(
         task=definition.name,
@@ -222,7 +224,7 @@ def _choice_ids(
         for prompt, question in zip(prompts, questions, strict=True)
         for text in question.choices
     ]
-    prompt_ids = encode_prompts(stems, tokenizer=tokenizer, template=template)
+    prompt_ids = _tokens(stems, tokenizer=tokenizer, template=template)
     encoded = iter(encode_prompts(wholes, tokenizer=tokenizer, template=template))
     choice_ids = list[tuple[tuple[int, ...], ...]]()
     for number, (ids, question) in enumerate(zip(prompt_ids, questions, strict=True), start=1):
@@ -239,7 +241,7 @@ def _choice_ids(
                     "so that it has no likelihood; give each choice a text"
                 )
         choice_ids.append(of_one)
-    return tuple(map(tuple, prompt_ids)), tuple(choice_ids)
+    return prompt_ids, tuple(choice_ids)
 
 
 def ask_validation(
@@ -272,9 +274,10 @@ def ask_validation(
     prompts = tuple(example.prompt_text for example in examples)
     prompt_ids = tuple(example.prompt_ids for example in examples)
     if given.prompt is not None:
-        prompts, prompt_ids = _prompts(
+        prompts = _prompts(
             [example.question for example in examples], given=given, data=data, tokenizer=tokenizer
         )
+        prompt_ids = _tokens(prompts, tokenizer=tokenizer, template=given.prompt)
     response_ids = encode_prompts(responses, tokenizer=tokenizer, template="plain")
     return TaskQuestions(
         task=definition.name,
@@ -296,17 +299,21 @@ def _prompts(
     given: schema.Task,
     data: schema.Data,
     tokenizer: "PreTrainedTokenizerBase",
-) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    """Complete prompts and their tokens."""
+) -> tuple[str, ...]:
+    """Complete prompts."""
     if given.prompt is not None:
         _check_prompt(given.prompt, task=given.name)
-    prompts = [
+    return tuple(
         prompt_for(question, data, tokenizer=tokenizer, template=given.prompt)
         for question in questions
-    ]
-    template = data.template if given.prompt is None else given.prompt
-    ids = encode_prompts(prompts, tokenizer=tokenizer, template=template)
-    return tuple(prompts), tuple(tuple(row) for row in ids)
+    )
+
+
+def _tokens(
+    prompts: Sequence[str], *, tokenizer: "PreTrainedTokenizerBase", template: str
+) -> tuple[tuple[int, ...], ...]:
+    """The prompts' tokens."""
+    return tuple(map(tuple, encode_prompts(prompts, tokenizer=tokenizer, template=template)))
 
 
 def _check_prompt(prompt: str, *, task: str) -> None:

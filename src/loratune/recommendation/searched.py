@@ -42,8 +42,9 @@ def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
         outcome = result.outcome
         if outcome is None or result.purpose == "confirm":
             continue
+        stopped = outcome.status == "stopped"
         loss = outcome.validation_loss if outcome.status == "done" else None
-        if outcome.status == "stopped":
+        if stopped:
             loss = expected_loss(result, results)
         if loss is not None and not 0.0 < loss < float("inf"):
             loss = None
@@ -53,9 +54,8 @@ def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
                 learning_rate=result.trial.learning_rate,
                 seed=result.trial.seed,
                 loss=loss,
-                useless=outcome.status not in ("done", "diverged", "stopped")
-                or (outcome.status == "stopped" and loss is None),
-                stopped=outcome.status == "stopped",
+                useless=loss is None if stopped else outcome.status not in ("done", "diverged"),
+                stopped=stopped,
             )
         )
     return tuple(found)
@@ -64,10 +64,8 @@ def observed(results: Sequence[TrialResult]) -> tuple[Observed, ...]:
 def answer_of_search(curve: Curve, *, margin: float) -> Searched:
     """The answer with its expected regret, or why there is none."""
     results = [result for cell in curve.cells for result in cell.results]
-    trials = observed(results)
     left = sum(result.status not in FINAL_STATUSES for result in results)
-    surface = fit_surface(trials, _tried(results))
-    answer = None if surface is None else search_answer(surface, margin=margin)
+    trials, answer = _read_off(results, margin=margin)
     if answer is None:
         return Searched(None, (_why_none(trials, left),), ())
     undecided = list[str]()
@@ -87,13 +85,21 @@ def answer_point(results: Sequence[TrialResult]) -> tuple[int, float] | None:
     Args:
         results: all of one curve's search, in any order.
     """
-    # In the order of a curve's cells, as `answer_of_search` has them: rounding moves no answer.
+    _, answer = _read_off(results, margin=DEFAULT_MARGIN)
+    return None if answer is None else (answer.batch_size, answer.learning_rate)
+
+
+def _read_off(
+    results: Sequence[TrialResult], *, margin: float
+) -> tuple[tuple[Observed, ...], SearchAnswer | None]:
+    """One curve's trials as the search takes them, and the answer of their surface."""
+    # In one order, whatever that of the results: rounding moves no answer.
     results = sorted(
         results, key=lambda one: (one.trial.batch_size, one.trial.learning_rate, one.trial.seed)
     )
-    surface = fit_surface(observed(results), _tried(results))
-    answer = None if surface is None else search_answer(surface, margin=DEFAULT_MARGIN)
-    return None if answer is None else (answer.batch_size, answer.learning_rate)
+    trials = observed(results)
+    surface = fit_surface(trials, _tried(results))
+    return trials, None if surface is None else search_answer(surface, margin=margin)
 
 
 def answered(results: Sequence[TrialResult]) -> tuple[Cell, ...]:
