@@ -316,14 +316,19 @@ def one_of_each(**changes: Any) -> list[Trial]:
     return [*trials, replace(dora, trial_id="dora2", seed=dora.seed + 1)]
 
 
-class NanStart:
-    """A method whose adapter starts with one number that is none."""
+class Wrapping:
+    """A method with everything public of another but what a subclass defines itself."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        # Attributes, not __getattr__: from Python 3.12 on a protocol's isinstance asks for no more.
+        for name in dir(inner):
+            if not name.startswith("_") and not hasattr(type(self), name):
+                setattr(self, name, getattr(inner, name))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+
+class NanStart(Wrapping):
+    """A method whose adapter starts with one number that is none."""
 
     def start(self, model: Any, trial: Trial, *, targets: Sequence[str]) -> Any:
         layers = self._inner.start(model, trial, targets=targets)
@@ -591,7 +596,7 @@ def test_going_on_in_another_pack_gives_the_same_numbers(tmp_path, stop):
 # The exact invariance -----------------------------------------------------------------------------
 
 
-class Rescaled:
+class Rescaled(Wrapping):
     """A method whose A starts p times and B q times as large, with learning rates to match.
 
     `with_adams_numbers`: eps and weight decay match, too.
@@ -600,11 +605,9 @@ class Rescaled:
     """
 
     def __init__(self, inner: Any, *, p: float, q: float, with_adams_numbers: bool) -> None:
-        self._inner, self._p, self._q = inner, p, q
+        super().__init__(inner)
+        self._p, self._q = p, q
         self._with_adams_numbers = with_adams_numbers
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
 
     def start(self, model: Any, trial: Trial, *, targets: Sequence[str]) -> Any:
         pq = self._p * self._q

@@ -46,7 +46,7 @@ from loratune.engine.loss_scale import LossScale
 from loratune.engine.memory import out_of_memory_reason, release_memory, sent
 from loratune.engine.optimizer import RowUpdate, update_rows
 from loratune.engine.packed_gradients import PackedGradients, ProbedSlot, probed_rows
-from loratune.engine.packed_model import StepSize, group_targets, installed
+from loratune.engine.packed_model import StepSize, group_targets, installed, lay_side_by_side
 from loratune.engine.row_gradients import ProbeRows, probe_record, probes_apart
 from loratune.engine.slots import (
     RowLayout,
@@ -392,6 +392,7 @@ class _Session:
             groups = group_targets(self.base.model, self.targets, apart=shape.dropout)
             # Each layer alone, as in a snapshot, which any later pack can take up.
             self.single = group_targets(self.base.model, self.targets, apart=True)
+            lay_side_by_side(self.base.model, groups)
             layout = lay_out(groups, rank=shape.rank, magnitudes=shape.magnitudes)
             self.slots = Slots(
                 layout,

@@ -304,9 +304,6 @@ def installed(
     packed = PackedModel(model, slots, step, longest_row=longest_row)
     try:
         _replace_linears(model, slots, step)
-        if slots.params_AP.device.type == "cuda":
-            # The weights that were laid side by side leave as much behind: 8 GiB of a 7B model.
-            release_memory(slots.params_AP.device)
         model.config._attn_implementation = NAME  # pyright: ignore[reportPrivateUsage]  # its setter
         _compare(packed, model, expected, slots)
         set_gradient_checkpointing(model, enabled=gradient_checkpointing)
@@ -376,6 +373,19 @@ def has_bias(linear: nn.Linear) -> bool:
     """Whether the layer adds a bias."""
     # torch declares a Parameter, and puts None there.
     return cast("Tensor | None", linear.bias) is not None
+
+
+def lay_side_by_side(model: PreTrainedModel, groups: Sequence[GroupShape]) -> None:
+    """Lay each group's weights as `installed` needs them, which outlasts a pack.
+
+    Before its slots are made: what is left at the end of a slots' segment would take such a weight,
+    and the allocator could never give that segment back.
+    """
+    linears = block_linears(model)
+    for shape in groups:
+        side_by_side([linears[name] for name in shape.names])
+    # As much is left behind: 8 GiB of a 7B model.
+    release_memory(model.device)
 
 
 def side_by_side(members: Sequence[nn.Linear]) -> Tensor:
