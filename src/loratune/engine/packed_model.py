@@ -36,7 +36,7 @@ from loratune.engine.packed_linear import (
     PackedLinear,
     StepRouting,
 )
-from loratune.engine.replay import Replay
+from loratune.engine.replay import Replay, ReplayPool
 from loratune.engine.routing import Routing, route
 from loratune.engine.slots import GroupShape, Slots, lay_out, views
 from loratune.errors import ModelError
@@ -81,8 +81,7 @@ class PackedModel:
         self._device = slots.params_AP.device
         self._lengths: list[int] = []
         self._replays: dict[tuple[StepSize, bool], Replay] = {}
-        # One pool of memory: captured steps run one after another.
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._pool = ReplayPool(self._device) if self._device.type == "cuda" else None
         head: Any = model.get_output_embeddings()
         self._head_VD: Tensor = head.weight
         self._head_bias: Tensor | None = getattr(head, "bias", None)
@@ -209,7 +208,7 @@ class PackedModel:
 
     def _replay(self, size: StepSize | None, *, backward: bool) -> Replay | None:
         """The captured body for steps of a size; None where nothing is captured."""
-        if size is None or self._device.type != "cuda":
+        if size is None or self._pool is None:
             return None
         key = (size, backward)
         if key not in self._replays:
@@ -228,7 +227,8 @@ class PackedModel:
                 example,
                 backward=backward,
                 device=self._device,
-                pool=self._pool,
+                pool=self._pool.id,
+                warming_up=self._pool.warming_up(size.num_tokens, backward=backward),
             )
         return self._replays[key]
 

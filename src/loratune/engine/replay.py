@@ -9,7 +9,8 @@ their addresses. The head and its loss stay outside: the number of target tokens
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, cast
 
@@ -31,12 +32,48 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class ReplayPool:
+    """The memory of all steps that are captured over one model: only one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.MemPool()
+        self._captured: list[tuple[int, bool]] = []
+
+    @property
+    def id(self) -> tuple[int, int]:
+        """What a capture takes its memory from."""
+        return self._pool.id
+
+    @contextmanager
+    def warming_up(self, num_tokens: int, *, backward: bool) -> Generator[None]:
+        """Take memory from the pool once there is enough of it: what was captured is not running.
+
+        Elsewhere it would be taken twice, since a pool gives nothing back. Not before a step was
+        captured that is as large: what a first call leaves for good, workspaces of cuBLAS and of
+        our kernels, would hold the pool's segments when all else in them is gone.
+        """
+        if any(
+            tokens >= num_tokens and (with_backward or not backward)
+            for tokens, with_backward in self._captured
+        ):
+            with (
+                # A pool is one thread's, and a backward has a thread of its own elsewhere.
+                torch.autograd.set_multithreading_enabled(False),
+                torch.cuda.use_mem_pool(self._pool, self._device),
+            ):
+                yield
+        else:
+            yield
+        self._captured.append((num_tokens, backward))
+
+
 class Replay:
     """A body captured over buffers of its own.
 
     `body` takes the buffers and returns the embedded tokens, which require a gradient where
     `backward` is wanted, and the last hidden states. It runs a few times on `example`, whose
-    gradients must be nobody's, before it is captured.
+    gradients must be nobody's, before it is captured: that within `warming_up`.
     """
 
     def __init__(
@@ -47,11 +84,16 @@ class Replay:
         backward: bool,
         device: torch.device,
         pool: Any,
+        warming_up: AbstractContextManager[None] | None = None,
     ) -> None:
         self._buffers = [sent(one, device) for one in example]
         stream = _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.set_grad_enabled(backward):
+        with (
+            torch.cuda.stream(stream),
+            torch.set_grad_enabled(backward),
+            warming_up or nullcontext(),
+        ):
             for _ in range(WARM_UPS):
                 _run(body, self._buffers, backward=backward)
         torch.cuda.current_stream(device).wait_stream(stream)
