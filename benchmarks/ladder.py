@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from scipy.interpolate import PchipInterpolator
 
@@ -38,7 +39,7 @@ from loratune.records import TrialResult
 from loratune.study.loading import LoadedStudy, parse_study
 from loratune.training import Interrupted
 from loratune.workshop import choose_device, survey
-from rules import HEADER, RULES, Bench, Case, Choice, Rule, rows_of, table_line
+from rules import RULES, TIMED_HEADER, Bench, Case, Choice, Rule, rows_of, timed_line
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LEARNING_RATES = (3.2e-4, 6.4e-4, 1.3e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
@@ -169,6 +170,9 @@ class NotRecordedError(Exception):
 class Recorded:
     """One recorded model, as `rules.Trainer` sees it: tokens are in units of FLOPs.
 
+    `spent` adds up the seconds of what was trained: of each trial the mean of those recorded at its
+    batch size, which are its share of a pack's.
+
     Args:
         path: a CSV that `record` wrote.
         chooses: the recorded seeds that stand for a rule's seeds 0, 1, ..., taken in turn.
@@ -191,6 +195,11 @@ class Recorded:
         whole = [row for row in rows if row["validation_loss"]]
         self.tokens = max(float(row["flops"]) for row in whole)
         self.seconds = math.fsum(float(row["seconds"]) for row in rows)
+        self.seconds_of = {
+            size: fmean(float(row["seconds"]) for row in rows if int(row["batch_size"]) == size)
+            for size in self.batch_sizes
+        }
+        self.spent = 0.0
 
     def trial(self, batch_size: int, learning_rate: float, seed: int) -> End:
         """The loss of a rule's seed; one that diverged is counted as a whole trial.
@@ -198,6 +207,7 @@ class Recorded:
         Raises:
             NotRecordedError: the LR lies beyond those recorded, on a side where losses fall.
         """
+        self.spent += self.seconds_of[batch_size]
         of_seed = self.chooses[seed % len(self.chooses)]
         return End(self.loss(batch_size, learning_rate, of_seed), self.tokens)
 
@@ -255,7 +265,8 @@ def ladder_cases(proxy: Path, target: Path) -> list[Case]:
         swept = large.best(chooses)
         best, reference = (large.mean(*one, fresh) for one in (large.best(seeds), swept))
         num_trials = 3 * len(large.batch_sizes) * len(large.learning_rates)
-        cases.append(Case(target.stem, "fixed sweep", reference / best - 1, 0.0, 1.0))
+        sweep = 3 * len(large.learning_rates) * math.fsum(large.seconds_of.values())
+        cases.append(Case(target.stem, "fixed sweep", reference / best - 1, 0.0, 1.0, 1.0))
         for name, rule in RULES.items():
             if name == "proxy by smaller data":
                 continue
@@ -269,7 +280,10 @@ def ladder_cases(proxy: Path, target: Path) -> list[Case]:
                 widths=widths,
                 model_type="llama",
             )
+            for model in models:
+                model.spent = 0.0
             chosen = _answer(rule, bench)
+            time_spent = (small.spent + large.spent) / sweep
             if chosen is None:
                 cases.append(Case(target.stem, name, None, None, None))
                 continue
@@ -279,7 +293,7 @@ def ladder_cases(proxy: Path, target: Path) -> list[Case]:
                 cases.append(Case(target.stem, name, None, None, None))
                 continue
             above = loss / reference - 1 if math.isfinite(loss) else None
-            cases.append(Case(target.stem, name, loss / best - 1, above, chosen.cost))
+            cases.append(Case(target.stem, name, loss / best - 1, above, chosen.cost, time_spent))
     return cases
 
 
@@ -294,9 +308,9 @@ def table(paths: Sequence[Path]) -> None:
                 f"times as many FLOPs; {points} points, {len(large.seeds)} seeds, "
                 f"{small.seconds:.0f} s and {large.seconds:.0f} s of training\n"
             )
-            print(HEADER)
+            print(TIMED_HEADER)
             for row in rows_of(ladder_cases(proxy, target)):
-                print(table_line(row), flush=True)
+                print(timed_line(row), flush=True)
 
 
 def _answer(rule: Rule, bench: Bench) -> Choice | None:

@@ -12,8 +12,8 @@ sweep (`SWEEP_TRIALS` whole trials of the target). Regret is the excess of the e
 the best there is between the bounds, as a fraction; beside it, choice and fixed sweep's choice are
 compared on fresh seeds. Same seed, same numbers.
 
-Not here: the noise scale alone, since the simulator knows no gradients; seconds, since it has no
-time (`ladder.py` has both seconds and FLOPs of real models).
+Not here: the noise scale alone, since the simulator knows no gradients. It has no time either;
+seconds of real models are in `ladder.py`.
 """
 
 import math
@@ -298,7 +298,8 @@ RULES: dict[str, Rule] = {
 class Case:
     """One rule on one pair. `regret` None: it declined. `fresh` against the fixed sweep's choice.
 
-    Both are fractions of a loss, `cost` of the fixed sweep's FLOPs.
+    Both are fractions of a loss, `cost` of the fixed sweep's FLOPs, `time` of its seconds on a
+    device, where any are known.
     """
 
     family: str
@@ -306,6 +307,7 @@ class Case:
     regret: float | None
     fresh: float | None
     cost: float | None
+    time: float | None = None
 
 
 def simulated_cases(
@@ -390,12 +392,14 @@ class Row:
     fresh_half: float
     cost: float
     cost_worst_tenth: float
+    time: float
 
 
 def row_of(cases: Sequence[Case]) -> Row:
     """One rule's cases in one row."""
     regrets = [one.regret for one in cases if one.regret is not None]
     costs = [one.cost for one in cases if one.cost is not None]
+    times = [one.time for one in cases if one.time is not None]
     fresh = [one.fresh for one in cases if one.fresh is not None]
     num_good = sum(regret <= TOLERATED for regret in regrets)
     num_both = sum(
@@ -424,6 +428,7 @@ def row_of(cases: Sequence[Case]) -> Row:
         fresh_half=half,
         cost=float(np.mean(costs)) if costs else math.nan,
         cost_worst_tenth=float(np.quantile(costs, 0.9)) if costs else math.nan,
+        time=float(np.mean(times)) if times else math.nan,
     )
 
 
@@ -438,6 +443,17 @@ HEADER = (
     "loss above the fixed sweep's choice, fresh seeds, % | cost: mean, 90th, % | declined |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
 )
+
+
+TIMED_HEADER = "\n".join(
+    line + more
+    for line, more in zip(HEADER.split("\n"), (" GPU-seconds, % |", " --- |"), strict=True)
+)
+
+
+def timed_line(row: Row) -> str:
+    """A row of the table under `TIMED_HEADER`."""
+    return f"{table_line(row)} {100 * row.time:.1f} |"
 
 
 def table_line(row: Row) -> str:

@@ -83,6 +83,10 @@ def test_the_rules_find_the_best_of_a_recorded_pair_and_pay_by_flops(tmp_path, c
     assert cases["`tune`"].cost is not None
     # Over 189 trials of the target; about 7 of it, and 60 to 120 of the proxy.
     assert 7 / 189 < cases["`tune`"].cost < (9 + 120 / 28) / 189
+    # A trial of either takes a second in these files, and costs 28 times as many FLOPs of one.
+    assert cases["`tune`"].time is not None
+    assert 60 / 189 < cases["`tune`"].time < 129 / 189
+    assert cases["constant 16"].time == pytest.approx(cases["constant 16"].cost)
     assert cases["constant 16"].cost is not None
     assert cases["constant 16"].cost < cases["`tune`"].cost
     main(["table", str(proxy), str(target)])
@@ -100,9 +104,19 @@ def test_a_rule_that_asks_for_what_was_not_recorded_has_no_case(tmp_path):
     assert regrets["fixed sweep"] == 0.0
 
 
-def test_the_recorded_pair_is_a_whole_grid_of_both_models():
-    small, large = (Recorded(RECORDED / f"demo-{size}.csv") for size in ("1m", "4m"))
-    for model in (small, large):
-        assert len(model.losses) == 6 * 5 * 3
+def test_the_recorded_ladder_is_a_whole_grid_of_every_model():
+    models = [Recorded(RECORDED / f"demo-{size}.csv") for size in ("1m", "4m", "12m", "28m")]
+    for model in models:
+        assert len(model.losses) == 9 * 9 * 6
         assert model.best(model.seeds)[0] <= 4  # small batches are best on the demo task
-    assert large.tokens / small.tokens == pytest.approx(4.0, rel=0.05)
+    costs = [model.tokens / models[0].tokens for model in models]
+    assert costs == pytest.approx([1.0, 4.0, 11.5, 26.8], rel=0.01)
+
+
+@pytest.mark.slow
+def test_on_the_recorded_pair_of_27_times_tune_is_as_good_as_docs_decisions_says():
+    cases = ladder_cases(RECORDED / "demo-1m.csv", RECORDED / "demo-28m.csv")
+    ours = [one for one in cases if one.rule == "`tune`"]
+    assert len(ours) == 6
+    assert all(one.regret is not None and one.regret <= 0.005 for one in ours)
+    assert all(one.cost is not None and one.cost <= 0.05 for one in ours)
