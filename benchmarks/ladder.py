@@ -1,11 +1,13 @@
 """The ladder of demo models: full grids of batch size, LR and seed, and the rules on its pairs.
 
     python benchmarks/ladder.py record --out DIR --minutes 9
+    python benchmarks/ladder.py noise --out DIR
     python benchmarks/ladder.py table DIR/demo-1m.csv DIR/demo-4m.csv ...
 
 `record` trains every demo model that is there (demo:12m and demo:28m are made by
 tools/pretrain_demo_models.py) on demo:task, through `loratune run`, and writes a CSV for each model
-once its grid is done. It stops after --minutes with exit code 3; the same command goes on. `table`
+once its grid is done. It stops after --minutes with exit code 3; the same command goes on. `noise`
+measures the noise scale of every model, in one trial a seed that no grid is needed for. `table`
 takes every pair of recorded models as proxy and target, and applies the rules of `rules.py`.
 
 A rule asks for LRs that were not recorded. Between two that were, the log loss of a batch size and
@@ -23,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -39,7 +42,18 @@ from loratune.records import TrialResult
 from loratune.study.loading import LoadedStudy, parse_study
 from loratune.training import Interrupted
 from loratune.workshop import choose_device, survey
-from rules import RULES, TIMED_HEADER, Bench, Case, Choice, Rule, rows_of, timed_line
+from rules import (
+    RULES,
+    TIMED_HEADER,
+    UNINFORMED_STEP,
+    Bench,
+    Case,
+    Choice,
+    Rule,
+    choice_of,
+    rows_of,
+    timed_line,
+)
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LEARNING_RATES = (3.2e-4, 6.4e-4, 1.3e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
@@ -74,6 +88,10 @@ schedule: {{kind: cosine}}
 select_on: validation_loss
 keep_adapters: none
 """
+# Before any grid: a usual batch size and a formula's LR.
+_NOISE_STUDY = _STUDY + "noise_scale: {{every: 10}}\n"
+NOISE_BATCH_SIZE = 16
+NOISE_COLUMNS = ("seed", "verdict", "noise_scale", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -85,9 +103,9 @@ class Grid:
     num_rows: int = NUM_ROWS
     num_seeds: int = NUM_SEEDS
 
-    def study(self, model: str, *, precision: str) -> LoadedStudy:
+    def study(self, model: str, *, precision: str, form: str = _STUDY) -> LoadedStudy:
         """The study of one demo model."""
-        text = _STUDY.format(
+        text = form.format(
             size=model.removeprefix("demo:"),
             precision=precision,
             rows=self.num_rows,
@@ -103,7 +121,7 @@ def record(
 ) -> bool:
     """Train what is not trained yet, within the minutes; whether all of it is done."""
     deadline = time.monotonic() + 60 * minutes
-    precision = "bfloat16" if choose_device(device).type == "cuda" else "float32"
+    precision = _precision(device)
     for model in models:
         loaded = grid.study(model, precision=precision)
         folder = out / model.replace(":", "-")
@@ -122,6 +140,37 @@ def record(
         _write_csv(loaded, folder)
         print(f"{model}: {folder}.csv", file=sys.stderr)
     return True
+
+
+def _precision(device: str | None) -> str:
+    return "bfloat16" if choose_device(device).type == "cuda" else "float32"
+
+
+def measure_noise(
+    models: Sequence[str], *, num_rows: int, num_seeds: int, out: Path, device: str | None
+) -> None:
+    """Train one trial a seed with probes, and write the Adam-scaled noise scales of each model."""
+    for model in models:
+        stem = model.replace(":", "-")
+        rate = lora_learning_rate(WIDTHS[stem], family="llama")
+        grid = Grid((NOISE_BATCH_SIZE,), (rate,), num_rows, num_seeds)
+        loaded = grid.study(model, precision=_precision(device), form=_NOISE_STUDY)
+        folder = out / f"{stem}-noise"
+        api.run(loaded, out=folder, device=device, quiet=True)
+        measured = api.noise_scale(folder)
+        chosen = measured[
+            (measured.split == "train")
+            & (measured.coordinates == "adam")
+            & (measured.block == "all")
+        ]
+        path = noise_path(out / f"{stem}.csv")
+        chosen.to_csv(path, columns=list(NOISE_COLUMNS), index=False, float_format="%.4g")
+        print(f"{model}: {path}", file=sys.stderr)
+
+
+def noise_path(grid: Path) -> Path:
+    """Where the noise scales of a recorded grid's model are."""
+    return grid.with_name(f"{grid.stem}-noise.csv")
 
 
 def _results(folder: Path) -> tuple[TrialResult, ...]:
@@ -200,6 +249,7 @@ class Recorded:
             for size in self.batch_sizes
         }
         self.spent = 0.0
+        self.noise_scales = _noise_scales(path)
 
     def trial(self, batch_size: int, learning_rate: float, seed: int) -> End:
         """The loss of a rule's seed; one that diverged is counted as a whole trial.
@@ -247,6 +297,28 @@ class Recorded:
         return min(points, key=lambda point: self.mean(*point, seeds))
 
 
+def _noise_scales(grid: Path) -> dict[int, float | None]:
+    """By seed: the noise scale in rows, its lower end where that alone is known, or None."""
+    path = noise_path(grid)
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    known = {int(row["seed"]): row["noise_scale"] or row["low"] for row in rows}
+    return {seed: float(value) if value else None for seed, value in known.items()}
+
+
+def noise_scale_alone(bench: Bench, target: Recorded) -> Choice | None:
+    """The batch size that is the target's noise scale, measured in one trial; the LR searched."""
+    measured = target.noise_scales[target.chooses[0]]
+    if measured is None:
+        return None
+    target.spent += target.seconds_of[bench.size(NOISE_BATCH_SIZE)]
+    lab, cell = bench.at_target(bench.size(measured), bench.start, step=UNINFORMED_STEP)
+    of_trial = target.tokens / bench.sweep_tokens
+    return choice_of(cell, bench.cost(lab, of_trial))
+
+
 def ladder_cases(proxy: Path, target: Path) -> list[Case]:
     """Every rule on a recorded pair, once for each turn of the seeds.
 
@@ -267,9 +339,10 @@ def ladder_cases(proxy: Path, target: Path) -> list[Case]:
         num_trials = 3 * len(large.batch_sizes) * len(large.learning_rates)
         sweep = 3 * len(large.learning_rates) * math.fsum(large.seconds_of.values())
         cases.append(Case(target.stem, "fixed sweep", reference / best - 1, 0.0, 1.0, 1.0))
-        for name, rule in RULES.items():
-            if name == "proxy by smaller data":
-                continue
+        rules = {name: rule for name, rule in RULES.items() if name != "proxy by smaller data"}
+        if large.noise_scales:
+            rules["noise scale alone"] = partial(noise_scale_alone, target=large)
+        for name, rule in rules.items():
             bench = Bench(
                 small,
                 large,
@@ -347,11 +420,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--seeds", type=int, default=NUM_SEEDS)
     command.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     command.add_argument("--learning-rates", type=float, nargs="+", default=LEARNING_RATES)
+    command = commands.add_parser("noise", help="measure the noise scales")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--models", nargs="+", choices=DEMO_MODELS)
+    command.add_argument("--device", help="as for record")
+    command.add_argument("--rows", type=int, default=NUM_ROWS)
+    command.add_argument("--seeds", type=int, default=NUM_SEEDS)
     command = commands.add_parser("table", help="the rules on recorded grids")
     command.add_argument("paths", type=Path, nargs="+", help="CSVs, the smallest model first")
     given = parser.parse_args(arguments)
     if given.what == "table":
         table(given.paths)
+        return 0
+    if given.what == "noise":
+        measure_noise(
+            _there(given.models),
+            num_rows=given.rows,
+            num_seeds=given.seeds,
+            out=given.out,
+            device=given.device,
+        )
         return 0
     grid = Grid(tuple(given.batch_sizes), tuple(given.learning_rates), given.rows, given.seeds)
     finished = record(

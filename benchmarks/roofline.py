@@ -1,6 +1,7 @@
-"""What one H100 could reach at most: fewest FLOPs and bytes of a packed LoRA step, by hand.
+"""What one GPU could reach at most: fewest FLOPs and bytes of a packed LoRA step, by hand.
 
     python benchmarks/roofline.py
+    python benchmarks/roofline.py --tflops 679 --terabytes 4.3
 
 A bound, not a forecast. Kernels run one after the other; each takes its FLOPs or its bytes,
 whichever is longer, at the rates measured for a plain product and a plain copy. Products read
@@ -10,6 +11,7 @@ allows; a packed linear's adapters need passes of their own. No launch, no paddi
 Legend, per layer: h hidden, w queries (heads x head_dim), k keys, m inner width, r rank.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from model_shapes import SHAPES, Shape
-
-# Measured on one H100: a bfloat16 product of 8192 x 8192 matrices, a copy within the device.
-FLOPS_PER_SECOND = 780e12
-BYTES_PER_SECOND = 3.0e12
 
 ROW_TOKENS = 256
 TARGET_SHARE = 1.0  # f: every token carries loss
@@ -34,6 +32,17 @@ BYTES_PER_PARAMETER_AND_UPDATE = 16 + 12 + 2 + 4 + 2 + 2
 
 
 @dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What a card can do in a second, measured: a large bfloat16 product, a copy within it."""
+
+    flops: float
+    bytes: float
+
+
+H100 = Ceilings(flops=780e12, bytes=3.0e12)
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One pass: its kind, FLOPs and bytes of one token of one layer."""
 
@@ -41,10 +50,9 @@ class Kernel:
     flops: float
     bytes: float
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, ceilings: Ceilings) -> float:
         """The longer of the two."""
-        return max(self.flops / FLOPS_PER_SECOND, self.bytes / BYTES_PER_SECOND)
+        return max(self.flops / ceilings.flops, self.bytes / ceilings.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +128,7 @@ class Bound:
         return 1 / sum(self.seconds.values())
 
 
-def bound(shape: Shape, *, rank: int, batch_size: int) -> Bound:
+def bound(shape: Shape, *, rank: int, batch_size: int, ceilings: Ceilings = H100) -> Bound:
     """The bound of a step that holds `shape.tokens_per_step` tokens."""
     tokens = shape.tokens_per_step
     kernels = [
@@ -131,23 +139,23 @@ def bound(shape: Shape, *, rank: int, batch_size: int) -> Bound:
     kernels += head_kernels(shape, tokens_per_step=tokens)
     seconds = dict[str, float]()
     for kernel in kernels:
-        seconds[kernel.kind] = seconds.get(kernel.kind, 0.0) + kernel.seconds
+        seconds[kernel.kind] = seconds.get(kernel.kind, 0.0) + kernel.seconds(ceilings)
     sides = sum(one.members * one.inputs + one.outputs for one in groups(shape))
     moved = BYTES_PER_PARAMETER_AND_UPDATE * rank * sides * shape.num_layers
-    seconds["optimizer"] = moved / (batch_size * ROW_TOKENS) / BYTES_PER_SECOND
+    seconds["optimizer"] = moved / (batch_size * ROW_TOKENS) / ceilings.bytes
     return Bound(sum(kernel.flops for kernel in kernels), seconds)
 
 
 KINDS = ("products", "attention", "head", "adapters", "elementwise", "optimizer")
 
 
-def table(*, rank: int) -> str:
+def table(*, rank: int, ceilings: Ceilings = H100) -> str:
     """Microseconds a token by kind, and what they allow, as a Markdown table."""
     columns = ("shape", "batch size", "GFLOP a token", *KINDS, "sum", "rows/s", "TFLOP/s")
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name in ("135m", "0.6b", "1b", "7b"):
         for batch_size in (1, 16):
-            one = bound(SHAPES[name], rank=rank, batch_size=batch_size)
+            one = bound(SHAPES[name], rank=rank, batch_size=batch_size, ceilings=ceilings)
             times = [1e6 * one.seconds[kind] for kind in KINDS]
             cells = [name, str(batch_size), f"{one.flops / 1e9:.2f}"]
             cells += [f"{time:.2f}" for time in [*times, sum(times)]]
@@ -158,4 +166,12 @@ def table(*, rank: int) -> str:
 
 
 if __name__ == "__main__":
-    print(table(rank=16))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--tflops", type=float, default=H100.flops / 1e12, help="of a plain product"
+    )
+    parser.add_argument(
+        "--terabytes", type=float, default=H100.bytes / 1e12, help="a second of a plain copy"
+    )
+    given = parser.parse_args()
+    print(table(rank=16, ceilings=Ceilings(1e12 * given.tflops, 1e12 * given.terabytes)))

@@ -12,8 +12,8 @@ sweep (`SWEEP_TRIALS` whole trials of the target). Regret is the excess of the e
 the best there is between the bounds, as a fraction; beside it, choice and fixed sweep's choice are
 compared on fresh seeds. Same seed, same numbers.
 
-Not here: the noise scale alone, since the simulator knows no gradients. It has no time either;
-seconds of real models are in `ladder.py`.
+Not here: the noise scale alone, since the simulator knows no gradients, nor any time. `ladder.py`
+has both for real models.
 """
 
 import math
@@ -192,7 +192,7 @@ def constant(wanted: int) -> Rule:
     def rule(bench: Bench) -> Choice | None:
         size = bench.size(wanted)
         lab, cell = bench.at_target(size, bench.start, step=UNINFORMED_STEP)
-        return _choice(cell, bench.cost(lab))
+        return choice_of(cell, bench.cost(lab))
 
     return rule
 
@@ -210,7 +210,7 @@ def square_root(bench: Bench) -> Choice | None:
 def formula(bench: Bench) -> Choice | None:
     """A formula's LR, believed: searched in small steps about it, at batch size 128."""
     lab, cell = bench.at_target(bench.size(128), bench.start, step=1.5)
-    return _choice(cell, bench.cost(lab))
+    return choice_of(cell, bench.cost(lab))
 
 
 def tuned(bench: Bench) -> Choice | None:
@@ -231,7 +231,7 @@ def without_neighbours(bench: Bench) -> Choice | None:
         return None
     expected = expected_rate(found, answer, pair=bench.pair)
     lab, cell = bench.at_target(answer.batch_size, expected, step=1.5)
-    return _choice(cell, bench.cost(lab, searched))
+    return choice_of(cell, bench.cost(lab, searched))
 
 
 def paper(bench: Bench) -> Choice | None:
@@ -246,7 +246,7 @@ def paper(bench: Bench) -> Choice | None:
     study = _target_study((answer.batch_size,), tuple(rates))
     seeds = study.seeds.model_copy(update={"around_best": 2})
     (cell,) = make_cells(lab.run(study.model_copy(update={"seeds": seeds})))
-    return _choice(cell, bench.cost(lab, searched))
+    return choice_of(cell, bench.cost(lab, searched))
 
 
 def three_terms(bench: Bench) -> Choice | None:
@@ -277,7 +277,7 @@ def three_terms(bench: Bench) -> Choice | None:
     assert near.best is not None
     expected = bench.pair.carried(rate_between(near) or near.best.learning_rate)
     lab, cell = bench.at_target(size, expected, step=1.5)
-    return _choice(cell, bench.cost(lab, searched))
+    return choice_of(cell, bench.cost(lab, searched))
 
 
 RULES: dict[str, Rule] = {
@@ -513,7 +513,8 @@ def _train(lab: Lab) -> Callable[[tuple[int, ...], tuple[float, ...]], Sequence[
     return lambda sizes, rates: lab.run(_target_study(sizes, rates))
 
 
-def _choice(cell: Cell | None, cost: float) -> Choice | None:
+def choice_of(cell: Cell | None, cost: float) -> Choice | None:
+    """A searched batch size with the best LR that was found there."""
     if cell is None or cell.best is None:
         return None
     return Choice(cell.trial.batch_size, cell.best.learning_rate, cost)

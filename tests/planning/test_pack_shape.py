@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from loratune.planning.pack_shape import SHARE_OF_MEMORY, pack_bytes, plan_pack
-from loratune.planning.packing import PackShape
+from loratune.planning.pack_shape import SHARE_OF_MEMORY, head_bytes, pack_bytes, plan_pack
+from loratune.planning.packing import PackShape, logit_rows
 from loratune.records import ModelFacts
 from tiny_trials import random_data, tiny_trial
 
@@ -34,6 +34,14 @@ def facts_of(shape: str) -> ModelFacts:
     return timed_shape(shape).facts
 
 
+def planned_then(shape: PackShape, model: ModelFacts) -> int:
+    """Today's plan with the head of the engine that was measured: two chunks of logits at once."""
+    planned = pack_bytes(shape, model=model, precision="bfloat16", targets=TARGETS)
+    rows = min(2 * logit_rows(model.vocab_size), shape.tokens_per_step)
+    of_head = 2 * rows * (model.vocab_size + model.hidden_size)
+    return planned - head_bytes(shape, model=model, precision="bfloat16") + of_head
+
+
 def recorded() -> list[Any]:
     """Every measured pack of today's engine, with the packs before it whose workspaces stayed."""
     tables = json.loads((ROOT / "docs" / "log" / "throughput-h100.json").read_text())
@@ -53,6 +61,13 @@ def recorded() -> list[Any]:
                 cases.append(pytest.param(one, left, id=f"{table}: {label}"))
             before += 1
     assert len(cases) == 13
+    # An engine later, on an H200: one workspace for all packs.
+    later = json.loads((ROOT / "docs" / "log" / "throughput-h200.json").read_text())["results"]
+    packs = [one for one in later if one["case"]["what"] == "packed"]
+    assert len(packs) == 15
+    for one in packs:
+        label = "{shape}, {num_adapters} x {batch_size}".format(**one["case"])
+        cases.append(pytest.param(one, 0, id=f"H200: {label}"))
     return cases
 
 
@@ -67,35 +82,27 @@ def test_planned_memory_is_within_5_percent_of_every_recorded_pack(result: Any, 
         magnitudes=case["method"] == "dora",
     )
     model = facts_of(case["shape"])
-    planned = pack_bytes(shape, model=model, precision="bfloat16", targets=TARGETS)
-    expected = planned + before * LEFT_BY_EARLIER_PACK
+    expected = planned_then(shape, model) + before * LEFT_BY_EARLIER_PACK
     assert expected == pytest.approx(result["peak_memory_bytes"], rel=0.05)
 
 
-def random_packs() -> list[Any]:
-    """The recorded random packs before which little of earlier packs was left on the device."""
-    path = ROOT / "docs" / "log" / "random-packs-h100.json"
-    packs = list(json.loads(path.read_text())["results"].values())
-    least = min(one["reserved_before_bytes"] for one in packs)
-    found = [
-        (PackShape(**one["shape"]), one["reserved_bytes"] - (one["reserved_before_bytes"] - least))
-        for one in packs
-        if one["reserved_before_bytes"] - least < 2**30 and not one["was_shrunk"]
-    ]
-    assert len(found) == 54
-    return found
-
-
 def planned_over_taken() -> list[float]:
+    """Of every recorded random pack, less what earlier packs had left on the device."""
+    path = ROOT / "docs" / "log" / "random-packs-h200.json"
+    packs = list(json.loads(path.read_text())["results"].values())
+    assert len(packs) == 100
+    assert not any(one["num_out_of_memory"] or one["was_shrunk"] or one["error"] for one in packs)
+    least = min(one["reserved_before_bytes"] for one in packs)
     return [
-        pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS) / taken
-        for shape, taken in random_packs()
+        planned_then(PackShape(**one["shape"]), facts_of("135m"))
+        / (one["reserved_bytes"] - (one["reserved_before_bytes"] - least))
+        for one in packs
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="reached by three in four: docs/benchmarks.md")
+@pytest.mark.xfail(strict=True, reason="reached by five in six: docs/benchmarks.md")
 def test_planned_memory_is_within_5_percent_of_every_recorded_random_pack():
-    # Rows of many lengths leave holes in the allocator's segments, and of a pack of 1 GiB the
+    # Rows of many lengths left holes in the allocator's segments, and of a pack of 1 GiB the
     # smallest segments are several percent.
     assert all(0.95 <= one <= 1.05 for one in planned_over_taken())
 
@@ -103,8 +110,8 @@ def test_planned_memory_is_within_5_percent_of_every_recorded_random_pack():
 def test_planned_memory_of_random_packs_is_no_further_off_than_docs_benchmarks_says():
     # Not what is promised: what was found, so that a change for the worse shows.
     ratios = planned_over_taken()
-    assert sum(0.95 <= one <= 1.05 for one in ratios) >= 0.75 * len(ratios)
-    assert 0.86 < min(ratios) < max(ratios) < 1.16
+    assert sum(0.95 <= one <= 1.05 for one in ratios) >= 0.84 * len(ratios)
+    assert 0.85 < min(ratios) < max(ratios) < 1.08
 
 
 SMALL = PackShape(num_slots=8, tokens_per_step=4096, rank=16)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loratune.planning.packing import logit_rows
 
@@ -45,10 +44,17 @@ def head_losses(
         token_losses = losses_and_gradients
     losses = [hidden_MD.new_zeros(0, dtype=torch.float32)]
     grad_MD = torch.zeros_like(hidden_MD) if with_gradient else None
-    step = logit_rows(len(weight_VD))
+    step = min(logit_rows(len(weight_VD)), len(hidden_MD))
+    # Of one size for all steps of a size, however many targets they have: an allocator keeps a
+    # block for every size that it was ever asked for.
+    room_LV = hidden_MD.new_empty(step, len(weight_VD))
     for begin in range(0, len(targets.index_L), step):
         index, labels, _, weights = (part[begin : begin + step] for part in targets)
-        logits_LV = functional.linear(hidden_MD[index], weight_VD, bias_V)
+        logits_LV = room_LV[: len(index)]
+        if bias_V is None:
+            torch.mm(hidden_MD[index], weight_VD.t(), out=logits_LV)
+        else:
+            torch.addmm(bias_V, hidden_MD[index], weight_VD.t(), out=logits_LV)
         losses.append(token_losses(logits_LV, labels, weights, with_gradient=with_gradient))
         if grad_MD is not None:
             grad_MD.index_copy_(0, index, logits_LV @ weight_VD)

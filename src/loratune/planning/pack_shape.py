@@ -179,10 +179,9 @@ def token_bytes(
 
 
 def head_bytes(shape: PackShape, *, model: ModelFacts, precision: str) -> int:
-    """Logits of one chunk of target tokens, and of the next one while that is still held."""
+    """Logits of one chunk of target tokens, their hidden states and the gradient of these."""
     rows = min(logit_rows(model.vocab_size), shape.tokens_per_step)
-    held = min(2 * rows, shape.tokens_per_step)
-    return BYTES[precision] * held * (model.vocab_size + model.hidden_size)
+    return BYTES[precision] * rows * (model.vocab_size + 2 * model.hidden_size)
 
 
 def sums_bytes(shape: PackShape, *, model: ModelFacts, targets: Sequence[str]) -> int:
