@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from scipy import stats
@@ -280,6 +282,13 @@ def test_a_trial_that_ends_otherwise_in_the_pack_alone_refutes_it(benchmark_modu
     both = results(reference="diverged", packed="diverged")
     (group,), remarks, refuted = module.groups_of(bench, both)
     assert (len(group.packed), len(remarks), refuted) == (1, 1, False)
+
+
+def test_the_first_step_is_timed_from_the_start_of_the_process(benchmark_module: Any):
+    module = benchmark_module("first_step")
+    one = module.first_step("tiny", batch_size=2, device=torch.device("cpu"))
+    running = time.time() - psutil.Process().create_time()
+    assert 0 < one.imports < one.engine < one.first_update <= running
 
 
 # ---------------------------------------------------------------------------- random packs
