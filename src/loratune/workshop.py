@@ -573,6 +573,7 @@ class LocalWorkshop:
             num_processes=num_processes,
             memory_bytes=total,
             gradient_checkpointing=self.gradient_checkpointing,
+            probed=self.loaded.study.noise_scale is not None,
         )
 
     def _tokens_per_microbatch(self, trial: Trial) -> int:

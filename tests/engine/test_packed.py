@@ -911,6 +911,24 @@ def too_small(
     return made
 
 
+def test_weights_lie_side_by_side_before_the_slots_are_made(monkeypatch):
+    # Or they would take what is left over of the slots' memory, and hold it after the pack.
+    trials, base = one_of_each()[:1], tiny_base()
+    made = packed_module.Slots
+    layers = [base.model.get_submodule(f"model.layers.0.self_attn.{name}_proj") for name in "qkv"]
+    met = list[set[int]]()
+
+    def slots(*args: Any, **kwargs: Any) -> Any:
+        met.append({one.weight.untyped_storage().data_ptr() for one in layers})
+        return made(*args, **kwargs)
+
+    before = [one.weight.detach().clone() for one in layers]
+    monkeypatch.setattr(packed_module, "Slots", slots)
+    pack(trials, [SMALL, LARGE], base=base)
+    assert [len(storages) for storages in met] == [1]
+    assert all(torch.equal(one.weight, was) for one, was in zip(layers, before, strict=True))
+
+
 @pytest.mark.parametrize("fails_at", [{0}, {3}, {6, 7, 13}])
 def test_out_of_memory_all_trials_go_on_in_a_smaller_pack_with_the_same_numbers(
     monkeypatch, fails_at

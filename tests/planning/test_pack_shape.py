@@ -126,6 +126,7 @@ SMALL = PackShape(num_slots=8, tokens_per_step=4096, rank=16)
         {"corrected": True},
         {"magnitudes": True},
         {"dropout": True},
+        {"probed": True},
     ],
 )
 def test_whatever_a_pack_has_more_of_takes_memory(more: dict[str, Any]):
@@ -134,6 +135,25 @@ def test_whatever_a_pack_has_more_of_takes_memory(more: dict[str, Any]):
 
     assert needed(replace(SMALL, **more)) > needed(SMALL)
     assert needed(replace(SMALL, gradient_checkpointing=True)) < needed(SMALL)
+
+
+def test_a_probed_step_keeps_its_tokens_a_second_time():
+    def needed(shape: PackShape) -> int:
+        return pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS)
+
+    probed = replace(SMALL, probed=True)
+    of_tokens = needed(replace(SMALL, tokens_per_step=8192)) - needed(SMALL)
+    assert needed(probed) - needed(SMALL) == pytest.approx(of_tokens, rel=0.02)
+    data, model = random_data(40), facts_of("135m")
+    trials = [replace(tiny_trial(data, batch_size=4), targets=TARGETS)]
+    rows = replace(data.facts, max_row_tokens=512, num_tokens=40 * 256)
+    plain, looked_at = (
+        plan_pack(trials, model=model, data=[rows], memory_bytes=2 * 2**30, probed=probed)
+        for probed in (False, True)
+    )
+    assert looked_at.probed
+    assert needed(looked_at) <= SHARE_OF_MEMORY * 2 * 2**30
+    assert looked_at.tokens_per_step <= plain.tokens_per_step
 
 
 @pytest.mark.parametrize("gibibytes", [2, 3, 4, 8, 16, 80])

@@ -256,6 +256,7 @@ class Decoder:
         device = self._base.device
         if device.type != "cuda":
             return most
+        release_memory(device)
         free, _ = torch.cuda.mem_get_info(device)
         of_a_seat = seat_bytes(self._base.model, self._needs)
         return max(1, min(most, int(SHARE_FOR_SEATS * free / max(1, of_a_seat))))

@@ -37,13 +37,11 @@ class ReplayPool:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.MemPool()
+        # The other allocator, CUDA's own asynchronous one, has no pools to take memory from.
+        is_native = torch.cuda.get_allocator_backend() == "native"
+        self._pool = torch.cuda.MemPool() if is_native else None
+        self.id = torch.cuda.graph_pool_handle() if self._pool is None else self._pool.id
         self._captured: list[tuple[int, bool]] = []
-
-    @property
-    def id(self) -> tuple[int, int]:
-        """What a capture takes its memory from."""
-        return self._pool.id
 
     @contextmanager
     def warming_up(self, num_tokens: int, *, backward: bool) -> Generator[None]:
@@ -53,10 +51,13 @@ class ReplayPool:
         captured that is as large: what a first call leaves for good, workspaces of cuBLAS and of
         our kernels, would hold the pool's segments when all else in them is gone.
         """
-        if any(
+        is_covered = any(
             tokens >= num_tokens and (with_backward or not backward)
             for tokens, with_backward in self._captured
-        ):
+        )
+        if is_covered and self._pool is not None:
+            # Within a pool the allocator does not give back what is cached outside of it.
+            release_memory(self._device)
             with (
                 # A pool is one thread's, and a backward has a thread of its own elsewhere.
                 torch.autograd.set_multithreading_enabled(False),

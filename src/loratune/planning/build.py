@@ -179,7 +179,14 @@ def make_plan(
         power=plan_power(study, noise),
         provisional=any(trial.provisional for trial in trials),
         packs=(
-            plan_packs(trials, costs, models=models, data=data, memory_bytes=rate.memory_bytes)
+            plan_packs(
+                trials,
+                costs,
+                models=models,
+                data=data,
+                memory_bytes=rate.memory_bytes,
+                probed=study.noise_scale is not None,
+            )
             if rate.memory_bytes is not None
             else ()
         ),

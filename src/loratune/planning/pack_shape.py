@@ -37,6 +37,7 @@ def plan_pack(
     memory_bytes: int | None,
     num_processes: int = 1,
     gradient_checkpointing: bool = False,
+    probed: bool = False,
 ) -> PackShape:
     """The shape of a pack for trials of one model and one set of targets.
 
@@ -52,6 +53,7 @@ def plan_pack(
             its part of them.
         gradient_checkpointing: blocks keep their input alone. Also chosen where without it only a
             quarter of the tokens would fit.
+        probed: the noise scale is measured.
     """
     longest = max(facts.max_row_tokens for facts in data)
     mean = sum(facts.num_tokens for facts in data) / sum(facts.num_train_rows for facts in data)
@@ -76,6 +78,7 @@ def plan_pack(
             magnitudes=any(choice.has_magnitudes for choice in choices),
             dropout=any(trial.dropout > 0 for trial in trials),
             gradient_checkpointing=checkpointing,
+            probed=probed,
         )
 
     # The largest batches of so many trials: what the slots can give at once.
@@ -107,12 +110,18 @@ def plan_pack(
 def pack_bytes(
     shape: PackShape, *, model: ModelFacts, precision: str, targets: Sequence[str]
 ) -> int:
-    """Peak memory of a pack on a CUDA device, as far as PyTorch takes it (the context is not)."""
+    """Peak memory of a pack on a CUDA device, as far as PyTorch takes it (the context is not).
+
+    A probed step runs eagerly, and its activations come on top of those that captured steps keep
+    for good. That they are no more than compiled blocks would keep is an assumption.
+    """
+    times = 2 if shape.probed else 1
     return round(
         weight_bytes(model, precision)
         + WORKSPACE_BYTES
         + shape.num_slots * slot_bytes(shape, model=model, precision=precision, targets=targets)
-        + shape.tokens_per_step
+        + times
+        * shape.tokens_per_step
         * token_bytes(shape, model=model, precision=precision, targets=targets)
         + head_bytes(shape, model=model, precision=precision)
         + sums_bytes(shape, model=model, targets=targets)

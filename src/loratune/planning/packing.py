@@ -32,7 +32,8 @@ class PackShape:
 
     `tokens_per_step` bounds the tokens that go through the model at once. `rank` is the largest of
     the trials. `corrected`, `magnitudes` and `dropout` say whether any trial of the pack takes a
-    part out of the base, trains DoRA's magnitudes, or drops features.
+    part out of the base, trains DoRA's magnitudes, or drops features; `probed`, whether gradients
+    of single rows are looked at in some steps.
     """
 
     num_slots: int
@@ -42,6 +43,7 @@ class PackShape:
     magnitudes: bool = False
     dropout: bool = False
     gradient_checkpointing: bool = False
+    probed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

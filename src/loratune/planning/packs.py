@@ -68,6 +68,7 @@ def plan_packs(
     models: Mapping[str, ModelFacts],
     data: Mapping[DataKey, DataFacts],
     memory_bytes: int,
+    probed: bool = False,
 ) -> tuple[PlannedPack, ...]:
     """The packs of a study on an H100, or a device like it, with so much memory.
 
@@ -79,6 +80,7 @@ def plan_packs(
         models: by the study's names.
         data: by model and rows.
         memory_bytes: of the device.
+        probed: the study measures the noise scale.
     """
     groups = dict[tuple[object, ...], list[tuple[Trial, TrialCost]]]()
     for trial, cost in zip(trials, costs, strict=True):
@@ -91,7 +93,11 @@ def plan_packs(
         first, model = members[0], models[members[0].model]
         row_sets = dict.fromkeys((trial.model, trial.rows) for trial in members)
         shape = plan_pack(
-            members, model=model, data=[data[key] for key in row_sets], memory_bytes=memory_bytes
+            members,
+            model=model,
+            data=[data[key] for key in row_sets],
+            memory_bytes=memory_bytes,
+            probed=probed,
         )
         flops = math.fsum(cost.flops for _, cost in group)
         flops *= CHECKPOINTED if shape.gradient_checkpointing else 1.0
