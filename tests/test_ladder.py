@@ -96,6 +96,36 @@ def test_the_rules_find_the_best_of_a_recorded_pair_and_pay_by_flops(tmp_path, c
     assert capsys.readouterr().out == text
 
 
+def test_the_noise_scale_is_measured_in_one_trial_a_seed(tmp_path):
+    arguments = ["noise", "--out", str(tmp_path), "--models", "demo:1m", "--device", "cpu"]
+    assert main([*arguments, "--rows", "640", "--seeds", "2"]) == 0
+    rows = list(csv.DictReader((tmp_path / "demo-1m-noise.csv").read_text().splitlines()))
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    assert {row["verdict"] for row in rows} <= {"estimate", "at least", "undetermined"}
+
+
+def test_the_noise_scale_alone_is_a_batch_size_or_declines(tmp_path):
+    proxy = write(tmp_path / "demo-1m.csv", best_rate=4e-3, best_size=8, flops=1e6)
+    target = write(tmp_path / "demo-28m.csv", best_rate=2e-3, best_size=8, flops=28e6)
+    assert "noise scale alone" not in {one.rule for one in ladder_cases(proxy, target)}
+    # Three seeds choose, in turn: 8 rows, at least 16, none.
+    (tmp_path / "demo-28m-noise.csv").write_text(
+        "seed,verdict,noise_scale,low,high\n0,estimate,9.1,4,30\n1,at least,,17,\n"
+        "2,undetermined,,,\n3,estimate,7.5,3,60\n"
+    )
+    ours = [one for one in ladder_cases(proxy, target) if one.rule == "noise scale alone"]
+    regrets = [one.regret for one in ours]
+    assert regrets[0] == pytest.approx(0.0, abs=0.005)
+    assert regrets[1] == pytest.approx(0.05, abs=0.01)
+    assert regrets[2] is None
+    # One trial to measure, and the search of the LR: one trial more than a constant batch size.
+    constant = next(one for one in ladder_cases(proxy, target) if one.rule == "constant 16")
+    assert ours[1].cost is not None
+    assert constant.cost is not None
+    assert ours[1].cost == pytest.approx(constant.cost + 1 / 189)
+    assert ours[1].time == pytest.approx(ours[1].cost)
+
+
 def test_a_rule_that_asks_for_what_was_not_recorded_has_no_case(tmp_path):
     proxy = write(tmp_path / "demo-1m.csv", best_rate=4e-3, best_size=8, flops=1e6)
     target = write(tmp_path / "demo-28m.csv", best_rate=0.5, best_size=8, flops=28e6)
