@@ -310,7 +310,7 @@ def _noise_scales(grid: Path) -> dict[int, float | None]:
 
 def noise_scale_alone(bench: Bench, target: Recorded) -> Choice | None:
     """The batch size that is the target's noise scale, measured in one trial; the LR searched."""
-    measured = target.noise_scales[target.chooses[0]]
+    measured = target.noise_scales.get(target.chooses[0])
     if measured is None:
         return None
     target.spent += target.seconds_of[bench.size(NOISE_BATCH_SIZE)]

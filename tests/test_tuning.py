@@ -121,11 +121,22 @@ def test_when_the_budget_is_over_the_answer_is_what_can_be_said(asked):
     (answer,) = api.recommend(asked.out)
     assert answer.undecided
     assert answer.batch_size is None
-    # Without an end it goes on with the study that was begun.
+    # Without an end it takes the finest search, and trains nothing of the coarser one again.
     runs.seconds_per_update = 0.0
     runs.tune(replace(asked, budget_seconds=None))
-    assert runs.studies[1].text == runs.studies[0].text
+    sizes = [set(loaded.study.batch_size) for loaded in runs.studies[:2]]
+    assert sizes[0] < sizes[1] == {1, 2, 4, 8, 16, 32}
+    assert len(set(runs.trained)) == len(runs.trained)
     assert api.recommend(asked.out)[0].confirmed
+
+
+def test_a_budget_too_short_for_any_search_still_begins_one_that_can_tell_batch_sizes_apart(asked):
+    rows = Path(asked.data)
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:120]), encoding="utf-8")
+    runs = Runs()
+    # The coarsest search of so few rows would have batch size 4 alone.
+    runs.tune(replace(asked, budget_seconds=1e-3, started=time.monotonic()))
+    assert len(runs.studies[0].study.batch_size) > 1
 
 
 def test_a_stop_is_a_stop_and_no_answer(asked):

@@ -25,14 +25,14 @@ GRID_BATCH_SIZES = (2, 8, 32, 128)
 GRID_LEARNING_RATES = "{values: [1e-4, 2e-4, 5e-4, 1e-3, 2e-3], extend: 4}"
 # A proxy is cheap: every power of two, with two learning rates from which the search walks to the
 # best one, which gets neighbours and seeds. The second, with fewer seeds, is for proxies whose
-# search would be dear beside the target, those after it for when time is short. Never fewer rows:
-# the best batch size moves with them.
+# search would be dear beside the target, those after it for when time is short; each is part of
+# those before it, which take its trials over when there is more time. Never fewer rows: the best
+# batch size moves with them.
 PROXY_GRIDS = (
     ((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), "[5e-4, 2e-3]", 2),
     ((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), "[5e-4, 2e-3]", 1),
-    ((1, 4, 16, 64, 256), "[1e-4, 3e-4, 1e-3, 3e-3]", 2),
-    ((2, 8, 32, 128), "[3e-4, 1e-3, 3e-3]", 1),
-    ((4, 16, 64), "[1e-3, 3e-3]", 1),
+    ((1, 4, 16, 64, 256), "[5e-4, 2e-3]", 1),
+    ((4, 16, 64), "[5e-4, 2e-3]", 1),
 )
 # What the finest search on a proxy is planned to cost of a fixed sweep on the target, in FLOPs. Up
 # to the first, all stays below 5% with it, since the target's own trials are 2% to 3%; up to the

@@ -218,16 +218,15 @@ def _affordable(
 ) -> LoadedStudy:
     """The finest of the proxy's studies that its share of the budget has time for, or the last.
 
-    From the FLOPs of each and the rate at which this device runs the proxy's own blocks now. One
-    that was begun goes on; none before the `first` is begun.
+    From the FLOPs of each and the rate at which this device runs the proxy's own blocks now. None
+    before the `first`, none that could not tell one batch size from another, and none coarser than
+    one that was begun, whose trials a finer one takes over.
     """
     begun = ResultsFolder(ResultsFolder(asked.out).proxy).study
-    if begun.is_file():
-        text = begun.read_text(encoding="utf-8")
-        for loaded in studies:
-            if loaded.text == text:
-                return loaded
-    studies = studies[first:]
+    text = begun.read_text(encoding="utf-8") if begun.is_file() else None
+    last = next((at for at, one in enumerate(studies) if one.text == text), len(studies) - 1)
+    telling = [one for one in studies[first : last + 1] if len(one.study.batch_size) > 1]
+    studies = telling or [studies[min(first, last)]]
     if asked.budget_seconds is None:
         return studies[0]
     device = choose_device(asked.device)
