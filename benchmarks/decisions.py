@@ -92,7 +92,7 @@ def coverage_part(num_simulations: int) -> None:
 
 def answers_part(num_simulations: int) -> None:
     """How often that interval covers, for right and wrong answers, and for seeds of each method."""
-    print(f"coverage in %, {num_simulations:,} simulations each, a quarter at 20 seeds")
+    print(f"coverage in %, {num_simulations:,} simulations each")
     sizes = (3, 5, 20)
     print(f"| answers | questions | seeds | {' | '.join(f'{size} seeds' for size in sizes)} |")
     print("| --- | --- | --- |" + " --- |" * len(sizes))
@@ -105,7 +105,7 @@ def answers_part(num_simulations: int) -> None:
                 paired=paired,
                 num_seeds=size,
                 num_questions=num_questions,
-                num_simulations=num_simulations if size < 20 else num_simulations // 4,
+                num_simulations=num_simulations,
                 seed=number,
             )
             for size in sizes
