@@ -43,9 +43,8 @@ from loratune.errors import ModelError
 from loratune.methods.resident import Resident
 from loratune.models.load import set_gradient_checkpointing
 from loratune.models.targets import block_linears, decoder_blocks, target_modules
+from loratune.planning.targets import SIBLINGS
 
-# Layers of these names read the same input wherever they stand side by side.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # How far the packed logits may lie from the base's own, relative to their largest: rounding.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # How far the base's own logits may lie from its head's product alone: the same one, rounded once.
