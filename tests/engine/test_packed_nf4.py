@@ -5,6 +5,7 @@ Tolerances in float32 are those of `test_packed`, for its reasons.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -52,9 +53,8 @@ def draw(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 def quantised(weight_ED: Tensor) -> tuple[list[Tensor], Tensor]:
     """A weight as the operators take it, and unpacked by the table that bitsandbytes gives."""
-    from bitsandbytes.functional import quantize_4bit  # pyright: ignore[reportMissingImports]
-
-    numbers, state = quantize_4bit(weight_ED, blocksize=64, quant_type="nf4")
+    functional: Any = import_module("bitsandbytes.functional")
+    numbers, state = functional.quantize_4bit(weight_ED, blocksize=64, quant_type="nf4")
     pairs = torch.stack([numbers.flatten() >> 4, numbers.flatten() & 15], dim=1)
     blocks = state.code[pairs.flatten().long()].view(-1, 64) * state.absmax[:, None]
     return [numbers, state.absmax], blocks.view(weight_ED.shape).to(weight_ED.dtype)
@@ -366,13 +366,18 @@ def test_compiled_blocks_over_nf4_give_the_same_numbers(monkeypatch, targets):
     "compile_blocks", [pytest.param(False, marks=ON_CUDA), pytest.param(True, marks=ON_CUDA)]
 )
 def test_on_cuda_a_pack_over_nf4_equals_the_reference_engine(compile_blocks):
-    """Not run on a CUDA device yet. In float32 as `test_packed` promises there."""
+    """Not run on a CUDA device yet. In float32 as `test_packed` promises there.
+
+    In float32 against the unpacked weights: how exactly bitsandbytes' kernels multiply packed ones
+    there is not known here. In bfloat16 against its own.
+    """
     base = nf4_base(device="cuda")
     before = bits_of(base)
     packed = pack(TRIALS, [SMALL, LARGE], base=base, compile_blocks=compile_blocks)
+    twin = twin_of(base, torch.float32)
     for trial in TRIALS:
-        reference = alone(base, trial)
-        way = way_of(base, trial, reference[1])
+        reference = alone(twin, trial)
+        way = way_of(twin, trial, reference[1])
         outcome, adapter = numbers_of(packed, trial)
         errors = errors_of(outcome, adapter, against=reference, way=way)
         assert errors.pop("weights") < 1e-3, trial.trial_id
