@@ -326,21 +326,19 @@ def test_a_quantised_precision_without_bitsandbytes_is_refused(
         load_base("demo:1m", precision=precision, device=device)
 
 
-def test_nf4_on_a_cpu_needs_a_bitsandbytes_that_was_seen_to_compute_there(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_bitsandbytes_that_is_too_old_is_refused(
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(load, "find_spec", lambda name: name)
     monkeypatch.setattr(load, "version", lambda name: "0.49.2")
-    expected = r"nf4 on a CPU needs bitsandbytes 0\.50 or newer, and 0\.49\.2 is installed"
+    expected = r"nf4 needs bitsandbytes 0\.50 or newer, and 0\.49\.2 is installed"
     with pytest.raises(ModelError, match=expected):
-        load_base("demo:1m", precision="nf4", device="cpu")
+        load_base("demo:1m", precision="nf4", device=device)
     for newer in ("0.50.0", "0.51.0.dev0", "1.0"):
         monkeypatch.setattr(load, "version", lambda name, newer=newer: newer)
-        check_precision("demo:1m", "nf4", device=torch.device("cpu"))
-    # There its kernels are other ones.
-    monkeypatch.setattr(load, "version", lambda name: "0.46.1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    check_precision("demo:1m", "nf4", device=torch.device("cuda"))
+        check_precision("demo:1m", "nf4", device=torch.device(device))
 
 
 @NEEDS_BITSANDBYTES

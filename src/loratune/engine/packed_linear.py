@@ -355,7 +355,7 @@ def unpacked(
     for member, (low, high) in enumerate(pairwise(segments)):
         numbers, scales = packed[2 * member : 2 * member + 2]
         given = (numbers, scales, block_size, "nf4", [high - low, width], dtype)
-        if like.is_cuda:
+        if like.is_cuda:  # No copy.
             unpack.out(*given, out=weight_ED[low:high])
         else:  # Its code for CPUs writes into memory of its own alone.
             weight_ED[low:high] = unpack.default(*given)

@@ -57,8 +57,8 @@ Precision = Literal["bfloat16", "float16", "float32", "nf4", "int8"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUANTISED = ("nf4", "int8")
-# From here on bitsandbytes has been seen to quantise, unpack and multiply nf4 on a CPU.
-BITSANDBYTES_ON_CPU = (0, 50)
+# What was read and, on a CPU, run; pyproject.toml says so too. Transformers would take 0.46.1.
+OLDEST_BITSANDBYTES = (0, 50)
 
 # Where a multimodal checkpoint keeps its text model, in the layouts that transformers has had.
 _TEXT_PREFIX = {r"^(model\.)?language_model\.(model\.)?": "model."}
@@ -249,16 +249,15 @@ def _check_quantisation(source: str, precision: str, *, device: torch.device) ->
             f"model {source}: precision {precision} needs the package bitsandbytes, which is not "
             "installed; pip install bitsandbytes, or choose precision bfloat16"
         )
-    if on_cpu:
-        installed = version("bitsandbytes")
-        major, minor, *_ = installed.split(".")
-        if (int(major), int(minor)) < BITSANDBYTES_ON_CPU:
-            needed = ".".join(map(str, BITSANDBYTES_ON_CPU))
-            raise ModelError(
-                f"model {source}: precision nf4 on a CPU needs bitsandbytes {needed} or newer, and "
-                f"{installed} is installed; pip install --upgrade bitsandbytes, or choose "
-                "precision float32"
-            )
+    installed = version("bitsandbytes")
+    major, minor, *_ = installed.split(".")
+    if (int(major), int(minor)) < OLDEST_BITSANDBYTES:
+        needed = ".".join(map(str, OLDEST_BITSANDBYTES))
+        raise ModelError(
+            f"model {source}: precision {precision} needs bitsandbytes {needed} or newer, and "
+            f"{installed} is installed; pip install --upgrade bitsandbytes, or choose precision "
+            "bfloat16"
+        )
 
 
 def prepare_nf4_on_cpu(model: PreTrainedModel, *, source: str) -> None:
