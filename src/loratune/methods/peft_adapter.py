@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from loratune.errors import ModelError
 from loratune.methods.adapter_files import AdapterFiles
-from loratune.models.load import quiet_bitsandbytes
 from loratune.records import Trial
 
 ADAPTER = "default"
@@ -70,11 +69,7 @@ def attach_peft(
 
 @contextmanager
 def quiet_peft() -> Generator[None]:
-    """Silence the one warning that PEFT 0.21 causes on transformers 5 by its own code.
-
-    And what bitsandbytes says when it is imported, which PEFT does here where it is installed.
-    """
-    quiet_bitsandbytes()
+    """Silence the one warning that PEFT 0.21 causes on transformers 5 by its own code."""
     with warnings.catch_warnings():
         # PeftModel asks for a property that transformers renamed; it still answers rightly.
         warnings.filterwarnings(

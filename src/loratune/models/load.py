@@ -285,19 +285,10 @@ def prepare_nf4_on_cpu(model: PreTrainedModel, *, source: str) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def quiet_bitsandbytes() -> None:
-    """Silence two remarks of bitsandbytes; before it is imported, which PEFT does where it is.
-
-    In every product in eight bits it would say that it computes in float16, which stands above; and
-    on a CPU that it misses a package for the layout that `prepare_nf4_on_cpu` switches off.
-    """
-    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _quantisation(precision: str, *, dtype: torch.dtype) -> BitsAndBytesConfig:
-    quiet_bitsandbytes()
     if precision == "int8":
+        # It would say in every product that it computes in float16; the docstring says it once.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
