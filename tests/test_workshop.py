@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from feeds import ListFeed
 from loratune import run, workshop
+from loratune.engine.base import Finished
 from loratune.errors import ModelError, StudyError
 from loratune.planning.build import make_plan
 from loratune.planning.cost import H100
@@ -16,6 +18,7 @@ from loratune.study.identity import cell_key
 from loratune.study.loading import parse_study
 from loratune.study.schema import DeclaredModel
 from loratune.workshop import EngineChoice, LocalWorkshop
+from nf4_bases import NEEDS_BITSANDBYTES
 from tiny_models import save_tiny
 
 STUDY = """\
@@ -158,8 +161,39 @@ def test_a_family_that_computes_something_else_when_packed_is_said_or_refused(
 
 def test_a_precision_that_cannot_be_had_is_refused_before_anything_is_written(tmp_path):
     text = FAMILY.format(model=tmp_path / "not looked at", rows=tmp_path / "nor.jsonl")
-    text = text.replace("precision: float32", "precision: nf4")
+    text = text.replace("precision: float32", "precision: int8")
     loaded = parse_study(text, name="quantised.yaml", folder=tmp_path)
-    with pytest.raises(ModelError, match="precision nf4 needs a CUDA device"):
+    with pytest.raises(ModelError, match="precision int8 needs a CUDA device"):
         run(loaded, out=tmp_path / "out", device="cpu", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_int8_is_left_to_the_reference_engine_and_the_reason_is_said(tmp_path):
+    text = FAMILY.format(model="demo:1m", rows=tmp_path / "rows.jsonl")
+    text = text.replace("precision: float32", "precision: int8")
+    loaded = parse_study(text, name="quantised.yaml", folder=tmp_path)
+    (remark,) = LocalWorkshop(loaded, torch.device("cpu"))._unpacked()
+    assert "reference engine; LLM.int8 rounds activations as well" in remark
+    packed = LocalWorkshop(loaded, torch.device("cpu"), engine_choice="packed")
+    with pytest.raises(StudyError, match=r"a base in int8: LLM\.int8 rounds activations as well"):
+        packed.plan()
+
+
+@NEEDS_BITSANDBYTES
+@pytest.mark.parametrize("choice", ["auto", "packed"])
+def test_a_study_over_nf4_trains_in_a_pack(tmp_path, choice):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"q": "say {n}", "a": "{n}"}}\n' for n in range(12)))
+    text = FAMILY.format(model="demo:1m", rows=rows)
+    text = text.replace("precision: float32", "precision: nf4")
+    text = text.replace("learning_rate: 1e-3", "learning_rate: [1e-3, 1e-2]")
+    loaded = parse_study(text, name="quantised.yaml", folder=tmp_path)
+    shop = LocalWorkshop(loaded, torch.device("cpu"), engine_choice=choice)
+    (group,) = shop.groups(shop.plan().trials)
+    said = list[str]()
+    engine = shop.engine(group, remark=said.append)
+    assert engine.name == "packed"
+    assert said == []
+    assert shop._unpacked() == ()
+    ends = [one for one in engine.train(ListFeed(group)) if isinstance(one, Finished)]
+    assert [one.outcome.status for one in ends] == ["done", "done"]

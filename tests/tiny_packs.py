@@ -80,6 +80,7 @@ def pack(
     wants: Callable[[], bool] = lambda: False,
     drops: Callable[[str], bool] = lambda trial_id: False,
     bars: Mapping[str, Bar] | None = None,
+    targets: Sequence[str] = ("all-linear",),
     **engine: Any,
 ) -> Packed:
     """All trials on one packed engine, to their ends."""
@@ -87,7 +88,7 @@ def pack(
         base or tiny_base(),
         {one.facts.fingerprint: one for one in data},
         shape=shape or shape_for(trials),
-        targets=("all-linear",),
+        targets=targets,
         **engine,
     )
     feed = ListFeed(trials, snapshots or {}, wants=wants, drops=drops, bars=bars or {})

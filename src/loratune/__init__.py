@@ -4,7 +4,12 @@ The Python API is this module: every command is a function here. Nothing heavy i
 of them is called.
 """
 
+import logging
 from typing import TYPE_CHECKING
+
+# Here, because PEFT imports bitsandbytes wherever it is installed: on some CPUs that says that it
+# misses a package, which is for a layout of weights that `models.load` switches off.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from loratune.api import (

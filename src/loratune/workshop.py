@@ -50,9 +50,9 @@ from loratune.models.load import (
 from loratune.models.sources import locate
 from loratune.models.targets import block_linears
 from loratune.planning.build import DEFAULT_TOKENS_PER_MICROBATCH, Plan, make_plan
-from loratune.planning.cost import H100, QUANTISED_BYTES, Rate, tokens_that_fit
+from loratune.planning.cost import H100, Rate, tokens_that_fit
 from loratune.planning.pack_shape import plan_pack
-from loratune.planning.packing import PackShape
+from loratune.planning.packing import NOT_PACKED, PackShape
 from loratune.planning.shapes import declared_data_facts, declared_model_facts
 from loratune.planning.trials import DataKey
 from loratune.records import (
@@ -274,7 +274,9 @@ def measured_flops_per_second(
         device
     )
     inputs = base.model.get_input_embeddings()(ids_BT).detach().requires_grad_()
-    num_weights = sum(linear.weight.numel() for linear in block_linears(base.model).values())
+    linears = block_linears(base.model).values()
+    # Not their tensors' own count: two weights in nf4 lie in one number.
+    num_weights = sum(linear.in_features * linear.out_features for linear in linears)
     seconds = list[float]()
     for _ in range(4):
         began = time.perf_counter()
@@ -447,7 +449,7 @@ class LocalWorkshop:
     def _is_packed(self, trial: Trial) -> bool:
         return (
             self.engine_choice != "reference"
-            and trial.precision not in QUANTISED_BYTES
+            and trial.precision not in NOT_PACKED
             and isinstance(load_method(trial.method.name), Packable)
         )
 
@@ -457,9 +459,16 @@ class LocalWorkshop:
         return tuple(name for name in names if not isinstance(load_method(name), Packable))
 
     def _unpacked(self) -> tuple[str, ...]:
-        """A remark on the methods that `auto` does not pack."""
-        names = self._unpackable()
-        if not names or self.engine_choice != "auto":
+        """A remark on what `auto` does not pack: the whole study, or some of its methods."""
+        names, precision = self._unpackable(), self.loaded.study.precision
+        if self.engine_choice != "auto":
+            return ()
+        if precision in NOT_PACKED:
+            return (
+                f"precision {precision}: trained one trial after another by the reference engine; "
+                f"{NOT_PACKED[precision]}",
+            )
+        if not names:
             return ()
         return (
             f"{', '.join(names)}: trained one trial after another by the reference engine; "
@@ -474,9 +483,10 @@ class LocalWorkshop:
             raise StudyError(
                 f"the packed engine can't train the method {', '.join(names)}; give --engine auto"
             )
-        if precision in QUANTISED_BYTES:
+        if precision in NOT_PACKED:
             raise StudyError(
-                f"the packed engine can't train over a base in {precision}; give --engine auto"
+                f"the packed engine can't train over a base in {precision}: "
+                f"{NOT_PACKED[precision]}; give --engine auto"
             )
 
     @cached_property

@@ -141,7 +141,7 @@ def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
         downs, ups = [a - a0, a0], [scaled * b, scaled * (b - b0)]
     routes = routing(fresh=(1, 2, 4)).tensors()
     y, h, correction, rescaled = packed_linear(
-        x, x_adapter, weight, bias if biased else None, downs, ups, gain, routes, segments
+        x, x_adapter, [weight], None, bias if biased else None, downs, ups, gain, routes, segments
     )
     # y alone tells what the gain multiplied, or it is kept.
     is_scaled = gained and not biased and not dropped
@@ -188,7 +188,8 @@ def test_a_group_of_layers_is_its_formula_and_its_gradients_are_autograds(
         h,
         correction,
         y if is_scaled else rescaled,
-        weight,
+        [weight],
+        None,
         downs,
         ups,
         scale_A,

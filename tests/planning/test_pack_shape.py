@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from loratune.planning.pack_shape import SHARE_OF_MEMORY, head_bytes, pack_bytes, plan_pack
+from loratune.planning.pack_shape import (
+    SHARE_OF_MEMORY,
+    head_bytes,
+    pack_bytes,
+    plan_pack,
+    unpacked_bytes,
+)
 from loratune.planning.packing import PackShape, logit_rows
 from loratune.records import ModelFacts
 from tiny_trials import random_data, tiny_trial
@@ -180,3 +186,20 @@ def test_a_pack_has_slots_for_its_processs_part_of_the_trials(num_processes: int
         num_processes=num_processes,
     )
     assert shape.num_slots == slots
+
+
+def test_a_quantised_base_needs_room_for_its_widest_unpacked_group():
+    llama = facts_of("7b")
+    shape = PackShape(num_slots=1, tokens_per_step=4096, rank=16)
+
+    def needed(precision: str = "nf4", targets: tuple[str, ...] = TARGETS, **changes: Any) -> int:
+        return unpacked_bytes(
+            replace(shape, **changes), model=llama, precision=precision, targets=targets
+        )
+
+    assert needed("bfloat16") == 0
+    assert needed() == 2 * 2 * 4096 * 11008
+    # Each layer is alone beside a dropout, and where no adapter is on all that read one input.
+    assert needed(dropout=True) == 2 * 4096 * 11008
+    assert needed(targets=("gate_proj",)) == 2 * 4096 * 11008
+    assert needed(targets=("q_proj", "k_proj", "v_proj")) == 2 * 3 * 4096 * 4096

@@ -5,7 +5,7 @@ import pytest
 from loratune.methods import load_method
 from loratune.methods.base import Packable
 from loratune.planning.build import make_plan
-from loratune.planning.cost import H100, stated_rate
+from loratune.planning.cost import H100, stated_rate, weight_bytes
 from loratune.planning.pack_shape import pack_bytes
 from loratune.planning.packs import H100_PACKED, packed_flops_per_second
 from loratune.planning.text import plan_text
@@ -48,9 +48,21 @@ def test_a_pack_stands_in_the_text_and_in_the_json():
     assert pack["peak_memory_bytes"] == plan.packs[0].peak_memory_bytes
 
 
-def test_a_device_of_unknown_memory_and_a_quantised_base_have_no_pack():
+def test_a_device_of_unknown_memory_and_a_base_in_int8_have_no_pack():
     assert planned(rate=stated_rate(100)).packs == ()
-    assert planned(precision="nf4").packs == ()
+    assert planned(precision="int8").packs == ()
+
+
+def test_over_nf4_a_pack_is_planned_with_the_quantised_weights_and_one_unpacked_group():
+    (whole,), (packed,) = planned().packs, planned(precision="nf4").packs
+    assert packed.shape == whole.shape
+    saved = weight_bytes(model(), "bfloat16") - weight_bytes(model(), "nf4")
+    # Gate and up, 48 x 32 each, in 16 bits.
+    unpacked = 2 * 2 * 48 * 32
+    assert whole.peak_memory_bytes - packed.peak_memory_bytes == saved - unpacked
+    assert packed.hours == whole.hours
+    text = plan_text(planned(precision="nf4"), list_trials=False)
+    assert f"8 trials of small in {packed.shape.num_slots} slots" in text
 
 
 def test_each_target_set_and_each_base_has_a_pack_of_its_own():

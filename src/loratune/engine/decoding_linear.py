@@ -64,7 +64,8 @@ class DecodingGroup(nn.Module):
             y_ME, *_ = packed_linear(
                 x_MD,
                 None,
-                self.weight_ED,
+                [self.weight_ED],
+                None,
                 self.bias_E,
                 [self.down_AKD],
                 [self.up_ARE],

@@ -19,6 +19,10 @@ needs it.
 Layers that read the same input (query, key and value; gate and up) are one group: one product with
 their weights side by side, one pass over the input for all of their adapters.
 
+A base in nf4 stays packed: its weights are unpacked inside the operators, forward and backward, by
+bitsandbytes' own code and in the precision of x, as its Linear4bit does. So neither autograd nor
+the compiler sees an unpacked weight, and no more than one group's is there at a time.
+
 The gradients of A, B and m do not travel through autograd: they are summed into float32 buffers
 that outlive a step, since a batch may be spread over several. The compiler is not told that the
 backward writes into them: told, it copies the whole buffer of all slots for each layer (seen with
@@ -60,7 +64,8 @@ def products_on(device_type: str) -> GroupedProducts:
 def packed_linear(
     x: Tensor,
     x_adapter: Tensor | None,
-    weight: Tensor,
+    weights: Sequence[Tensor],
+    block_size: int | None,
     bias: Tensor | None,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
@@ -75,7 +80,8 @@ def packed_linear(
     Args:
         x: M x D.
         x_adapter: what the adapters see, where it is not x.
-        weight: E x D.
+        weights: one, E x D; with a `block_size` what `unpacked` takes.
+        block_size: None where the weights are not packed.
         bias: E.
         downs: one or two of A x K x D.
         ups: one or two of A x R x E.
@@ -95,6 +101,7 @@ def packed_linear(
         dropped = torch.empty_like(hs[1])
         products.shrink(x_adapter - x, downs[1:], routes, into=[dropped])
         hs[0] += dropped
+    weight = weights[0] if block_size is None else unpacked(weights, block_size, segments, like=x)
     y = x.new_empty(len(x), weight.shape[0])
     kept = _kept(y, bias, x_adapter, gain)
     if gain is None:
@@ -124,7 +131,8 @@ def packed_linear(
 def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
     x: Tensor,
     x_adapter: Tensor | None,
-    weight: Tensor,
+    weights: Sequence[Tensor],
+    block_size: int | None,
     bias: Tensor | None,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
@@ -132,7 +140,7 @@ def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
     routing: Sequence[Tensor],
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y = x.new_empty(x.shape[0], segments[-1])
     hs = [x.new_empty(x.shape[0], down.shape[1]) for down in downs]
     correction = hs[1] if len(hs) == 2 else x.new_empty(0)
     return y, hs[0], correction, _kept(y, bias, x_adapter, gain)
@@ -152,7 +160,8 @@ def packed_linear_backward(
     h: Tensor,
     correction: Tensor,
     rescaled: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
+    block_size: int | None,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scale: Tensor,
@@ -182,7 +191,7 @@ def packed_linear_backward(
     if gain is not None:
         assert inverse_norm is not None
         assert grad_magnitude is not None
-        through_gain = x.new_empty(len(x), weight.shape[0])
+        through_gain = x.new_empty(len(x), segments[-1])
         products.rescale_gradient(
             grads,
             rescaled,
@@ -213,6 +222,7 @@ def packed_linear_backward(
     corrects_apart = x_adapter is not None and len(downs) == 2
     through = [grad_hs[0], grad_hs[0]] if corrects_apart else grad_hs
     products.expand(through, downs, routes, into_MN=grad_seen)
+    weight = weights[0] if block_size is None else unpacked(weights, block_size, segments, like=x)
     if x_adapter is None or gain is not None:
         _add_through(grads, weight, segments, into=grad_seen)
         if x_adapter is None:
@@ -238,7 +248,8 @@ def _(  # pyright: ignore[reportUnusedFunction]  # registered by its decorator
     h: Tensor,
     correction: Tensor,
     rescaled: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
+    block_size: int | None,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scale: Tensor,
@@ -270,7 +281,8 @@ class _PackedLinears(torch.autograd.Function):
         y, h, correction, rescaled = packed_linear(
             x,
             x_adapter,
-            group.weight_ED,
+            group.weights,
+            group.block_size,
             group.bias_E,
             group.downs,
             group.ups,
@@ -305,7 +317,8 @@ class _PackedLinears(torch.autograd.Function):
             h,
             correction,
             rescaled,
-            group.weight_ED,
+            group.weights,
+            group.block_size,
             group.downs,
             group.ups,
             group.scale_A,
@@ -319,6 +332,34 @@ class _PackedLinears(torch.autograd.Function):
             group.segments,
         )
         return grad_x, None if x_adapter is None else grad_seen, None
+
+
+def unpacked(
+    packed: Sequence[Tensor], block_size: int, segments: Sequence[int], *, like: Tensor
+) -> Tensor:
+    """The members' weights side by side, E x D, in the precision of `like`, M x D.
+
+    Args:
+        packed: of each member its numbers, uint8, two nf4 codes each, and its scales, float32, one
+            for each block of the weight's numbers row after row.
+        block_size: numbers of a block.
+        segments: bounds of the members in E.
+        like: what the weights will be multiplied with.
+    """
+    # bitsandbytes registered its operators when the base was loaded with it.
+    unpack = torch.ops.bitsandbytes.dequantize_4bit
+    width, dtype = like.shape[1], like.dtype
+    if len(segments) == 2:
+        return unpack.default(*packed, block_size, "nf4", [segments[1], width], dtype)
+    weight_ED = like.new_empty(segments[-1], width)
+    for member, (low, high) in enumerate(pairwise(segments)):
+        numbers, scales = packed[2 * member : 2 * member + 2]
+        given = (numbers, scales, block_size, "nf4", [high - low, width], dtype)
+        if like.is_cuda:  # No copy.
+            unpack.out(*given, out=weight_ED[low:high])
+        else:  # Its code for CPUs writes into memory of its own alone.
+            weight_ED[low:high] = unpack.default(*given)
+    return weight_ED
 
 
 def _before_gain(group: "PackedGroup", y_ME: Tensor, routing: Sequence[Tensor]) -> Tensor:
@@ -368,15 +409,16 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
 class PackedGroup(nn.Module):
     """Linear layers that read one input, under one set of slots. Called by its first member.
 
-    `weight` is the members' weights side by side, E x D. All tensors are views of the pack's;
-    `index` is the group's place in its layout.
+    `weights` is one, the members' side by side, E x D; with a `block_size` it is what `unpacked`
+    takes. All tensors are views of the pack's; `index` is the group's place in its layout.
     """
 
     def __init__(
         self,
         *,
         index: int,
-        weight_ED: Tensor,
+        weights: Sequence[Tensor],
+        block_size: int | None,
         bias_E: Tensor | None,
         segments: Sequence[int],
         downs: Sequence[Tensor],
@@ -392,7 +434,7 @@ class PackedGroup(nn.Module):
     ) -> None:
         super().__init__()
         self.index = index
-        self.weight_ED = weight_ED
+        self.weights, self.block_size = list(weights), block_size
         self.bias_E = bias_E
         self.segments = list(segments)
         self.downs, self.ups = list(downs), list(ups)

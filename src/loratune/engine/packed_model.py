@@ -43,9 +43,8 @@ from loratune.errors import ModelError
 from loratune.methods.resident import Resident
 from loratune.models.load import set_gradient_checkpointing
 from loratune.models.targets import block_linears, decoder_blocks, target_modules
+from loratune.planning.targets import SIBLINGS
 
-# Layers of these names read the same input wherever they stand side by side.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # How far the packed logits may lie from the base's own, relative to their largest: rounding.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # How far the base's own logits may lie from its head's product alone: the same one, rounded once.
@@ -264,7 +263,7 @@ def _siblings(
         if own != family[0] or any(one not in left for one in names):
             continue
         members = [linears[one] for one in names]
-        if len({(one.in_features, has_bias(one)) for one in members}) == 1:
+        if len({(one.in_features, has_bias(one), one.weight.dtype) for one in members}) == 1:
             return names
     return (name,)
 
@@ -341,9 +340,11 @@ def _replace_linears(model: PreTrainedModel, slots: Slots, step: StepRouting) ->
         magnitude = gradient.magnitude_AE
         at_m = slots.layout.m_offsets[index] - slots.layout.ends[1]
         outputs = slice(at_m, at_m + sum(shape.out_features))
+        weights, block_size = group_weights(members, shape.names)
         group = PackedGroup(
             index=index,
-            weight_ED=side_by_side(members),
+            weights=weights,
+            block_size=block_size,
             bias_E=torch.cat([one.bias.detach() for one in members])
             if has_bias(members[0])
             else None,
@@ -375,15 +376,55 @@ def has_bias(linear: nn.Linear) -> bool:
     return cast("Tensor | None", linear.bias) is not None
 
 
+def group_weights(
+    members: Sequence[nn.Linear], names: Sequence[str]
+) -> tuple[list[Tensor], int | None]:
+    """A group's weights as `PackedGroup` takes them, with their block size where they are packed.
+
+    Packed weights stay where they are: the operators unpack each member's to its place.
+
+    Args:
+        members: the layers, all of one precision.
+        names: theirs, for the message.
+
+    Raises:
+        ModelError: a weight is quantised otherwise than to nf4 without double quantisation.
+    """
+    if members[0].weight.is_floating_point():
+        return [side_by_side(members)], None
+    packed, block_sizes = list[Tensor](), set[int]()
+    for one, name in zip(members, names, strict=True):
+        # bitsandbytes' parameter carries it; other quantised layers have none.
+        state: Any = getattr(one.weight, "quant_state", None)
+        if (
+            state is None
+            or one.weight.dtype != torch.uint8
+            or state.quant_type != "nf4"
+            or state.nested
+            or tuple(state.shape) != (one.out_features, one.in_features)
+        ):
+            raise ModelError(
+                f"the weight of {name} is quantised ({one.weight.dtype}), and packing unpacks "
+                "nf4 without double quantisation alone; use --engine reference"
+            )
+        # A plain tensor: the compiler would look into bitsandbytes' own kind.
+        packed += [one.weight.detach().as_subclass(Tensor), state.absmax]
+        block_sizes.add(int(state.blocksize))
+    (block_size,) = block_sizes
+    return packed, block_size
+
+
 def lay_side_by_side(model: PreTrainedModel, groups: Sequence[GroupShape]) -> None:
     """Lay each group's weights as `installed` needs them, which outlasts a pack.
 
     Before its slots are made: what is left at the end of a slots' segment would take such a weight,
-    and the allocator could never give that segment back.
+    and the allocator could never give that segment back. Quantised weights stay where they are.
     """
     linears = block_linears(model)
     for shape in groups:
-        side_by_side([linears[name] for name in shape.names])
+        members = [linears[name] for name in shape.names]
+        if members[0].weight.is_floating_point():
+            side_by_side(members)
     # As much is left behind: 8 GiB of a 7B model.
     release_memory(model.device)
 

@@ -10,8 +10,9 @@ bitsandbytes, which is imported for them alone: NormalFloat in four bits, a floa
 64 weights (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, without its double quantisation), and
 LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339). Embeddings, norms, the output head and the
 arithmetic are bfloat16 where the device has it, else float16; LLM.int8's products are float16
-whatever surrounds them. The refusals are tested everywhere, the loading only by `make test-gpu`
-where bitsandbytes is installed, and that has not been run on a CUDA device yet.
+whatever surrounds them. int8 needs a CUDA device: on a CPU bitsandbytes trains with unpacked
+weights and whole activations, which is no LLM.int8. nf4 also loads on a CPU, tested with
+bitsandbytes 0.50.2; neither has been run on a CUDA device yet (`make test-gpu` would).
 
 A tokenizer.json is taken as it stands. transformers 5 would rebuild the tokenizer from the class
 that tokenizer_config.json or the model type names, and that class brings its own rule for cutting
@@ -26,6 +27,7 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Literal, cast
 
@@ -49,11 +51,14 @@ from loratune.errors import ModelError
 from loratune.models.fingerprint import fingerprint
 from loratune.models.gguf import check_gguf, repair_tokenizer
 from loratune.models.sources import Location, has_custom_code, locate, read_json
+from loratune.models.targets import block_linears
 
 Precision = Literal["bfloat16", "float16", "float32", "nf4", "int8"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUANTISED = ("nf4", "int8")
+# What was read and, on a CPU, run; pyproject.toml says so too. Transformers would take 0.46.1.
+OLDEST_BITSANDBYTES = (0, 50)
 
 # Where a multimodal checkpoint keeps its text model, in the layouts that transformers has had.
 _TEXT_PREFIX = {r"^(model\.)?language_model\.(model\.)?": "model."}
@@ -105,7 +110,7 @@ def load_base(
 
     Args:
         source: hub id, local folder, file.gguf (dequantised to `precision`), or demo:4m.
-        precision: of the frozen weights; nf4 and int8 need a CUDA device and bitsandbytes.
+        precision: of the frozen weights; nf4 and int8 need bitsandbytes, int8 a CUDA device too.
         trust_remote_code: run the repository's own Python code; only for sources that you trust.
         gradient_checkpointing: keep only each block's input for the backward pass and compute the
             rest again; the same gradients for less memory and about a third more time.
@@ -132,6 +137,8 @@ def load_base(
     model.config.use_cache = False
     if precision not in QUANTISED:  # those were quantised on their device, and stay there
         model.to(where)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to untyped
+    elif where.type == "cpu":
+        prepare_nf4_on_cpu(model, source=source)
     if gradient_checkpointing:
         set_gradient_checkpointing(model, enabled=True)
     return Base(
@@ -148,7 +155,7 @@ def check_precision(source: str, precision: str, *, device: torch.device) -> Non
 
     Raises:
         ModelError: it is unknown; or bfloat16, on a card that only emulates it; or quantised,
-            without a CUDA device or bitsandbytes.
+            without bitsandbytes or what bitsandbytes needs.
     """
     if precision not in _DTYPES and precision not in QUANTISED:
         known = ", ".join([*_DTYPES, *QUANTISED])
@@ -230,16 +237,52 @@ def read_config(location: Location, *, trust_remote_code: bool = False) -> PreTr
 
 def _check_quantisation(source: str, precision: str, *, device: torch.device) -> None:
     """Refuse where bitsandbytes cannot work, before anything is read."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    on_cuda = device.type == "cuda" and torch.cuda.is_available()
+    on_cpu = device.type == "cpu" and precision == "nf4"
+    if not on_cuda and not on_cpu:
         raise ModelError(
             f"model {source}: precision {precision} needs a CUDA device, and the device is "
-            f"{device}; choose precision bfloat16, or float32 on a CPU"
+            f"{device}; choose precision bfloat16, or float32 or nf4 on a CPU"
         )
     if find_spec("bitsandbytes") is None:
         raise ModelError(
             f"model {source}: precision {precision} needs the package bitsandbytes, which is not "
             "installed; pip install bitsandbytes, or choose precision bfloat16"
         )
+    installed = version("bitsandbytes")
+    major, minor, *_ = installed.split(".")
+    if (int(major), int(minor)) < OLDEST_BITSANDBYTES:
+        needed = ".".join(map(str, OLDEST_BITSANDBYTES))
+        raise ModelError(
+            f"model {source}: precision {precision} needs bitsandbytes {needed} or newer, and "
+            f"{installed} is installed; pip install --upgrade bitsandbytes, or choose precision "
+            "bfloat16"
+        )
+
+
+def prepare_nf4_on_cpu(model: PreTrainedModel, *, source: str) -> None:
+    """Keep bitsandbytes' code for CPUs from another base than the one that was quantised.
+
+    Where the processor multiplies bfloat16 itself, a Linear4bit that is asked without a gradient
+    packs its weight anew, for good, and rounds its scales to 16 bits: validation would change what
+    is trained on. And unpacking takes every row to begin with a block of its own (seen with
+    bitsandbytes 0.50.2), so that a row that is no whole number of blocks comes out wrong.
+
+    Raises:
+        ModelError: a layer has such rows.
+    """
+    for name, linear in block_linears(model).items():
+        if linear.weight.is_floating_point():
+            continue
+        layer: Any = linear
+        size = int(layer.weight.quant_state.blocksize)
+        if linear.in_features % size:
+            raise ModelError(
+                f"model {source}: {name} has {linear.in_features} inputs, and on a CPU "
+                f"bitsandbytes unpacks rows of whole blocks of {size} alone; choose precision "
+                "float32, or a CUDA device"
+            )
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _quantisation(precision: str, *, dtype: torch.dtype) -> BitsAndBytesConfig:

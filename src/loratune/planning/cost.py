@@ -6,7 +6,8 @@ linear weights of the blocks, f the share of tokens with loss, V h the output he
 attended length (limited by a sliding window), w the attention width, L the layers.
 
 Not covered: validation, generation, the start of a process, the SVD of PiSSA and MiLoRA, the time
-and the memory in which a quantised layer's weights are unpacked for each product.
+in which a quantised layer's weights are unpacked for each product, and, for one adapter at a time,
+the memory (`pack_shape` counts it for a pack).
 """
 
 # scipy has no complete types.

@@ -3,17 +3,18 @@
 Memory is what the packed engine takes from the device, term by term: the base; a row of parameters,
 gradient, moments and factors for each slot; what the blocks keep of each token for the backward
 pass; what the last norm, one block's backward and the head need beside it; the gradients' partial
-sums; cuBLAS' workspaces. What blocks keep was read off the graphs that torch's partitioner makes of
-the compiled blocks (Llama and Qwen3, torch 2.13). Left out, because it is less than a percent:
-norms' and attention's sums a token, and holes that sizes leave in the allocator's segments.
+sums; cuBLAS' workspaces; over a quantised base one group's unpacked weight. What blocks keep was
+read off the graphs that torch's partitioner makes of the compiled blocks (Llama and Qwen3, torch
+2.13). Left out, because it is less than a percent: norms' and attention's sums a token, and holes
+that sizes leave in the allocator's segments.
 """
 
 import math
 from collections.abc import Sequence
 
-from loratune.planning.cost import BYTES, weight_bytes
+from loratune.planning.cost import BYTES, QUANTISED_BYTES, weight_bytes
 from loratune.planning.packing import TOKENS_SUMMED_AT_ONCE, PackShape, logit_rows
-from loratune.planning.targets import matched_linears
+from loratune.planning.targets import SIBLINGS, matched_linears
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.methods import describe
 
@@ -125,6 +126,7 @@ def pack_bytes(
         * token_bytes(shape, model=model, precision=precision, targets=targets)
         + head_bytes(shape, model=model, precision=precision)
         + sums_bytes(shape, model=model, targets=targets)
+        + unpacked_bytes(shape, model=model, precision=precision, targets=targets)
     )
 
 
@@ -201,3 +203,19 @@ def sums_bytes(shape: PackShape, *, model: ModelFacts, targets: Sequence[str]) -
     widest = shape.rank * max(3 * model.hidden_size, *sides)
     chunks = shape.tokens_per_step // TOKENS_SUMMED_AT_ONCE + shape.num_slots
     return 4 * chunks * widest
+
+
+def unpacked_bytes(
+    shape: PackShape, *, model: ModelFacts, precision: str, targets: Sequence[str]
+) -> int:
+    """The widest unpacked weight of a quantised base: of layers that read one input, all of them.
+
+    Layers without an adapter are unpacked one by one. Beside a dropout every layer is alone.
+    """
+    if precision not in QUANTISED_BYTES:
+        return 0
+    sizes = {one.name: one.in_features * one.out_features for one in model.linears}
+    adapted = {one.name for one in matched_linears(model, targets)}
+    families = [] if shape.dropout else [one for one in SIBLINGS if adapted.issuperset(one)]
+    together = [sum(sizes[name] for name in family) for family in families]
+    return BYTES[precision] * max([*sizes.values(), *together])

@@ -19,6 +19,11 @@ from loratune.records import Trial
 TOKENS_SUMMED_AT_ONCE = 1024
 # Logits of so many numbers are made at once.
 LOGITS_AT_ONCE = 2**27
+# Precisions of a base that the packed engine does not have, and why.
+NOT_PACKED = {
+    "int8": "LLM.int8 rounds activations as well, so that a product with unpacked weights would be "
+    "another number"
+}
 
 
 def logit_rows(vocab_size: int) -> int:

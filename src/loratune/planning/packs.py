@@ -1,7 +1,8 @@
 """What a study's packs will look like and take: slots, tokens a step, memory, hours. Pure.
 
 An estimate from a measured table of one device. Not covered: start-up and compilation, validation,
-steps that are not full (a study whose trials cannot fill a step is slower), DoRA's own work.
+steps that are not full (a study whose trials cannot fill a step is slower), DoRA's own work, the
+time in which a base in nf4 is unpacked.
 """
 
 # numpy is only partly typed.
@@ -13,9 +14,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from loratune.planning.cost import QUANTISED_BYTES, TrialCost
+from loratune.planning.cost import TrialCost
 from loratune.planning.pack_shape import pack_bytes, plan_pack
-from loratune.planning.packing import PackShape
+from loratune.planning.packing import NOT_PACKED, PackShape
 from loratune.planning.trials import DataKey
 from loratune.records import DataFacts, ModelFacts, Trial
 from loratune.study.methods import describe
@@ -72,7 +73,7 @@ def plan_packs(
 ) -> tuple[PlannedPack, ...]:
     """The packs of a study on an H100, or a device like it, with so much memory.
 
-    Trials that the packed engine does not have (adalora, quantised bases) are in none.
+    Trials that the packed engine does not have (adalora, int8 bases) are in none.
 
     Args:
         trials: all of the study.
@@ -84,7 +85,7 @@ def plan_packs(
     """
     groups = dict[tuple[object, ...], list[tuple[Trial, TrialCost]]]()
     for trial, cost in zip(trials, costs, strict=True):
-        if describe(trial.method.name).packable and trial.precision not in QUANTISED_BYTES:
+        if describe(trial.method.name).packable and trial.precision not in NOT_PACKED:
             key = (trial.model, trial.precision, trial.targets)
             groups.setdefault(key, []).append((trial, cost))
     packs = list[PlannedPack]()

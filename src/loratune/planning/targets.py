@@ -13,6 +13,8 @@ from loratune.errors import ModelError
 from loratune.records import LinearShape, ModelFacts
 
 ALL_LINEAR = "all-linear"
+# Layers of these names read the same input wherever they stand side by side.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def means(target: str, name: str) -> bool:

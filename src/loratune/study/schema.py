@@ -610,7 +610,7 @@ class Study(Section):
         description="* hub id, local folder, file.gguf, or demo:1m | demo:4m | demo:12m | demo:28m"
     )
     precision: Literal["bfloat16", "float16", "float32", "nf4", "int8"] = Field(
-        description="of the frozen base (nf4 and int8 with bitsandbytes on a CUDA device); "
+        description="of the frozen base (nf4 and int8 with bitsandbytes, int8 on a CUDA device); "
         "adapters and optimizer state are float32"
     )
     data: Data
