@@ -44,12 +44,13 @@ seeds: 2
 schedule: {kind: cosine}
 """
 NUM_TRIALS = 16
-# The last section of the design, word by word.
+# The last section of the design, word by word, and what came after it.
 RESULT_COLUMNS = [
     "trial_id", "study", "status", "method", "model", "rank", "alpha", "targets", "batch_size",
     "learning_rate", "seed", "protocol", "epochs", "num_train_rows", "schedule", "warmup_steps",
     "beta2", "precision", "data_fingerprint", "select_on", "num_updates", "train_loss",
     "validation_loss", "seconds", "tokens", "peak_memory_bytes", "engine", "error",
+    "purpose",
 ]  # fmt: skip
 CELL_COLUMNS = [
     "best_learning_rate", "lr_at_edge", "score", "score_metric", "higher_is_better",

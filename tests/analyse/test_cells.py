@@ -141,11 +141,13 @@ def test_accuracies_are_maximised_and_named_by_their_task():
     assert test.best.learning_rate == 1e-4
 
 
-def test_the_columns_are_the_trials_without_rate_and_seed_then_the_choice():
+def test_the_columns_are_the_trials_without_what_differs_within_a_cell_then_the_choice():
     results = sweep(lambda size, rate, seed: rate + seed, seeds=2)
     table = cells_table(make_cells(results))
     shared = [
-        name for name in results_table(results).columns if name not in ("learning_rate", "seed")
+        name
+        for name in results_table(results).columns
+        if name not in ("learning_rate", "seed", "purpose")
     ]
     assert list(table.columns)[: len(shared)] == shared
     assert list(table.columns)[len(shared) :][:8] == [

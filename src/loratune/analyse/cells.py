@@ -33,6 +33,9 @@ from loratune.planning.bar import half_way_loss
 from loratune.records import Trial, TrialResult
 from loratune.study.identity import cell_key
 
+# Columns of a trial that differ within a cell: trials that confirm lie in the searched ones' cells.
+_WITHIN_CELL = frozenset({"learning_rate", "seed", "purpose"})
+
 
 @dataclass(frozen=True, slots=True)
 class TriedRate:
@@ -141,7 +144,7 @@ def answered_at(cell: Cell, learning_rate: float) -> Cell:
 
 
 def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
-    """One row per cell: the trial columns without LR and seed, then what was chosen.
+    """One row per cell: the trial columns without LR, seed and purpose, then what was chosen.
 
     The trial columns are those of the trials at the best LR: ids joined by "+", losses and
     accuracies the means over seeds, counts, seconds and tokens the sums, memory the largest,
@@ -151,7 +154,7 @@ def cells_table(cells: Sequence[Cell]) -> pd.DataFrame:
     joined by ";", null where there is none.
     """
     within = results_columns(result for cell in cells for result in cell.results)
-    columns = {name: kind for name, kind in within.items() if name not in ("learning_rate", "seed")}
+    columns = {name: kind for name, kind in within.items() if name not in _WITHIN_CELL}
     columns |= {
         "best_learning_rate": "float",
         "lr_at_edge": "bool",

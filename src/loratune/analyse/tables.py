@@ -62,6 +62,7 @@ RUN_COLUMNS = {
     "peak_memory_bytes": "int",
     "engine": "text",
     "error": "text",
+    "purpose": "text",
 }
 
 
@@ -124,6 +125,7 @@ def trial_row(result: TrialResult) -> dict[str, Value]:
         "data_fingerprint": trial.data_fingerprint,
         "select_on": result.select_on,
         "engine": result.engine,
+        "purpose": result.purpose,
     }
     if outcome is not None:
         row |= {

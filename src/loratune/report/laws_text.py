@@ -81,7 +81,13 @@ def _law(law: LearningRateLaw) -> str:
 
 
 def _loss(one: LossFinding) -> str:
-    lines = [f"{one.setting}: loss over batch size M and updates K"]
+    where = f"{one.setting}: " if one.setting else ""
+    lines = [f"{where}loss over batch size M and updates K"]
+    if one.left_out:
+        lines.append(
+            "  left out, without a best rate inside those tried or a second seed: "
+            f"{', '.join(map(str, one.left_out))}"
+        )
     if one.fit is not None:
         terms = [f"{one.fit.floor:.4g}"]
         if one.fit.batch_exponent is not None:
@@ -99,6 +105,9 @@ def _loss(one: LossFinding) -> str:
             f"  best batch size at {one.optimum.samples:,.0f} samples: "
             f"{one.optimum.batch_size:.3g}{_range(one.optimum.low, one.optimum.high)}"
         )
+    if one.tried_best is not None:
+        lines.append(f"  best batch size tried there: {one.tried_best}")
+    lines += [f"  assumed: {text}" for text in one.assumed]
     return "\n".join([*lines, *_open_ends(one.undecided, one.run_next)])
 
 

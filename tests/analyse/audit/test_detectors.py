@@ -108,6 +108,48 @@ def test_seeds_that_change_nothing(tmp_path):
     assert set(found) == {"seeds_change_nothing"}
 
 
+def test_two_of_three_seeds_with_the_same_loss_are_found(tmp_path):
+    def same(row):
+        if row["seed"] == 1 and row["batch_size"] == 8 and row["method"] == "lora":
+            (like,) = [
+                one
+                for one in clean_rows()
+                if one | {"seed": 1} == row | {n: one[n] for n in ("validation_loss", *gsm8k)}
+                and one["seed"] == 0
+            ]
+            return like | {"seed": 1}
+        return row
+
+    gsm8k = ("gsm8k_accuracy", "gsm8k_total")
+    one = spoilt(tmp_path, same)["seeds_change_nothing"]
+    assert numbers(one) == {
+        "num_configurations": 3, "num_configurations_with_seeds": 12, "num_runs": 6,
+    }  # fmt: skip
+
+
+def test_a_table_in_which_all_diverged_says_so(tmp_path):
+    rows = [
+        row | {"validation_loss": "nan", "gsm8k_accuracy": "", "gsm8k_total": ""}
+        for row in clean_rows()
+    ]
+    found = audited(tmp_path, rows)
+    assert "every run diverged: there is no score" in found.remarks[0]
+    assert "Every run diverged" in audit_text(found)
+    assert "diverged" not in "".join(audited(tmp_path, clean_rows()).remarks)
+
+
+def test_runs_without_a_score_are_named(tmp_path):
+    empty = {"validation_loss": "", "gsm8k_accuracy": "", "gsm8k_total": ""}
+    rows = clean_rows()
+    rows[2] |= empty
+    assert audited(tmp_path, rows).remarks == ("1 run is left out for want of a score: line 4",)
+    for row in rows[:10]:
+        row |= empty
+    (remark,) = audited(tmp_path, rows).remarks
+    assert remark.startswith("10 runs are left out")
+    assert remark.endswith("line 9 and 2 more")
+
+
 def test_two_seeds_with_the_same_accuracy_are_luck_three_are_not(tmp_path):
     # Without losses all that is known is a count of right answers.
     def bare(row):
@@ -172,7 +214,8 @@ def test_selection_on_the_test_set_where_nothing_else_is_in_the_file(tmp_path):
         return row
 
     one = spoilt(tmp_path, change)["selected_on_test"]
-    assert "can only have been made on the test set" in one.what
+    # Another choice may have been made, of which the file says nothing.
+    assert "nothing in the file shows another choice" in one.what
     # one configuration of each method: nothing was chosen
     single = spoilt(
         tmp_path,

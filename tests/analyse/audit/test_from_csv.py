@@ -71,11 +71,13 @@ def test_absent_is_not_zero(tmp_path):
 def test_failed_runs_are_no_configurations_and_diverged_ones_are(tmp_path):
     path = file(
         tmp_path,
-        "method,status,validation_loss\nlora,failed,\nlora,diverged,\nlora,done,nan\nlora,done,1\n",
+        "method,status,validation_loss\nlora,failed,\nlora,diverged,\nlora,done,nan\nlora,done,1\n"
+        "lora,stopped,2\n",
     )
     rows = read_csv(path, columns={}).rows
-    assert [row.tried for row in rows] == [False, True, True, True]
-    assert [row.diverged for row in rows] == [False, True, True, False]
+    assert [row.tried for row in rows] == [False, True, True, True, True]
+    assert [row.ended for row in rows] == [False, False, False, True, False]
+    assert [row.diverged for row in rows] == [False, True, True, False, False]
 
 
 def test_a_byte_order_mark_quotes_and_blank_lines_are_read(tmp_path):
@@ -106,6 +108,7 @@ def test_a_byte_order_mark_quotes_and_blank_lines_are_read(tmp_path):
         ("method,gsm8k_accuracy\nlora,101\n", "fraction from 0 to"),
         ("method,gsm8k_accuracy,gsm8k_total\nlora,0.5,0\n", "1 or more"),
         ("method,select_on\nlora,luck\n", "expected validation_loss"),
+        ("method,purpose\nlora,fun\n", "purpose is 'fun'; expected search, adaptive, confirm"),
         ('method,seed\n"lora,0\n', "no CSV"),
     ],
 )

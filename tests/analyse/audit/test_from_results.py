@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 
+from loratune.analyse.audit.from_csv import read_csv
 from loratune.analyse.audit.from_results import table_of_results
 from loratune.analyse.audit.inspect import audit_table
+from loratune.analyse.tables import results_table, table_bytes
 from loratune.errors import AnalysisError
 from simulated import faked_results, result, score, sweep
 
@@ -94,3 +96,45 @@ def test_an_adaptive_search_is_audited_but_for_edges_of_its_rates():
     assert "learning_rate_edge" not in {one.kind for one in audit.findings}
     (left_out,) = [one for one in audit.not_checked if one.kind == "learning_rate_edge"]
     assert "a search chose the learning rates" in left_out.reason
+
+
+def test_a_trial_that_was_stopped_early_was_tried():
+    # Nine rates and nine: two of lora's were given up half-way.
+    made = [
+        result(
+            status="stopped" if method == "lora" and seed == 0 and rate > 5e-3 else "done",
+            loss=bowl(size, rate, seed) + 0.1 * (method == "pissa"),
+            method=method,
+            batch_size=size,
+            learning_rate=rate,
+            seed=seed,
+        )
+        for method in ("lora", "pissa")
+        for size in (4, 16, 64)
+        for rate in (1e-4, 1e-3, 1e-2)
+        for seed in range(3)
+        if not (method == "lora" and seed > 0 and rate > 5e-3)
+    ]
+    # Without those stopped lora has six configurations, and 1e-3 at the upper edge.
+    assert kinds(made) == set()
+
+
+def test_the_table_of_a_search_is_audited_as_its_folder_is(tmp_path):
+    made = [replace(one, purpose="adaptive") for one in clean()]
+    made = [one for one in made if one.trial.learning_rate > 2e-4 or one.trial.batch_size == 16]
+    made += [
+        result(1.0, method="pissa", batch_size=16, learning_rate=1e-3, seed=s, purpose="confirm")
+        for s in (7, 8)
+    ]
+    made.append(result(batch_size=16, learning_rate=3e-2, status="stopped", purpose="adaptive"))
+    path = tmp_path / "results.csv"
+    path.write_bytes(table_bytes(results_table(made), format="csv"))
+    of_folder = audit_table(table_of_results(made))
+    of_table = audit_table(read_csv(path, columns={}))
+    assert of_table.num_rows == of_folder.num_rows == len(made) - 2
+    assert [(one.kind, one.what, one.numbers) for one in of_table.findings] == [
+        (one.kind, one.what, one.numbers) for one in of_folder.findings
+    ]
+    assert of_table.not_checked == of_folder.not_checked
+    # lora's stopped rate is a configuration more.
+    assert [one.kind for one in of_folder.findings] == ["unequal_budgets"]

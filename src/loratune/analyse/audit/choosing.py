@@ -33,7 +33,7 @@ def chooser_of(rows: Sequence[AuditRow]) -> Chooser | None:
 
     Whichever comes first that every run which ended well has; None where there is none.
     """
-    good = [row for row in rows if row.tried and not row.diverged]
+    good = [row for row in rows if row.ended]
     stated = {row.select_on for row in rows}
     candidates = [
         Chooser("validation_loss", higher_is_better=False),
@@ -50,7 +50,10 @@ def chooser_of(rows: Sequence[AuditRow]) -> Chooser | None:
 
 @dataclass(frozen=True, slots=True)
 class TriedConfiguration:
-    """All runs that differ in the seed alone, and the mean of their score; None if one diverged."""
+    """All runs that differ in the seed alone, and the mean of their score.
+
+    None if one diverged or was stopped.
+    """
 
     rows: tuple[AuditRow, ...]
     mean: float | None
@@ -88,4 +91,4 @@ def best_of(
 def _mean(rows: Sequence[AuditRow], chooser: Chooser) -> float | None:
     scores = [chooser.score(row) for row in rows]
     finite = [one for one in scores if one is not None and math.isfinite(one)]
-    return fmean(finite) if len(finite) == len(rows) and not any(r.diverged for r in rows) else None
+    return fmean(finite) if len(finite) == len(rows) and all(row.ended for row in rows) else None

@@ -202,7 +202,9 @@ def one_seed(rows: Sequence[AuditRow]) -> Answer:
     single = [
         (method, of_method)
         for method, of_method in _by_method(tried)
-        if max(len(seeds) for seeds in _seeds(of_method).values()) == 1
+        # A second seed that was stopped early has no score to stand beside the first one's.
+        if max(map(len, _seeds([row for row in of_method if not row.stopped]).values()), default=0)
+        == 1
     ]
     if not single:
         return ()
@@ -225,34 +227,50 @@ def one_seed(rows: Sequence[AuditRow]) -> Answer:
 
 
 def seeds_change_nothing(rows: Sequence[AuditRow]) -> Answer:
-    """Configurations whose runs with different seeds end in exactly the same numbers."""
+    """Configurations in which runs with different seeds end in exactly the same numbers.
+
+    Two runs are enough where the numbers hold a loss. Accuracies alone are counts of right answers,
+    which agree by chance: there all seeds of a configuration must, and three runs in the file.
+    """
     kind: Kind = "seeds_change_nothing"
     grouped = dict[tuple[object, ...], list[AuditRow]]()
     for row in rows:
-        if row.tried and not row.diverged and row.seed is not None:
+        if row.ended and row.seed is not None:
             grouped.setdefault(row.configuration, []).append(row)
-    several = [g for g in grouped.values() if len({row.seed for row in g}) > 1]
+    several = [of_one for of_one in grouped.values() if _num_seeds(of_one) > 1]
     if not several:
         return NotChecked(kind, "no configuration has two seeds")
-    equal = [g for g in several if len({row.scores for row in g}) == 1]
-    by_loss = [g for g in equal if g[0].train_loss is not None or g[0].validation_loss is not None]
-    num_equal_accuracies = sum(len(g) - 1 for g in equal if g not in by_loss)
+    by_loss, by_accuracy = list[list[AuditRow]](), list[list[AuditRow]]()
+    for of_one in several:
+        alike = dict[tuple[float, ...], list[AuditRow]]()
+        for row in of_one:
+            alike.setdefault(row.scores, []).append(row)
+        has_loss = all(
+            row.train_loss is not None or row.validation_loss is not None for row in of_one
+        )
+        if has_loss and (same := [r for g in alike.values() if _num_seeds(g) > 1 for r in g]):
+            by_loss.append(same)
+        elif not has_loss and len(alike) == 1:
+            by_accuracy.append(of_one)
+    num_equal_accuracies = sum(len(of_one) - 1 for of_one in by_accuracy)
     if not by_loss and num_equal_accuracies < _FEWEST_EQUAL_ACCURACIES - 1:
         return ()
-    same = [row for g in equal for row in g]
+    equal = [*by_loss, *by_accuracy]
+    same = [row for of_one in equal for row in of_one]
     return (
         finding(
             kind,
-            f"in {len(equal)} of {len(several)} configurations the seed changes no number",
+            f"in {len(equal)} of {len(several)} configurations runs with different seeds end in "
+            "exactly the same numbers",
             same,
             {
                 "num_configurations": len(equal),
                 "num_configurations_with_seeds": len(several),
                 "num_runs": len(same),
             },
-            why="Runs that differ in the seed and end in equal numbers are one run: the seed "
-            "reaches neither the initialisation nor the order of the rows, and an interval over "
-            "such seeds is too narrow.",
+            why="Unless the numbers were rounded far, runs that differ in the seed and end in "
+            "equal ones are one run: the seed reaches neither the initialisation nor the order of "
+            "the rows, or one run was written down twice. An interval over them is too narrow.",
             run="Check that the seed shuffles the rows and draws the initialisation; run again.",
         ),
     )
@@ -317,7 +335,7 @@ def unequal_scale(rows: Sequence[AuditRow]) -> Answer:
 
 
 def selected_on_test(rows: Sequence[AuditRow]) -> Answer:
-    """Choices made on the test set: stated, or the only ones that the file's scores allow."""
+    """Choices made on the test set: stated, or the only ones that the file's scores show."""
     kind: Kind = "selected_on_test"
     tried = [row for row in rows if row.tried]
     tested = [row for row in tried if row.tests]
@@ -341,8 +359,8 @@ def selected_on_test(rows: Sequence[AuditRow]) -> Answer:
         if held_out or not unsaid or not suspect:
             return ()
         what = (
-            "several configurations of a method have a test score and none a held-out one: the "
-            "choice among them can only have been made on the test set"
+            "several configurations of a method have a test score and none a held-out one: nothing "
+            "in the file shows another choice among them than one made on the test set"
         )
     counts = {
         method: len({row.configuration for row in of_method})
@@ -412,7 +430,7 @@ def batch_size_mismatch(rows: Sequence[AuditRow]) -> Answer:
     kind: Kind = "batch_size_mismatch"
     checked = list[tuple[AuditRow, float | None]]()
     for row in rows:
-        if row.batch_size is None or not row.tried or row.diverged:
+        if row.batch_size is None or not row.ended:
             continue
         made = _made_batch(row)
         seen = _samples(row)
@@ -507,6 +525,10 @@ def _edge(cell: Sequence[TriedConfiguration], chooser: Chooser) -> TriedConfigur
     if best is None or best.learning_rate is None:
         return None
     return best if best.learning_rate in (min(rates), max(rates)) else None
+
+
+def _num_seeds(rows: Sequence[AuditRow]) -> int:
+    return len({row.seed for row in rows})
 
 
 def _seeds(rows: Sequence[AuditRow]) -> dict[tuple[object, ...], set[int | None]]:

@@ -19,7 +19,7 @@ MOST_BYTES = 100 * 2**20
 MOST_ROWS = 200_000
 
 # Our fields and what they hold. `<task>_accuracy` and `<task>_total` come besides.
-_TEXT = ("method", "model", "other", "select_on", "status", "where")
+_TEXT = ("method", "model", "other", "select_on", "status", "purpose", "where")
 _WHOLE = (
     "rank", "batch_size", "seed", "num_updates", "num_samples", "num_train_rows",
     "rows_per_microbatch", "gradient_accumulation_steps", "num_devices",
@@ -28,7 +28,8 @@ _NUMBERS = ("alpha", "learning_rate", "epochs", "train_loss", "validation_loss")
 FIELDS = (*_TEXT, *_WHOLE, *_NUMBERS, "validation_accuracy")
 _TASK_FIELD = re.compile(r"[A-Za-z][A-Za-z0-9-]*(?:_[A-Za-z0-9-]+)*_(accuracy|total)")
 _SELECT_ON = ("validation_loss", "validation_accuracy", "test")
-_FAILED = frozenset({"failed", "out_of_memory", "stopped", "planned", "running"})
+_PURPOSES = ("search", "adaptive", "confirm")
+_FAILED = frozenset({"failed", "out_of_memory", "planned", "running"})
 # May be infinite or NaN: a diverged run's.
 _LOSSES = ("train_loss", "validation_loss")
 # Below 1 these have no meaning.
@@ -65,7 +66,7 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def read_csv(path: Path, *, columns: Mapping[str, str]) -> AuditTable:
-    """The rows of a CSV with a header.
+    """The rows of a CSV with a header, without those that confirm a choice: they choose nothing.
 
     Args:
         path: a file of at most 100 MiB and 200,000 rows, UTF-8, comma-separated.
@@ -88,7 +89,9 @@ def read_csv(path: Path, *, columns: Mapping[str, str]) -> AuditTable:
     }  # fmt: skip
     remarks += [f"{name} is taken as percent: it exceeds 1" for name in sorted(percents)]
     rows = tuple(
-        _row(path, number, cells, index, tasks, settings, percents) for number, cells in lines
+        _row(path, number, cells, index, tasks, settings, percents)
+        for number, cells in lines
+        if "purpose" not in index or cells[index["purpose"]] != "confirm"
     )
     return AuditTable(f"CSV {path.name}", rows, tuple(remarks))
 
@@ -233,6 +236,11 @@ def _row(
         raise DataError(
             f"{path}, line {number}: select_on is {select_on!r}; expected {', '.join(_SELECT_ON)}"
         )
+    purpose = text("purpose")
+    if purpose is not None and purpose not in _PURPOSES:
+        raise DataError(
+            f"{path}, line {number}: purpose is {purpose!r}; expected {', '.join(_PURPOSES)}"
+        )
     scored = [(task, accuracy(f"{task}_accuracy"), total(task)) for task in tasks]
     loss, status = number_of("validation_loss"), text("status")
     rank, alpha = whole("rank"), number_of("alpha")
@@ -263,6 +271,8 @@ def _row(
         select_on=select_on,
         diverged=status == "diverged" or (loss is not None and not math.isfinite(loss)),
         failed=status in _FAILED,
+        stopped=status == "stopped",
+        is_searched=purpose == "adaptive",
     )
 
 

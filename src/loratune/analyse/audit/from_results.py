@@ -60,5 +60,6 @@ def _row(result: TrialResult) -> AuditRow:
         select_on=result.select_on,
         diverged=result.status == "diverged" or (loss is not None and not math.isfinite(loss)),
         is_searched=result.purpose == "adaptive",
-        failed=result.status in ("failed", "out_of_memory", "stopped"),
+        failed=result.status in ("failed", "out_of_memory"),
+        stopped=result.status == "stopped",
     )

@@ -10,6 +10,8 @@ from loratune.analyse.audit.rows import AuditRow, AuditTable, methods_of
 from loratune.errors import AnalysisError
 
 MOST_METHODS = 500
+# Rows without a score are named up to this many.
+_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def audit_table(table: AuditTable) -> Audit:
     """Every finding about the rows of a table, in the order of the detectors.
 
     Raises:
-        AnalysisError: no rows, none that ended with a score or diverged, or over 500 methods.
+        AnalysisError: no rows, none with a score or a reason to have none, or over 500 methods.
     """
     if not table.rows:
         raise AnalysisError(f"{table.source}: no runs; there is nothing to audit")
@@ -57,7 +59,8 @@ def audit_table(table: AuditTable) -> Audit:
             f"{table.source}: {len(methods):,} methods in {len(table.rows):,} runs; at most "
             f"{MOST_METHODS} are compared: does the right column name the method?"
         )
-    rows, remarks = _once_a_seed(table.rows)
+    remarks = _without_score(table.rows)
+    rows, repeated = _once_a_seed(table.rows)
     findings, not_checked = list[Finding](), list[NotChecked]()
     for detect in DETECTORS:
         answer = detect(rows)
@@ -71,8 +74,24 @@ def audit_table(table: AuditTable) -> Audit:
         methods=methods,
         findings=tuple(findings),
         not_checked=tuple(not_checked),
-        remarks=(*table.remarks, *remarks),
+        remarks=(*table.remarks, *remarks, *repeated),
     )
+
+
+def _without_score(rows: Sequence[AuditRow]) -> list[str]:
+    """What no detector sees: rows that say nothing of their configuration, or a table of them."""
+    remarks = list[str]()
+    if not any(row.ended for row in rows):
+        stopped = any(row.stopped for row in rows)
+        remarks.append(
+            f"every run {'diverged or was stopped' if stopped else 'diverged'}: there is no score "
+            "that could be compared; run lower learning rates"
+        )
+    if empty := [row.where for row in rows if not row.tried]:
+        count = "1 run is" if len(empty) == 1 else f"{len(empty)} runs are"
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        remarks.append(f"{count} left out for want of a score: {', '.join(empty[:_NAMED])}{more}")
+    return remarks
 
 
 def _once_a_seed(rows: Sequence[AuditRow]) -> tuple[tuple[AuditRow, ...], tuple[str, ...]]:

@@ -23,7 +23,8 @@ class AuditRow:
     alpha / r, or alpha / sqrt(r) for rslora. `batch_size` is sequences per update as it was stated;
     `num_samples` how many the run is said to have seen; `rows_per_microbatch`,
     `gradient_accumulation_steps` and `num_devices` are the parts that should make the batch.
-    `failed` runs (also out of memory, or not finished) have no scores; a diverged one was tried.
+    `failed` runs (also out of memory, or not finished) have no scores. A `diverged` one was tried,
+    and so was a `stopped` one: given up early because it would not be among the best.
     `select_on` is validation_loss, validation_accuracy or test, where the file says what chose.
     `is_searched`: an adaptive search chose the LR, together with those of other batch sizes.
     """
@@ -52,6 +53,7 @@ class AuditRow:
     select_on: str | None = None
     diverged: bool = False
     failed: bool = False
+    stopped: bool = False
     is_searched: bool = False
 
     @property
@@ -66,8 +68,14 @@ class AuditRow:
 
     @property
     def tried(self) -> bool:
-        """Whether the run says something of its configuration: it has a score, or it diverged."""
-        return not self.failed and (self.diverged or any(math.isfinite(s) for s in self.scores))
+        """Whether the run says something of its configuration: a score, or why it has none."""
+        return self.ended or (not self.failed and (self.diverged or self.stopped))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run was trained to its end and has a score."""
+        lacking = self.failed or self.diverged or self.stopped
+        return not lacking and any(math.isfinite(score) for score in self.scores)
 
     @property
     def scores(self) -> tuple[float, ...]:

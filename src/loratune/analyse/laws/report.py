@@ -20,6 +20,7 @@ from loratune.analyse.laws.learning_rate import (
     fit_learning_rate,
 )
 from loratune.analyse.laws.loss import (
+    FEWEST_POINTS,
     LossLaw,
     LossPoint,
     Optimum,
@@ -43,6 +44,11 @@ _FOLLOWS: dict[Axis, frozenset[str]] = {
 }
 # Above a factor of two between neighbouring batch sizes no shift of less than two can be seen.
 _COARSE = math.log2(2.0) + 1e-9
+# A loss of one seed is that seed's luck as much as the batch size's.
+_FEWEST_SEEDS = 2
+# Batch sizes less than a twentieth of a doubling (3.5%) apart are one here: chosen, not measured.
+_ALIKE = 2**0.05
+_ONE_DATA_SET = "a study of its own for each data set, in a folder of its own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +75,21 @@ class LearningRateFinding:
 class LossFinding:
     """Loss over batch size and steps for one method in one setting.
 
-    `optimum` is the three-term form's at the most samples trained, given only where AICc chose that
-    form.
+    `samples` are the numbers of samples of the losses that were used; `left_out` the batch sizes
+    of those that were not: no best LR, one at the edge of those tried, or fewer than two seeds.
+    `optimum` is the three-term form's at the most samples, given only where AICc chose that form,
+    among the batch sizes tried, and where its interval holds the best of these, `tried_best` (None
+    where fewer than two were tried at the most samples). `assumed` is what its interval rests on.
     """
 
     setting: str
     method: str
     samples: tuple[int, ...]
+    left_out: tuple[int, ...]
     fit: LossLaw | None
     optimum: Optimum | None
+    tried_best: int | None
+    assumed: tuple[str, ...]
     undecided: tuple[str, ...]
     run_next: tuple[str, ...]
 
@@ -235,42 +247,51 @@ def _learning_rate(curve: Curve) -> LearningRateFinding:
 
 
 def _loss(group: Sequence[Curve]) -> LossFinding:
-    cells = [cell for curve in group for cell in curve.cells]
-    points = list[LossPoint]()
+    mixed = _mixed_data("rows", group)
+    cells = [] if mixed else [cell for curve in group for cell in curve.cells]
+    points, used, left_out = list[LossPoint](), list[Cell](), list[Cell]()
     for cell in cells:
-        losses = [
-            one.outcome.validation_loss
-            for one in (cell.best.trials if cell.best is not None else ())
-            if one.outcome is not None and one.outcome.validation_loss is not None
-        ]
-        if losses:
+        losses = _losses(cell)
+        # An LR at the edge of those tried is not the best one, nor is its loss the lowest. After an
+        # adaptive search there is no edge, but no search for the best LR of each batch size either.
+        if cell.lr_at_edge is False and len(losses) >= _FEWEST_SEEDS:
             mean = math.fsum(losses) / len(losses)
             points.append(LossPoint(cell.trial.batch_size, cell.trial.num_updates, mean))
-    samples = sorted({cell.trial.num_samples for cell in cells})
-    undecided, run_next = list[str](), list[str]()
-    fit, optimum = None, None
+            used.append(cell)
+        else:
+            left_out.append(cell)
+    samples = sorted({cell.trial.num_samples for cell in used})
+    missing = _missing(left_out)
+    undecided, run_next = list(mixed), [run for _, run in missing]
+    if mixed:
+        run_next.append(_ONE_DATA_SET)
+    fit, optimum, tried_best = None, None, None
     try:
-        fit = fit_loss(points)
+        fit = None if mixed else fit_loss(points)
     except AnalysisError as error:
-        undecided.append(str(error))
-        run_next.append("more batch sizes, at two or more numbers of training rows")
+        undecided += [str(error), *(reason for reason, _ in missing)]
+        if len(cells) < FEWEST_POINTS or len({cell.trial.batch_size for cell in cells}) < 3:
+            run_next.append("more batch sizes, at two or more numbers of training rows")
     if fit is not None and fit.chosen == "three_terms":
+        at_most = {
+            point.batch_size: point.loss
+            for point, cell in zip(points, used, strict=True)
+            if cell.trial.num_samples == samples[-1]
+        }
+        if len(at_most) > 1:
+            tried_best = min(at_most, key=lambda size: at_most[size])
         optimum = fit_optimum(points, samples=samples[-1])
-        tried = sorted(point.batch_size for point in points)
-        if optimum is None:
-            undecided.append("the three terms have their lowest loss at no batch size")
-        elif not tried[0] <= optimum.batch_size <= tried[-1]:
-            undecided.append(
-                f"the best batch size by the three terms, {optimum.batch_size:.3g}, lies outside "
-                f"of those tried ({tried[0]} to {tried[-1]}): extrapolated, not measured"
-            )
-            run_next.append("batch sizes around it")
+        refused = _refused(optimum, tried_best, sorted({point.batch_size for point in points}))
+        if refused is not None:
+            optimum = None
+            undecided.append(refused[0])
+            run_next.append(refused[1])
     elif fit is not None:
         undecided.append(
             f"AICc chooses the form {fit.chosen!r}: these losses do not show a best batch size "
             "inside the range"
         )
-    if len(samples) == 1:
+    if len(samples) == 1 and fit is not None:
         undecided.append(
             f"every trial saw {samples[0]:,} samples: how the best batch size moves with them "
             "cannot be told"
@@ -280,11 +301,126 @@ def _loss(group: Sequence[Curve]) -> LossFinding:
         setting=group[0].label if len(group) == 1 else _shared_label(group),
         method=group[0].setting.value("method"),
         samples=tuple(samples),
+        left_out=_sizes(left_out),
         fit=fit,
         optimum=optimum,
+        tried_best=tried_best,
+        assumed=()
+        if optimum is None
+        else (
+            "the interval of the best batch size holds only if the three terms are the true form "
+            "of the loss, which no fit can show",
+        ),
         undecided=tuple(undecided),
         run_next=tuple(run_next),
     )
+
+
+def _losses(cell: Cell) -> list[float]:
+    """The validation losses at the cell's best LR, one for each seed."""
+    return [
+        one.outcome.validation_loss
+        for one in (cell.best.trials if cell.best is not None else ())
+        if one.outcome is not None and one.outcome.validation_loss is not None
+    ]
+
+
+def _missing(left_out: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Why the losses of these cells do not count, and what to run, cause by cause."""
+    diverged = [cell for cell in left_out if len(cell.diverged_rates) == len(cell.rates)]
+    unfinished = [cell for cell in left_out if cell.best is None and cell not in diverged]
+    edges = [cell for cell in left_out if cell.lr_at_edge]
+    searched = [cell for cell in left_out if cell.best is not None and cell.lr_at_edge is None]
+    alone = [cell for cell in left_out if cell.lr_at_edge is False or len(_losses(cell)) == 1]
+    causes = [
+        (diverged, "every learning rate diverged", "learning rates below the lowest one"),
+        (unfinished, "no learning rate has all its seeds", "the study's unfinished trials"),
+        (
+            edges,
+            "the best learning rate is at the edge of those tried, so that the loss there is not "
+            "the lowest",
+            "learning rates beyond the edge",
+        ),
+        (
+            searched,
+            "an adaptive search chose the learning rates, which does not look for the best one of "
+            "each batch size",
+            "a grid of learning rates",
+        ),
+        (
+            alone,
+            "there are fewer than two seeds, so that luck cannot be told from batch size",
+            "two seeds or more",
+        ),
+    ]
+    return [
+        (f"at {at}: {reason}", f"{run} at {at}")
+        for cells, reason, run in causes
+        if cells and (at := _listed(_sizes(cells)))
+    ]
+
+
+def _sizes(cells: Sequence[Cell]) -> tuple[int, ...]:
+    return tuple(sorted({cell.trial.batch_size for cell in cells}))
+
+
+def _refused(
+    optimum: Optimum | None, tried_best: int | None, tried: Sequence[int]
+) -> tuple[str, str] | None:
+    """Why an optimum of the three terms is not stated, and what to run; None where it is.
+
+    Its interval knows the form and the noise, not whether the form is true. What was measured
+    without any form is which of the batch sizes tried is the best: where that one lies outside of
+    the interval, only the form speaks for the optimum.
+    """
+    if optimum is None:
+        return (
+            "the three terms have their lowest loss at no batch size",
+            "batch sizes further apart",
+        )
+    low, high = optimum.low or 0.0, optimum.high or math.inf
+    if not tried[0] <= optimum.batch_size <= tried[-1]:
+        return (
+            f"the best batch size by the three terms, {optimum.batch_size:.3g}, lies outside "
+            f"of those tried ({tried[0]} to {tried[-1]}): extrapolated, not measured",
+            "batch sizes around it",
+        )
+    if tried_best is None:
+        return (
+            f"at {optimum.samples:,.0f} samples fewer than two batch sizes were tried: the best "
+            "one there would be the form's alone",
+            f"other batch sizes at {optimum.samples:,.0f} samples",
+        )
+    if not low / _ALIKE <= tried_best <= high * _ALIKE:
+        return (
+            f"at {optimum.samples:,.0f} samples the best batch size tried is {tried_best}, by the "
+            f"three terms it is {optimum.batch_size:.3g} with a 95% interval that does not hold "
+            f"{tried_best}: either the form is not the true one, or no batch size near enough was "
+            "tried",
+            f"batch sizes between {_between(tried_best, optimum.batch_size, tried)}",
+        )
+    return None
+
+
+def _between(tried_best: int, best: float, tried: Sequence[int]) -> str:
+    """The best batch size tried and the next one tried beyond the form's optimum."""
+    if best > tried_best:
+        return f"{tried_best} and {min(size for size in tried if size >= best)}"
+    return f"{max(size for size in tried if size <= best)} and {tried_best}"
+
+
+def _mixed_data(axis: Axis, group: Sequence[Curve]) -> list[str]:
+    """Values of the axis that come with two data fingerprints: their losses are of unlike rows."""
+    fingerprints = dict[str, dict[str, None]]()
+    for curve in group:
+        of_value = fingerprints.setdefault(curve.setting.value(axis), {})
+        of_value[curve.setting.value("data")] = None
+    return [
+        f"at {_SPOKEN[axis]} {value} there are {len(found)} data fingerprints "
+        f"({', '.join(found)}): their losses are of unlike rows and are not put together"
+        for value, found in fingerprints.items()
+        if len(found) > 1
+    ]
 
 
 def _shared_label(group: Sequence[Curve]) -> str:
@@ -299,6 +435,17 @@ def _shared_label(group: Sequence[Curve]) -> str:
 def _optimum(
     axis: Axis, group: Sequence[Curve], model_parameters: Mapping[str, float]
 ) -> OptimumFinding:
+    if mixed := _mixed_data(axis, group):
+        return OptimumFinding(
+            axis=axis,
+            setting=_shared_label(group),
+            method=group[0].setting.value("method"),
+            values=(),
+            fit=None,
+            assumed=(),
+            undecided=tuple(mixed),
+            run_next=(_ONE_DATA_SET,),
+        )
     undecided, run_next, assumed = list[str](), list[str](), list[str]()
     found, optima = list[BestBatchSize](), list[SeedOptima]()
     coarse = set[float]()
