@@ -49,7 +49,8 @@ class Evidence:
     """What the answer stands on. `notes` are plain sentences that belong beside the numbers.
 
     `num_shared_seeds`, `sigma` (standard deviation of a trial's score once its seed's and its batch
-    size's means are taken out) and `df` are those of the comparison; None where none was made.
+    size's means are taken out) and `df` are those of the comparison; None where none was made, the
+    last two also where all batch sizes but one were far worse (`best.against_best`).
     """
 
     score_metric: str
@@ -189,8 +190,10 @@ def recommend_from_curve(
     comparison = None
     if best is not None and best.score is not None and not undecided:
         sign = 1.0 if curve.metric.higher_is_better else -1.0
+        tolerated = margin * abs(best.score)
         comparison = against_best(
-            [[sign * dict(point.seed_scores)[seed] for seed in shared] for point in scored]
+            [[sign * dict(point.seed_scores)[seed] for seed in shared] for point in scored],
+            tolerated=tolerated,
         )
         if all(_has_no_spread(point) for point in scored):
             undecided.append(
@@ -203,7 +206,6 @@ def recommend_from_curve(
             for size, upper in zip(sizes, comparison.upper, strict=True)
             if upper > 0.0 or size == best.batch_size
         ]
-        tolerated = margin * abs(best.score)
         acceptable = [
             size for size, lower in zip(sizes, comparison.lower, strict=True) if -lower <= tolerated
         ]
