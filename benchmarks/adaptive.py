@@ -101,7 +101,9 @@ def search(
         )
     surface = fit_surface(trials, space)
     answer = None if surface is None else search_answer(surface, margin=margin)
-    decided = answer is not None and is_decided(answer, space, margin=margin)
+    decided = (
+        surface is not None and answer is not None and is_decided(surface, answer, margin=margin)
+    )
     return Found(answer, decided, len(trials), tokens, num_stopped)
 
 

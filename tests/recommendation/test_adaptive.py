@@ -12,6 +12,7 @@ from loratune.planning.search_space import Space, design_size, initial_design, m
 from loratune.recommendation.adaptive import (
     Observed,
     fit_surface,
+    is_close,
     is_decided,
     next_points,
     propose,
@@ -71,7 +72,7 @@ def test_a_search_ends_near_the_best_with_two_seeds_there_and_says_so():
     assert surface is not None
     answer = search_answer(surface, margin=MARGIN)
     assert answer is not None
-    assert is_decided(answer, SPACE, margin=MARGIN)
+    assert is_decided(surface, answer, margin=MARGIN)
     assert true_excess(answer.batch_size, answer.learning_rate) < MARGIN
     assert answer.num_seeds >= 2
     assert 8 in answer.acceptable_batch_sizes
@@ -175,9 +176,19 @@ def test_one_lucky_seed_decides_nothing_where_more_are_allowed():
     answer = search_answer(surface, margin=MARGIN)
     assert answer is not None
     assert answer.expected_regret < MARGIN
-    assert not is_decided(answer, SPACE, margin=MARGIN)
+    assert not is_decided(surface, answer, margin=MARGIN)
+
+
+def test_where_one_seed_is_allowed_the_search_ends_without_a_decided_answer():
     one_seed = Space(SPACE.points, ((0,),) * len(SPACE.points))
-    assert is_decided(answer, one_seed, margin=MARGIN)
+    trials = searched(bowl, space=one_seed)
+    assert len(trials) < 40
+    surface = fit_surface(trials, one_seed)
+    assert surface is not None
+    answer = search_answer(surface, margin=MARGIN)
+    assert answer is not None
+    assert is_close(answer, margin=MARGIN)
+    assert not is_decided(surface, answer, margin=MARGIN)
 
 
 def test_an_answer_with_untried_neighbours_is_not_believed_yet():
@@ -191,10 +202,13 @@ def test_an_answer_with_untried_neighbours_is_not_believed_yet():
     assert any(0.5 <= one < 1 for one in beside)
     assert any(1 < one <= 2 for one in beside)
     assert {one.batch_size for one in wanted} == {answer.batch_size}
+    sure = replace(answer, expected_regret=0.0, chance_within_margin=1.0)
+    assert not is_decided(surface, sure, margin=MARGIN)
     more = [(one.batch_size, one.learning_rate, one.seed) for one in wanted]
     surface = fit_surface([*trials, *tried(bowl, more)], SPACE)
     assert surface is not None
     assert untried_neighbours(surface, answer) == ()
+    assert is_decided(surface, sure, margin=MARGIN)
 
 
 def test_the_surface_is_the_loss_where_trials_are_many():

@@ -1,3 +1,6 @@
+from csv import DictReader
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -36,8 +39,67 @@ def test_the_bounds_hold_together_95_times_in_100():
 
 def test_a_seed_that_is_lucky_everywhere_is_no_noise():
     base = np.array([[1.0], [2.0], [3.0]])
-    bounds = against_best((base + np.array([[0.0, 10.0, -7.0]])).tolist())
+    scores = (base + np.array([[0.0, 10.0, -7.0]])).tolist()
+    # Where two units do not matter, none is set aside; then all three are compared.
+    bounds = against_best(scores, tolerated=2.0 + 1e-9)
     assert bounds.sigma == pytest.approx(0.0, abs=1e-12)
     assert bounds.df == 4
     assert bounds.lower[2] == 0.0
     assert bounds.upper[0] == 0.0
+    alone = against_best(scores)
+    assert (alone.sigma, alone.df) == (None, None)
+    assert alone.lower == pytest.approx((-2.0, -1.0, 0.0))
+    assert alone.upper == pytest.approx((0.0, 0.0, 1.0))
+
+
+# Relative excess of the mean loss over the best's; the margin is 0.005. Standard deviations of a
+# seed: equal; growing with the loss; and the best one's five or ten times that of the others.
+EXCESS = np.array([0.006, 0.0, 0.003, 0.012, 0.03, 0.06, 0.1, 0.2, 0.5])
+NOISES = {
+    "equal": np.full(9, 0.002),
+    "all alike": np.full(9, 0.002),
+    "grows": 0.001 + 0.15 * EXCESS,
+    "grows fast": 0.001 + 0.5 * EXCESS,
+    "five times at the best": np.where(EXCESS == 0, 0.005, 0.001),
+    "ten times at the best": np.where(EXCESS == 0, 0.01, 0.001),
+}
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 6])
+@pytest.mark.parametrize("num_sizes", [4, 9])
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_best_stays_possible_and_only_close_ones_are_acceptable(
+    noise: str, num_sizes: int, num_seeds: int
+):
+    excess = np.zeros(9) if noise == "all alike" else EXCESS
+    excess, spread = excess[:num_sizes], NOISES[noise][:num_sizes]
+    draw = np.random.default_rng([num_sizes, num_seeds])
+    wrong, num_draws = 0, 300
+    for _ in range(num_draws):
+        normal = draw.normal(size=(num_sizes, num_seeds))
+        scores = -(1 + excess[:, None] + spread[:, None] * normal)
+        tolerated = 0.005 * float(abs(scores.mean(axis=1).max()))
+        bounds = against_best(scores.tolist(), tolerated=tolerated)
+        excluded = bounds.upper[int(excess.argmin())] == 0.0
+        acceptable = -np.array(bounds.lower) <= tolerated
+        wrong += bool(excluded or (acceptable & (excess > 0.0051)).any())
+    # 300 draws of exactly 5% exceed 22 in 3% of cases.
+    assert wrong <= 22
+
+
+@pytest.mark.parametrize(("model", "highest"), [("12m", 4), ("28m", 4)])
+def test_batch_sizes_far_off_do_not_blur_what_six_seeds_say_of_the_best(model: str, highest: int):
+    path = Path(__file__).parents[1] / "recorded" / f"demo-{model}.csv"
+    losses = dict[tuple[int, float], list[float]]()
+    with path.open(newline="") as file:
+        for row in DictReader(file):
+            point = int(row["batch_size"]), float(row["learning_rate"])
+            losses.setdefault(point, []).append(float(row["validation_loss"] or "inf"))
+    means = {point: np.mean(of) for point, of in losses.items()}
+    sizes = sorted({size for size, _ in losses})
+    best = [min((p for p in means if p[0] == size), key=means.__getitem__) for size in sizes]
+    scores = -np.array([losses[point] for point in best])
+    assert scores.shape == (9, 6)
+    bounds = against_best(scores.tolist(), tolerated=0.005 * float(abs(scores.mean(1).max())))
+    possible = [size for size, upper in zip(sizes, bounds.upper, strict=True) if upper > 0]
+    assert max(possible) == highest

@@ -145,19 +145,50 @@ def test_nothing_is_suggested_inside_the_grid_nor_where_it_cannot_go_on():
     assert suggested(sweep(bowl(best=512), batch_sizes=(128, 512), steps=20))
 
 
-def test_a_batch_size_that_lacks_a_seed_is_left_out_and_said():
-    results = [
-        one
-        if one.trial.batch_size != 64 or one.trial.seed < 2
-        else result(batch_size=64, learning_rate=one.trial.learning_rate, seed=2, status="planned")
-        for one in sweep(bowl())
+def without(results, status, *, is_one):
+    """The results, but those for which `is_one(trial)` ended otherwise."""
+    return [
+        result(
+            batch_size=one.trial.batch_size,
+            learning_rate=one.trial.learning_rate,
+            seed=one.trial.seed,
+            status=status,
+        )
+        if is_one(one.trial)
+        else one
+        for one in results
     ]
-    found = recommend(results)
-    assert found.batch_size == 16
-    assert any(
-        "left out for want of a score: batch size 64" in note for note in found.evidence.notes
+
+
+@pytest.mark.parametrize("status", ["planned", "running", "failed", "out_of_memory"])
+def test_while_trials_have_no_score_the_best_may_be_among_them(status):
+    half = without(sweep(bowl()), status, is_one=lambda trial: trial.batch_size == 64)
+    found = undecided(half, f"9 {status}", "the same command")
+    assert any("left out for want of a score: batch size 64" in one for one in found.evidence.notes)
+    one_seed = without(
+        sweep(bowl()), status, is_one=lambda trial: trial.batch_size == 64 and trial.seed == 2
     )
-    assert found.cost_fraction == pytest.approx(24 / 27)
+    found = undecided(one_seed, f"3 {status}")
+    if status == "planned":
+        assert found.cost_fraction == pytest.approx(24 / 27)
+
+
+def test_what_confirms_and_what_else_diverged_is_not_waited_for():
+    fresh = result(batch_size=16, learning_rate=1e-3, seed=7, status="planned", purpose="confirm")
+    assert recommend([*sweep(bowl()), fresh]).batch_size == 16
+    diverged = sweep(lambda *trial: math.nan if trial[1:] == (1e-2, 0) else bowl()(*trial))
+    later = without(
+        diverged, "planned", is_one=lambda trial: trial.learning_rate == 1e-2 and trial.seed == 2
+    )
+    assert recommend(later).batch_size == 16
+
+
+def test_batch_sizes_at_one_learning_rate_are_not_compared_at_their_best():
+    undecided(sweep(bowl(), learning_rates=[1.6e-2]), "rate 0.016 alone", "rates 0.005 and 0.05")
+    diverged = sweep(lambda *trial: bowl()(*trial) if trial[1] == 1e-4 else math.nan)
+    undecided(diverged, "rate 0.0001 alone", "add learning rate 1e-05")
+    failed = without(sweep(bowl()), "failed", is_one=lambda trial: trial.learning_rate > 1e-4)
+    undecided(failed, "18 failed", "rate 0.0001 alone")
 
 
 def test_selection_on_the_test_set_is_said_loudly():
@@ -165,10 +196,12 @@ def test_selection_on_the_test_set_is_said_loudly():
         result(
             batch_size=size,
             seed=seed,
+            learning_rate=rate,
             select_on="test",
-            scores=[score("gsm8k", 500 + size + seed, 1000)],
+            scores=[score("gsm8k", 500 + size + seed - int(1e4 * rate), 1000)],
         )
         for size in (4, 64)
+        for rate in (1e-3, 2e-3)
         for seed in (0, 1)
     ]
     found = recommend(results)
@@ -206,8 +239,14 @@ def test_what_is_called_acceptable_is_within_the_margin_95_times_in_100():
         noise = draw.normal(size=(3, 3)) * 0.001
         found = recommend(
             [
-                result(true[size] + float(noise[index, seed]), batch_size=size, seed=seed)
+                result(
+                    true[size] + float(noise[index, seed]) + off,
+                    batch_size=size,
+                    learning_rate=rate,
+                    seed=seed,
+                )
                 for index, size in enumerate(true)
+                for rate, off in ((1e-3, 0.0), (1e-2, 1.0))
                 for seed in range(3)
             ]
         )
@@ -226,8 +265,15 @@ def test_what_is_called_acceptable_is_within_the_margin_95_times_in_100():
 @pytest.mark.parametrize(("held", "rows", "steps"), [(38, 32, 4), (128, 128, 1), (1, 1, 128)])
 def test_rows_per_microbatch_times_accumulation_is_the_batch(held, rows, steps):
     results = [
-        result(batch_size + 1e-6 * seed, batch_size=batch_size, seed=seed, rows_per_microbatch=held)
+        result(
+            batch_size + rate + 1e-6 * seed,
+            batch_size=batch_size,
+            learning_rate=rate,
+            seed=seed,
+            rows_per_microbatch=held,
+        )
         for batch_size in (128, 256)
+        for rate in (1e-3, 1e-2)
         for seed in (0, 1)
     ]
     (found,) = recommendations(results)

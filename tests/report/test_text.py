@@ -56,8 +56,9 @@ def test_the_recommendation_is_told_in_sentences():
 
 def test_several_acceptable_sizes_are_listed_with_the_fastest_of_them():
     flat = [
-        result(1.0 + 1e-6 * size + 0.01 * seed, batch_size=size, seed=seed, seconds=100 / size)
-        for size in (4, 16) for seed in (0, 1, 2)
+        result(1.0 + 1e-6 * size + 0.01 * seed + rate, batch_size=size, learning_rate=rate,
+               seed=seed, seconds=100 / size)
+        for size in (4, 16) for rate in (1e-4, 1e-3) for seed in (0, 1, 2)
     ]  # fmt: skip
     text = told(flat)
     assert "Within 0.5% of the best with 95% confidence: 4, 16." in text

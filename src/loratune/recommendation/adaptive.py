@@ -61,6 +61,10 @@ UNIT = np.array([4.0, 1.5])
 # Of the answer, before the search may end: one seed alone may be lucky.
 LEAST_SEEDS = 2
 SURE = 0.9
+# Standard deviation of a trial's relative loss: the most that the process may take for noise, and
+# the least.
+MOST_NOISE = 5e-2
+LEAST_NOISE = 5e-4
 # Standard deviation of the log of the loss that is expected of a trial that was stopped half-way,
 # as measured on recorded curves (0.10 to 0.17 on SmolLM2-135M; docs/adaptive-search.md).
 SPREAD_OF_STOPPED = 0.15
@@ -108,6 +112,11 @@ class Surface:
     num_seeds: NDArray[np.int64]
     safe: NDArray[np.bool_]
     left: tuple[tuple[int, ...], ...]
+
+    @property
+    def noise_is_bounded(self) -> bool:
+        """Whether the noise is the most that is allowed, so that seeds may differ by more."""
+        return self.noise >= 0.99 * MOST_NOISE**2
 
     def excess(self, z: Floats) -> Floats:
         """The relative excess over `reference` that is meant by z."""
@@ -241,21 +250,31 @@ def next_points(
         return ()
     surface = fit_surface(observations, space)
     answer = None if surface is None else search_answer(surface, margin=margin)
-    if surface is not None and answer is not None and is_decided(answer, space, margin=margin):
-        return untried_neighbours(surface, answer)[:room]
+    if surface is not None and answer is not None and is_close(answer, margin=margin):
+        # Where a point may have one seed alone, no further trial makes its answer a decided one.
+        allowed = len(space.seeds[space.index[answer.batch_size, answer.learning_rate]])
+        if answer.num_seeds >= min(LEAST_SEEDS, allowed):
+            return untried_neighbours(surface, answer)[:room]
     return propose(surface, space, observations, num_trials=room)
 
 
-def is_decided(answer: SearchAnswer, space: Space, *, margin: float) -> bool:
-    """Whether the expected regret is below the margin, with 90% probability of the regret too.
+def is_close(answer: SearchAnswer, *, margin: float) -> bool:
+    """Whether the expected regret is below the margin, and the regret is so with 90% probability.
 
-    The answer needs two seeds, where its point may have two: one alone may be lucky.
+    That is as the surface has it; `is_decided` also asks what the surface may be wrong about.
     """
-    allowed = len(space.seeds[space.index[answer.batch_size, answer.learning_rate]])
+    return answer.expected_regret < margin and answer.chance_within_margin >= SURE
+
+
+def is_decided(surface: Surface, answer: SearchAnswer, *, margin: float) -> bool:
+    """Whether the answer is close to the best, has two seeds, and its neighbours were tried.
+
+    One seed alone may be lucky.
+    """
     return (
-        answer.expected_regret < margin
-        and answer.chance_within_margin >= SURE
-        and answer.num_seeds >= min(LEAST_SEEDS, allowed)
+        is_close(answer, margin=margin)
+        and answer.num_seeds >= LEAST_SEEDS
+        and not untried_neighbours(surface, answer)
     )
 
 
@@ -378,11 +397,8 @@ def _own_variance(at: NDArray[np.int64], z: Floats) -> Floats:
 
 
 def _fitted_process(x: Floats, y: Floats, own_variance: Floats, *, spread: float) -> Any:
-    """The most likely kernel from one start; bounds keep length scales and noise plausible.
-
-    Noise: a relative standard deviation of 0.05% to 5% of the loss.
-    """
-    noise = [(bound / spread) ** 2 for bound in (5e-4, 2e-3, 5e-2)]
+    """The most likely kernel from one start; bounds keep length scales and noise plausible."""
+    noise = [(bound / spread) ** 2 for bound in (LEAST_NOISE, 2e-3, MOST_NOISE)]
     kernel = ConstantKernel(2.0, (0.1, 100.0)) * cast("Any", Matern)([1.0, 1.0], (0.2, 10.0), nu=NU)
     kernel = kernel + WhiteKernel(noise[1], (noise[0], noise[2]))
     process = cast("Any", GaussianProcessRegressor)(kernel, alpha=own_variance + 1e-10)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from loratune.analyse.cells import Cell
 from loratune.analyse.curves import Curve, Point, is_search, make_curves, why_no_score
 from loratune.analyse.intervals import NO_SPREAD
+from loratune.analyse.scores import trial_score
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
@@ -48,7 +49,8 @@ class Evidence:
     """What the answer stands on. `notes` are plain sentences that belong beside the numbers.
 
     `num_shared_seeds`, `sigma` (standard deviation of a trial's score once its seed's and its batch
-    size's means are taken out) and `df` are those of the comparison; None where none was made.
+    size's means are taken out) and `df` are those of the comparison; None where none was made, the
+    last two also where all batch sizes but one were far worse (`best.against_best`).
     """
 
     score_metric: str
@@ -182,13 +184,16 @@ def recommend_from_curve(
             "between them is luck cannot be told; write seeds: 3 (2 at least) in the study and run "
             "it again"
         )
+    undecided += _not_yet_tried(curve)
     low = high = None
     acceptable = list[int]()
     comparison = None
     if best is not None and best.score is not None and not undecided:
         sign = 1.0 if curve.metric.higher_is_better else -1.0
+        tolerated = margin * abs(best.score)
         comparison = against_best(
-            [[sign * dict(point.seed_scores)[seed] for seed in shared] for point in scored]
+            [[sign * dict(point.seed_scores)[seed] for seed in shared] for point in scored],
+            tolerated=tolerated,
         )
         if all(_has_no_spread(point) for point in scored):
             undecided.append(
@@ -201,7 +206,6 @@ def recommend_from_curve(
             for size, upper in zip(sizes, comparison.upper, strict=True)
             if upper > 0.0 or size == best.batch_size
         ]
-        tolerated = margin * abs(best.score)
         acceptable = [
             size for size, lower in zip(sizes, comparison.lower, strict=True) if -lower <= tolerated
         ]
@@ -290,6 +294,40 @@ def _recommend_from_search(
         undecided=found.undecided,
         expected_regret=None if answer is None else answer.expected_regret,
     )
+
+
+def _not_yet_tried(curve: Curve) -> list[str]:
+    """Why the best of what was tried may not be the best of the study, and what to run.
+
+    Trials that confirm choose nothing, so that none of them is waited for.
+    """
+    if curve.best is None:
+        return []
+    tried = [rate for cell in curve.cells for rate in cell.rates]
+    reasons = list[str]()
+    # Of an LR that diverged or was screened enough is known; more trials would not choose it.
+    statuses = [
+        result.status
+        for rate in tried
+        if rate.verdict == "incomplete"
+        for result in rate.trials
+        if trial_score(result, curve.metric) is None
+    ]
+    if statuses:
+        counted = ", ".join(f"{statuses.count(one)} {one}" for one in sorted(set(statuses)))
+        reasons.append(
+            f"trials without a score ({counted}) may hold the best; run the same command again, "
+            "which goes on where it stopped and tries failed ones anew, or take their batch sizes "
+            "or learning rates out of the study"
+        )
+    scored = {rate.learning_rate for rate in tried if rate.verdict in ("eligible", "screened")}
+    if len(scored) == 1:
+        reasons.append(
+            f"learning rate {min(scored):g} alone has a score: which batch size is best where each "
+            f"has its own best learning rate cannot be told; add {_rates_beyond(curve)} to the "
+            "study file and run it again"
+        )
+    return reasons
 
 
 def _shared_seeds(curve: Curve) -> list[int]:
@@ -416,6 +454,13 @@ def _worth_adding(curve: Curve) -> list[str]:
         more.append(f"batch size {tried[0] // 2}")
     if len(tried) > 1 and best.batch_size == tried[-1] and 2 * tried[-1] <= largest:
         more.append(f"batch size {2 * tried[-1]}")
+    if beyond := _rates_beyond(curve):
+        more.append(beyond)
+    return more
+
+
+def _rates_beyond(curve: Curve) -> str:
+    """The next LRs beyond every edge at which a batch size's best one lies; "" without any."""
     beyond = set[float]()
     for point in curve.points:
         if point.lr_at_edge:
@@ -424,12 +469,10 @@ def _worth_adding(curve: Curve) -> list[str]:
                 beyond.add(_next_rate(rates[0], rates[1:2], up=False))
             if point.learning_rate == rates[-1]:
                 beyond.add(_next_rate(rates[-1], rates[-2:-1], up=True))
-    if beyond:
-        plural = "s" if len(beyond) > 1 else ""
-        more.append(
-            f"learning rate{plural} {_enumerated([f'{rate:g}' for rate in sorted(beyond)])}"
-        )
-    return more
+    if not beyond:
+        return ""
+    plural = "s" if len(beyond) > 1 else ""
+    return f"learning rate{plural} {_enumerated([f'{rate:g}' for rate in sorted(beyond)])}"
 
 
 def _rates(curve: Curve, point: Point) -> list[float]:
