@@ -50,7 +50,11 @@ from loratune.analyse.curves import (
 )
 from loratune.analyse.intervals import NO_SPREAD, Estimate, holm, paired_t, welch_t
 from loratune.analyse.scores import VALIDATION, Metric
-from loratune.analyse.selection_bias import expected_best, expected_maximum
+from loratune.analyse.selection_bias import (
+    expected_best,
+    expected_maximum,
+    noise_near_the_best,
+)
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.planning.crossed_model import FEWEST_SEEDS as FEWEST_SEEDS_WITH_QUESTIONS
@@ -95,7 +99,8 @@ class Comparison:
     (batch size, LR) points. `*_selection_gap` is how much better the score looks where it was
     chosen than where it was not (fresh seeds; for an accuracy chosen by held-out accuracy, held-out
     less test). `*_flattery`, where no seeds are fresh, is at most how much choosing the best of its
-    points by their seeds' luck adds to the score (all of them equally good).
+    points by their seeds' luck adds to the score (all of them equally good, and as noisy as those
+    near the best); None where that is not known.
     """
 
     setting: str
@@ -594,7 +599,7 @@ def _compare(
 ) -> tuple[Comparison, list[Veto]]:
     """One method's best point against the baseline's; Holm and the verdict are still to come.
 
-    With it what its verdict must not be, for budgets and edges.
+    With it what its verdict must not be, for budgets, edges and luck.
     """
     metric = baseline[1].metric
     sides = (_side(method), _side(baseline))
@@ -623,6 +628,8 @@ def _compare(
             ("worse", "better"), zip((method, baseline), names, strict=True), strict=True
         ):
             vetoes += _edge_vetoes(pair, name, loses)
+        if not fresh:
+            vetoes += _luck_vetoes(sides, estimate)
     compared = Comparison(
         setting=_setting_text(baseline[0], names[1]),
         method=names[0],
@@ -830,25 +837,43 @@ def _selection_gap(side: _Side, metric: Metric) -> float | None:
 def _flattery(side: _Side) -> float | None:
     """E[max of K] sigma / sqrt(S): what choosing by the seeds' luck adds at most to the score.
 
-    K eligible points, all taken to be equally good, S seeds that choose; sigma^2 the residual mean
-    square of the points-by-seeds table, seeds being blocks. Only for the score that selects.
+    K eligible points, all taken to be equally good, S seeds that choose; sigma the noise of those
+    near the best. Only for the score that selects.
     """
-    if side.scoring is not side.selecting:
+    curve = side.selecting
+    if side.scoring is not curve:
         return None
     table = np.array(
         [
             [score for score in rate.seed_scores if score is not None]
-            for cell in side.selecting.cells
+            for cell in curve.cells
             for rate in cell.rates
-            if rate.verdict == "eligible" and len(cell.seeds) == len(side.selecting.cells[0].seeds)
+            if rate.verdict == "eligible" and len(cell.seeds) == len(curve.cells[0].seeds)
         ]
     )
-    if table.ndim != 2 or min(table.shape) < 2:
+    if table.ndim != 2:
+        return None
+    noise = noise_near_the_best(table, higher_is_better=curve.metric.higher_is_better)
+    if noise is None:
         return None
     num_points, num_seeds = table.shape
-    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
-    variance = float((rest**2).sum()) / ((num_points - 1) * (num_seeds - 1))
-    return expected_maximum(num_points) * math.sqrt(variance / num_seeds)
+    return expected_maximum(num_points) * noise / math.sqrt(num_seeds)
+
+
+def _luck_vetoes(sides: tuple[_Side, _Side], estimate: Estimate) -> list[Veto]:
+    """Why the one ahead is not better, where the seeds that chose it may have put it ahead."""
+    first_ahead = (estimate.value > 0) == sides[0].scoring.metric.higher_is_better
+    ahead = sides[0] if first_ahead else sides[1]
+    most = _flattery(ahead)
+    if most is None or most < abs(estimate.value):
+        return []
+    reason = (
+        f"the seeds that are compared also chose {ahead.name}'s batch size and learning rate, "
+        f"which may make its score look better by up to {most:.2g}, and the difference is "
+        f"{abs(estimate.value):.2g}; train what was chosen with seeds that choose nothing: add "
+        f"confirm: {FEWEST_SEEDS} to seeds in the study and run it again"
+    )
+    return [("better" if first_ahead else "worse", reason)]
 
 
 def _crossovers(
