@@ -90,6 +90,8 @@ def test_a_comparison_names_verdict_difference_and_seeds():
     text = comparison_sentence(edged)
     assert "undecided: lora's own best is not known" in text
     assert "pissa's learning rate 0.0001 is the lowest of those tried" in text
+    # What was tried is no method's own best there, and not called so.
+    assert "The best tried of each: pissa 0.9" in text
 
 
 def test_two_seeds_are_said_not_to_be_enough():
