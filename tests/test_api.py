@@ -31,15 +31,20 @@ def answers():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, answers):
-    """lora and pissa at two LRs; at the better one the held-out rows were answered."""
+    """lora and pissa at two LRs and two batch sizes; at the better point they answered well."""
     root = tmp_path_factory.mktemp("results")
     text = TEXT.replace("methods: [lora]", "methods: [lora, pissa]")
     text += "select_on: validation_accuracy\n"
     (root / "study.yaml").write_text(text)
-    trials = [(method, seed, rate) for method, seed in answers for rate in (1e-3, 1e-2)]
+    trials = [
+        (method, seed, rate, size)
+        for method, seed in answers
+        for rate, size in ((1e-3, 8), (1e-2, 8), (1e-3, 16))
+    ]
     with open_store(root / "loratune.db", create=True) as store:
         made = {
-            key: result(1.0, method=key[0], seed=key[1], learning_rate=key[2]) for key in trials
+            key: result(1.0, method=key[0], seed=key[1], learning_rate=key[2], batch_size=key[3])
+            for key in trials
         }
         store.add_study(
             load_study(root / "study.yaml").study.study,
@@ -48,12 +53,12 @@ def folder(tmp_path_factory, answers):
             trials=[one.trial for one in made.values()],
         )
         run = Provenance("reference", "cpu", (), None, "host", 1)
-        for (method, seed, rate), one in made.items():
+        for (method, seed, *point), one in made.items():
             attempt = store.claim(one.trial.trial_id, provenance=run)
             assert attempt is not None
             assert one.outcome is not None
             store.finish(attempt, one.outcome)
-            right = answers[method, seed] if rate == 1e-3 else np.zeros(NUM_QUESTIONS, bool)
+            right = answers[method, seed] if point == [1e-3, 8] else np.zeros(NUM_QUESTIONS, bool)
             score = Score(
                 "validation", "1", "strict", "greedy", "validation",
                 int(right.sum()), int((~right).sum()), 0, 0,

@@ -11,23 +11,37 @@ from loratune.analyse.crossed import crossed_difference
 from loratune.analyse.intervals import holm
 from loratune.errors import AnalysisError
 from loratune.planning.power import detectable_effect
-from simulated import faked_results, result, score, verdicts
+from recorded_sweep import recorded_results
+from simulated import faked_results, result, score, sweep, verdicts
 
 RATES = (1e-3, 1e-2)
 LOWER = 1e-4
+NUM_ROWS = 512  # of `simulated.result`
 
 
 def two_methods(lora, other, *, method="pissa", **fields):
-    """{batch size: [loss of each seed]} of two methods at the first LR; the second adds 1."""
+    """{batch size: [loss of each seed]} of two methods at the first LR; the others add 1.
+
+    So do half the smallest and twice the largest batch size, at the first LR alone.
+    """
     return [
         result(
             loss + penalty, batch_size=size, seed=seed, method=name, learning_rate=rate, **fields
         )
         for name, table in (("lora", lora), (method, other))
-        for size, losses in table.items()
-        for rate, penalty in zip((*RATES, LOWER), (0.0, 1.0, 1.0), strict=True)
+        for size, losses, penalties in (
+            *((size, losses, (0.0, 1.0, 1.0)) for size, losses in table.items()),
+            *((end, table[size], (1.0,)) for end, size in beside(table)),
+        )
+        for rate, penalty in zip((*RATES, LOWER), penalties, strict=False)
         for seed, loss in enumerate(losses)
     ]
+
+
+def beside(sizes):
+    """(batch size, the neighbour that was given) below and above those given, if possible."""
+    ends = [(min(sizes) // 2, min(sizes)), (2 * max(sizes), max(sizes))] if sizes else []
+    return [(end, size) for end, size in ends if 1 <= end <= NUM_ROWS]
 
 
 def test_each_method_stands_at_its_own_best_batch_size_and_seeds_are_paired():
@@ -106,6 +120,7 @@ def test_seeds_that_answer_alike_decide_nothing():
                 )  # fmt: skip
                 results.append(one)
                 given.append(verdicts(one, [True] * right + [False] * (200 - right)))
+        results += [result(2.0, method=method, batch_size=16, seed=seed) for seed in range(5)]
     found = compare(results, verdicts=given)[1]
     assert (found.metric, found.verdict, found.difference) == ("gsm8k_accuracy", "undecided", None)
     assert "all 5 seeds gave the same answers" in found.undecided[0]
@@ -119,14 +134,27 @@ def test_one_seed_gives_no_number():
 
 def test_one_learning_rate_gives_no_number():
     results = [
-        result(1.0 + seed / 10, method=method, seed=seed)
+        result(size + seed / 10, method=method, batch_size=size, seed=seed)
         for method in ("lora", "pissa")
+        for size in (8, 16)
         for seed in range(3)
     ]
     first, second = blocked(results)
     assert "pissa's own best is not known: learning rate 0.001 alone was tried" in first
     assert "add lower and higher ones" in first
     assert second.startswith("lora's own best")
+
+
+def test_one_batch_size_gives_no_number():
+    results = two_methods({4: [1.0, 1.1, 1.2]}, {4: [1.5, 1.6, 1.8]})
+    alone = [one for one in results if one.trial.batch_size == 4]
+    first, second = blocked(alone)
+    assert first.startswith("pissa's own best is not known: batch size 4 alone was tried")
+    assert "add smaller and larger ones to the study" in first
+    assert second.startswith("lora's own best")
+    # Nor is the one better that was tried at one.
+    (only,) = blocked([one for one in results if one.trial.method.name == "pissa"] + alone[:9])
+    assert only == second
 
 
 def test_a_method_that_always_diverged_gives_no_number():
@@ -170,7 +198,9 @@ def test_where_the_same_data_are_there_too_only_those_are_compared():
     (found,) = compare([*same, *other])
     assert found.difference == pytest.approx(0.1)
     (said,) = found.unequal
-    assert said.startswith("pissa's trials at batch size 4 are left out: they were trained on diff")
+    assert said.startswith(
+        "pissa's trials at batch size 2, 4, 8 are left out: they were trained on diff"
+    )
     assert "data-other" in said
 
 
@@ -181,17 +211,17 @@ def test_a_longer_search_is_not_called_better_where_that_may_be_why():
     many = {size: [1.0, 1.001, 1.002] for size in (2, 4, 8)}
     few = {4: [1.1, 1.101, 1.1005]}
     (found,) = compare(two_methods(few, many))
-    assert (found.method_tried, found.baseline_tried) == (9, 3)
-    # Three drawn from 1.001 (three times) and 2.001 (six times): the best is the worse one with
-    # chance 20/84.
+    assert (found.method_tried, found.baseline_tried) == (11, 5)
+    # Five drawn from 1.001 (three times) and 2.001 (eight times): the best is the worse one with
+    # chance 56/462.
     assert found.unequal == (
-        "pissa was tuned over 9 (batch size, learning rate) points, lora over 3 "
-        "(the best of 3 drawn from pissa's is expected at 1.239)",
+        "pissa was tuned over 11 (batch size, learning rate) points, lora over 5 "
+        "(the best of 5 drawn from pissa's is expected at 1.122)",
     )
     assert found.verdict == "undecided"
     # It says what can be written into the study.
     assert (
-        "that may be why: add batch_size 2, 8 to the study file, so that lora has them too"
+        "that may be why: add batch_size 1, 16 to the study file, so that lora has them too"
         in (found.undecided[-1])
     )
     (turned,) = compare(two_methods(many, few))
@@ -200,26 +230,26 @@ def test_a_longer_search_is_not_called_better_where_that_may_be_why():
     (in_spite,) = compare(
         two_methods({size: [2.0, 2.001, 2.0005] for size in (2, 4, 8)}, {4: [1.0, 1.001, 1.002]})
     )
-    assert in_spite.verdict == "better", "with a third of the budget"
+    assert in_spite.verdict == "better", "with less than half of the budget"
 
 
 def test_a_longer_search_is_called_better_where_the_budget_does_not_explain_it():
     many = {size: [1.0, 1.001, 1.002] for size in (2, 4, 8)}
     (found,) = compare(two_methods({4: [1.4, 1.401, 1.4005]}, many))
-    # 1.239 expected of three of its points, still 0.16 better.
+    # 1.122 expected of five of its points, still 0.28 better.
     assert (found.verdict, found.undecided) == ("better", ())
     assert found.unequal  # and said
-    # At 1.26 it is 0.02 better, which an interval of +-0.1 does not tell.
+    # At 1.15 it is 0.02 better, which an interval of +-0.1 does not tell.
     many = {2: [1.01, 1.012, 1.011], 4: [1.0, 1.001, 1.002], 8: [1.01, 1.013, 1.011]}
-    close = two_methods({4: [1.22, 1.26, 1.3]}, many)
+    close = two_methods({4: [1.11, 1.15, 1.19]}, many)
     (found,) = compare(close)
     assert found.difference_high is not None
     assert found.difference_high < 0
     assert found.verdict == "undecided"
     # Fresh seeds had no luck in being chosen: that it stays ahead is enough.
-    (found,) = compare(with_fresh(close, [1.24, 1.26, 1.28], [1.0, 1.001, 1.002]))
+    (found,) = compare(with_fresh(close, [1.13, 1.15, 1.17], [1.0, 1.001, 1.002]))
     assert (found.seeds, found.verdict) == ("fresh", "better")
-    (found,) = compare(with_fresh(close, [1.18, 1.2, 1.22], [1.0, 1.001, 1.002]))
+    (found,) = compare(with_fresh(close, [1.07, 1.09, 1.11], [1.0, 1.001, 1.002]))
     assert (found.seeds, found.verdict) == ("fresh", "undecided")
 
 
@@ -229,7 +259,7 @@ def test_two_searches_of_one_study_have_the_same_budget():
         return [replace(one, purpose="adaptive", **change) for one in rows]
 
     (found,) = compare(searched())
-    assert (found.method_tried, found.baseline_tried) == (9, 3)
+    assert (found.method_tried, found.baseline_tried) == (11, 5)
     assert found.unequal == ()
 
 
@@ -245,7 +275,6 @@ def test_an_optimum_at_the_edge_is_said_and_a_method_does_not_lose_by_it():
     good, bad = [1.0, 1.001, 1.0], [1.3, 1.301, 1.302]
     (found,) = compare(edged(bad, good, method="lora"))
     assert "lora's learning rate 0.001 is the lowest of those tried" in found.at_edge
-    assert "lora has a score at batch size 4 only" in found.at_edge
     assert found.verdict == "undecided"
     assert "lora's own best is not known" in found.undecided[-1]
     assert "a lower one may be better; add one to learning_rate" in found.undecided[-1]
@@ -259,6 +288,55 @@ def test_an_optimum_at_the_edge_is_said_and_a_method_does_not_lose_by_it():
     assert "lora's learning rate 0.001 is the lowest of those tried" in found.at_edge
     assert found.verdict == "undecided"
     assert "move low under learning_rate" in found.undecided[-1]
+
+
+@pytest.mark.parametrize(
+    ("end", "only", "beyond"),
+    [
+        ("smallest", (4, 8), "a smaller one may be better; add 2 to batch_size"),
+        ("largest", (2, 4), "a larger one may be better; add 8 to batch_size"),
+    ],
+)
+def test_a_method_neither_loses_nor_is_equal_with_its_best_batch_size_at_an_edge(end, only, beyond):
+    def edged(lora, other, *, method, purpose="search"):
+        """The batch sizes on one side of the best one alone, for one method."""
+        return [
+            replace(one, purpose=purpose)
+            for one in two_methods({4: lora}, {4: other})
+            if one.trial.method.name != method or one.trial.batch_size in only
+        ]
+
+    good, bad = [1.0, 1.001, 1.0], [1.3, 1.301, 1.302]
+    at_edge = f"lora's batch size 4 is the {end} of those tried"
+    (found,) = compare(edged(bad, good, method="lora"))
+    assert (found.at_edge, found.verdict) == ((at_edge,), "undecided")
+    (reason,) = found.undecided
+    assert reason.startswith("lora's own best is not known: its best batch size, 4, is the " + end)
+    assert f"{beyond} in the study and run it again" in reason
+    # The one at the edge wins: better still may be possible, and better it is.
+    (found,) = compare(edged(good, bad, method="lora"))
+    assert (found.at_edge, found.verdict, found.undecided) == ((at_edge,), "worse", ())
+    # Beyond the edge it may be better than one that is as good now.
+    (found,) = compare(edged(good, [1.0005, 0.9995, 1.0001], method="lora"))
+    assert (found.equivalence, found.verdict) == ("equivalent", "undecided")
+    assert found.undecided == (reason,)
+    # A search may not have come to a batch size that its study has.
+    (found,) = compare(edged(bad, good, method="lora", purpose="adaptive"))
+    assert "in the study, or raise max_trials if it is there," in found.undecided[-1]
+
+
+def test_batch_size_1_and_all_rows_are_no_edge_and_neither_is_one_beyond_which_all_diverged():
+    good, bad = [1.0, 1.001, 1.0], [1.3, 1.301, 1.302]
+    for size in (1, NUM_ROWS):
+        (found,) = compare(two_methods({4: good}, {size: bad, 4: [5.0, 5.1, 5.2]}))
+        assert (found.method_batch_size, found.at_edge, found.verdict) == (size, (), "worse")
+    lost = [
+        result(None, method="pissa", batch_size=8, seed=one.trial.seed, status="diverged")
+        if (one.trial.method.name, one.trial.batch_size) == ("pissa", 8) else one
+        for one in two_methods({4: good}, {4: bad})
+    ]  # fmt: skip
+    (found,) = compare(lost)
+    assert (found.at_edge, found.verdict) == ((), "worse")
 
 
 # Seeds that chose, and seeds that did not
@@ -298,17 +376,73 @@ def test_fresh_seeds_alone_are_compared_and_choose_nothing():
 
 def test_seeds_that_chose_are_said_to_flatter_and_by_how_much_at_most():
     draw = np.random.default_rng(1)
-    noise = 0.1 * draw.normal(size=(2, 3, 3))
-    tables = [
-        {size: list(1.0 + of_method[index]) for index, size in enumerate((2, 4, 8))}
-        for of_method in noise
-    ]
-    (found,) = compare(two_methods(*tables))
-    # Nine equal points (the other LRs only add a constant), three seeds.
-    table = np.concatenate([noise[0]] * 3)
-    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    sigma = np.sqrt((rest**2).sum() / (8 * 2))
-    assert found.baseline_flattery == pytest.approx(1.485 * sigma / np.sqrt(3), rel=1e-4)
+    sigma = 0.1
+
+    def flattered(blown):
+        """By how much the best of 12 equal points looks better, and what is said of it."""
+        gained, said = [], []
+        for _ in range(200):
+            results = [
+                one
+                for method in ("lora", "pissa")
+                for one in sweep(
+                    lambda size, rate, _: (
+                        # One learning rate is far too high: at one batch size a seed is lost.
+                        3.0 + 2.0 * draw.normal()
+                        if blown and (size, rate) == (64, 3e-2)
+                        else 1.0 + (rate == 3e-2) + sigma * draw.normal()
+                    ),
+                    batch_sizes=(4, 8, 16, 64),
+                    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
+                    method=method,
+                )
+            ]
+            (found,) = compare(results)
+            assert found.baseline_score is not None
+            gained.append(1.0 - found.baseline_score)
+            said += [found.baseline_flattery, found.method_flattery]
+        return np.mean(gained), np.mean(said)
+
+    (gained, said), (_, in_spite) = flattered(blown=False), flattered(blown=True)
+    # Of 12 equal points 1.629 sigma / sqrt(3), of all 16, as which it is given, 1.766.
+    assert gained == pytest.approx(1.629 * sigma / 3**0.5, rel=0.07)
+    assert said == pytest.approx(1.766 * sigma / 3**0.5, rel=0.05)
+    assert in_spite == pytest.approx(said, rel=0.05)
+
+
+def test_of_the_recorded_sweep_no_method_is_called_and_blown_up_trials_do_not_count_as_luck():
+    pissa, milora = compare(recorded_results())
+    # LoRA's lowest loss is 0.0071 lower, but PiSSA's best batch size is the smallest tried.
+    assert (pissa.method_batch_size, pissa.difference) == (2, pytest.approx(0.0071, abs=5e-5))
+    assert (pissa.verdict, milora.verdict) == ("undecided", "undecided")
+    assert "a smaller one may be better; add 1 to batch_size" in pissa.undecided[0]
+    # One of LoRA's learning rates scattered between 0.75 and 5.3; beside its best, seeds differ by
+    # 0.001.
+    flattery = (pissa.method_flattery, milora.method_flattery, pissa.baseline_flattery)
+    assert flattery == pytest.approx((1.16e-3, 1.00e-3, 0.94e-3), rel=5e-3)
+
+
+def test_a_method_is_not_better_by_less_than_its_choice_may_have_flattered_it():
+    others = {2: [1.2, 0.95, 1.0], 8: [1.0, 1.2, 1.0]}
+    lora, pissa = [1.0, 1.1, 0.9], [0.98, 1.079, 0.881]
+    close = two_methods({4: lora, **others}, {4: pissa, **others})
+    (found,) = compare(close)
+    assert found.difference == pytest.approx(-0.02)
+    assert found.p_holm is not None
+    assert found.p_holm < 0.05
+    assert found.method_flattery is not None
+    assert found.method_flattery > 0.02
+    assert found.verdict == "undecided"
+    (reason,) = found.undecided
+    assert "the seeds that are compared also chose pissa's batch size and learning rate" in reason
+    assert f"better by up to {found.method_flattery:.2g}, and the difference is 0.02" in reason
+    assert "add confirm: 5 to seeds in the study and run it again" in reason
+    (turned,) = compare(two_methods({4: pissa, **others}, {4: lora, **others}))
+    assert turned.verdict == "undecided"
+    assert "also chose lora's batch size" in turned.undecided[0]
+    # What chose nothing is not flattered.
+    (fresh,) = compare(with_fresh(close, lora, pissa))
+    assert (fresh.verdict, fresh.undecided) == ("better", ())
 
 
 def test_seeds_that_are_not_shared_are_compared_unpaired():
@@ -338,6 +472,10 @@ def answered(tables, *, losses=(1.0, 2.0), task="gsm8k"):
                 *(
                     result(losses[1], method=method, seed=seed, learning_rate=rate)
                     for rate in (RATES[1], LOWER)
+                ),
+                *(
+                    result(losses[1], method=method, seed=seed, batch_size=size)
+                    for size, _ in beside([8])
                 ),
             ]
             given.append(verdicts(one, row, task))
@@ -500,11 +638,12 @@ def test_ranks_are_compared_apart_and_methods_adjusted_together():
     results = [
         result(
             1.0 + 0.1 * (method != "lora") + 0.001 * seed * (rank + len(method)) % 0.0031
-            + (rate == RATES[1]),
-            method=method, rank=rank, seed=seed, learning_rate=rate,
+            + (rate == RATES[1]) + (size == 16),
+            method=method, rank=rank, seed=seed, batch_size=size, learning_rate=rate,
         )
         for method in ("lora", "pissa", "milora")
         for rank in (8, 32)
+        for size in (8, 16)
         for rate in RATES
         for seed in range(3)
     ]  # fmt: skip

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 from opda.nonparametric import EmpiricalDistribution
 
-from loratune.analyse.selection_bias import expected_best, expected_maximum, selection_bias
+from loratune.analyse.selection_bias import (
+    expected_best,
+    expected_maximum,
+    noise_near_the_best,
+    selection_bias,
+)
 from loratune.errors import AnalysisError
 
 
@@ -55,6 +60,41 @@ def test_the_expected_best_is_the_mean_over_all_subsets_and_opda_agrees_on_the_b
     assert expected_best(
         values, num_draws=num_draws, higher_is_better=higher, biased=True
     ) == pytest.approx(float(curve))
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("num", [9, 27])
+def test_the_noise_near_the_best_is_the_true_one_within_a_fifth(num, num_seeds):
+    draw = np.random.default_rng(num_seeds)
+    found = [
+        noise_near_the_best(
+            # Seeds that are lucky for all are no noise between configurations.
+            0.1 * draw.normal(size=(num, num_seeds)) + 10 * draw.normal(size=num_seeds),
+            higher_is_better=True,
+        )
+        for _ in range(1000)
+    ]
+    assert np.mean([one or 0.0 for one in found]) == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_what_scatters_far_from_the_best_is_no_noise_near_it(higher):
+    draw = np.random.default_rng(4)
+    scores = draw.normal(size=(12, 3)) - 3.0 * (np.arange(12) >= 6)[:, None]
+    scores = scores if higher else -scores
+    known = noise_near_the_best(scores, higher_is_better=higher)
+    blown = np.where(np.arange(12)[:, None] < 6, scores, 100 * scores)
+    assert noise_near_the_best(blown, higher_is_better=higher) == known
+    # Nor is one that lost a seed and is among the better half in spite of it.
+    lost = scores.copy()
+    lost[2, 1] += 6.0 if higher else -6.0
+    spread = noise_near_the_best(lost, higher_is_better=higher)
+    assert spread == pytest.approx(known, rel=0.25)
+
+
+def test_the_noise_of_two_points_or_of_one_seed_is_not_known():
+    assert noise_near_the_best(np.ones((2, 3)), higher_is_better=True) is None
+    assert noise_near_the_best(np.ones((9, 1)), higher_is_better=True) is None
 
 
 def test_impossible_counts_are_said():

@@ -91,18 +91,22 @@ def test_a_comparison_names_verdict_difference_and_seeds():
     text = comparison_sentence(edged)
     assert "undecided: lora's own best is not known" in text
     assert "pissa's learning rate 0.0001 is the lowest of those tried" in text
+    # What was tried is no method's own best there, and not called so.
+    assert "The best tried of each: pissa 0.9" in text
 
 
 def test_two_seeds_are_said_not_to_be_enough():
     (one,) = compare(
         [
             result(
-                1.0 + offset + seed * (0.5 - offset) + rate,
+                1.0 + offset + seed * (0.5 - offset) + rate + (size == 16),
                 method=method,
                 seed=seed,
+                batch_size=size,
                 learning_rate=rate,
             )
             for method, offset in (("lora", 0.1), ("pissa", 0.2))
+            for size in (8, 16)
             for rate in (1e-4, 1e-3)
             for seed in (0, 1)
         ],

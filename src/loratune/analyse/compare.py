@@ -9,16 +9,17 @@ seeds that did not choose it ("fresh"), those alone are compared; otherwise choi
 share their seeds, and it is said by how much that may flatter. The choice itself is taken as given:
 intervals are for the two chosen points.
 
-When nothing is concluded. What makes a number meaningless (one seed, one LR, trials that are
-missing, a method that always diverged, other data) leaves the difference null, and `undecided` says
-what to run. What only makes it uncertain keeps the difference with its interval. A difference is
-called one if it survives Holm's adjustment *and* reaches the detectable effect, the true difference
-that this very comparison finds with 80% power: estimates that are significant but smaller are
-mostly exaggerated (Gelman and Carlin 2014, "Beyond power calculations"). The method that had more
-(batch size, LR) points to choose from is not called better where that may be why: where what its
-surplus is expected to have gained it (`selection_bias.expected_best`) would undo the verdict. And
-no method is called better than one whose best LR lies at the edge of those tried: that one's own
-best is not known.
+When nothing is concluded. What makes a number meaningless (one seed, one LR, one batch size, trials
+that are missing, a method that always diverged, other data) leaves the difference null, and
+`undecided` says what to run. What only makes it uncertain keeps the difference with its interval. A
+difference is called one if it survives Holm's adjustment *and* reaches the detectable effect, the
+true difference that this very comparison finds with 80% power: estimates that are significant but
+smaller are mostly exaggerated (Gelman and Carlin 2014, "Beyond power calculations"). The method
+that had more (batch size, LR) points to choose from is not called better where that may be why:
+where what its surplus is expected to have gained it (`selection_bias.expected_best`) would undo the
+verdict. No method is called better by less than what choosing it may have flattered it, where the
+seeds that chose are those that are compared. And no method is called better than one whose best
+batch size or LR lies at the edge of those tried, nor equal to it: that one's own best is not known.
 """
 
 import math
@@ -49,7 +50,11 @@ from loratune.analyse.curves import (
 )
 from loratune.analyse.intervals import NO_SPREAD, Estimate, holm, paired_t, welch_t
 from loratune.analyse.scores import VALIDATION, Metric
-from loratune.analyse.selection_bias import expected_best, expected_maximum
+from loratune.analyse.selection_bias import (
+    expected_best,
+    expected_maximum,
+    noise_near_the_best,
+)
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.planning.crossed_model import FEWEST_SEEDS as FEWEST_SEEDS_WITH_QUESTIONS
@@ -94,7 +99,8 @@ class Comparison:
     (batch size, LR) points. `*_selection_gap` is how much better the score looks where it was
     chosen than where it was not (fresh seeds; for an accuracy chosen by held-out accuracy, held-out
     less test). `*_flattery`, where no seeds are fresh, is at most how much choosing the best of its
-    points by their seeds' luck adds to the score (all of them equally good).
+    points by their seeds' luck adds to the score (all of them equally good, and as noisy as those
+    near the best); None where that is not known.
     """
 
     setting: str
@@ -451,18 +457,29 @@ def _at_edge(pair: Pair, name: str) -> list[str]:
     if best is None:
         return []
     said = list[str]()
-    sizes = [point.batch_size for point in pair[0].points if point.score is not None]
-    if len(sizes) == 1:
-        said.append(f"{name} has a score at batch size {best.batch_size} only")
-    elif best.batch_size in (sizes[0], sizes[-1]):
-        end = "smallest" if best.batch_size == sizes[0] else "largest"
-        said.append(f"{name}'s batch size {best.batch_size} is the {end} with a score")
+    if len({size for size, _ in _tried(pair[0])}) == 1:
+        said.append(f"{name} was tried at batch size {best.batch_size} only")
+    elif end := _size_end(pair):
+        said.append(f"{name}'s batch size {best.batch_size} is the {end} of those tried")
     (cell,) = [one for one in pair[0].cells if one.trial.batch_size == best.batch_size]
     if len(cell.rates) == 1:
         said.append(f"{name} was tried at learning rate {best.learning_rate:g} only")
     elif end := _rate_end(pair):
         said.append(f"{name}'s learning rate {best.learning_rate:g} is the {end} of those tried")
     return said
+
+
+def _size_end(pair: Pair) -> Literal["smallest", "largest"] | None:
+    """Where the best batch size lies among those tried; None too where none is possible beyond."""
+    curve, best = pair[0], pair[0].best
+    if best is None:
+        return None
+    size, sizes = best.batch_size, {size for size, _ in _tried(curve)}
+    if size == min(sizes) > 1:
+        return "smallest"
+    if size == max(sizes) < curve.cells[0].trial.num_train_rows:
+        return "largest"
+    return None
 
 
 def _rate_end(pair: Pair) -> Literal["lowest", "highest"] | None:
@@ -479,20 +496,31 @@ def _rate_end(pair: Pair) -> Literal["lowest", "highest"] | None:
 
 
 def _edge_vetoes(pair: Pair, name: str, loses: "Verdict") -> list[Veto]:
-    """Why this method must not be the worse one, where its best LR is at an end of those tried."""
-    end, best = _rate_end(pair), pair[0].best
-    if end is None or best is None:
+    """Why this method is neither the worse one nor an equal one: its best is at an end of some."""
+    curve, best = pair[0], pair[0].best
+    if best is None:
         return []
-    beyond, bound = ("lower", "low") if end == "lowest" else ("higher", "high")
-    change = (
-        f"move {bound} under learning_rate" if is_search(pair[0]) else "add one to learning_rate"
-    )
-    reason = (
-        f"{name}'s own best is not known: its best learning rate, {best.learning_rate:g}, is the "
-        f"{end} of those tried, and a {beyond} one may be better; {change} in the study and run it "
-        "again"
-    )
-    return [(loses, reason)]
+    unknown = f"{name}'s own best is not known: its best"
+    reasons = list[str]()
+    if end := _size_end(pair):
+        size, rows = best.batch_size, curve.cells[0].trial.num_train_rows
+        beyond, further = ("smaller", size // 2) if end == "smallest" else ("larger", 2 * size)
+        there = ", or raise max_trials if it is there," if is_search(curve) else ""
+        reasons.append(
+            f"{unknown} batch size, {size}, is the {end} of those tried, and a {beyond} one may be "
+            f"better; add {min(further, rows)} to batch_size in the study{there} and run it again"
+        )
+    if end := _rate_end(pair):
+        beyond, bound = ("lower", "low") if end == "lowest" else ("higher", "high")
+        change = (
+            f"move {bound} under learning_rate" if is_search(curve) else "add one to learning_rate"
+        )
+        reasons.append(
+            f"{unknown} learning rate, {best.learning_rate:g}, is the {end} of those tried, and a "
+            f"{beyond} one may be better; {change} in the study and run it again"
+        )
+    verdicts: tuple[Verdict, ...] = (loses, "equivalent")
+    return [(verdict, reason) for reason in reasons for verdict in verdicts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -571,7 +599,7 @@ def _compare(
 ) -> tuple[Comparison, list[Veto]]:
     """One method's best point against the baseline's; Holm and the verdict are still to come.
 
-    With it what its verdict must not be, for budgets and edges.
+    With it what its verdict must not be, for budgets, edges and luck.
     """
     metric = baseline[1].metric
     sides = (_side(method), _side(baseline))
@@ -600,6 +628,8 @@ def _compare(
             ("worse", "better"), zip((method, baseline), names, strict=True), strict=True
         ):
             vetoes += _edge_vetoes(pair, name, loses)
+        if not fresh:
+            vetoes += _luck_vetoes(sides, estimate)
     compared = Comparison(
         setting=_setting_text(baseline[0], names[1]),
         method=names[0],
@@ -678,6 +708,12 @@ def _blocked(method: Pair, baseline: Pair, sides: tuple[_Side, _Side], metric: M
             reasons.append(
                 f"{side.name}'s own best is not known: learning rate {min(rates):g} alone was "
                 "tried; add lower and higher ones to the study"
+            )
+        if len(curve.cells) == 1:
+            reasons.append(
+                f"{side.name}'s own best is not known: batch size "
+                f"{curve.cells[0].trial.batch_size} alone was tried; add smaller and larger ones "
+                "to the study"
             )
         if point is None or point.score is None:
             reasons.append(
@@ -801,25 +837,43 @@ def _selection_gap(side: _Side, metric: Metric) -> float | None:
 def _flattery(side: _Side) -> float | None:
     """E[max of K] sigma / sqrt(S): what choosing by the seeds' luck adds at most to the score.
 
-    K eligible points, all taken to be equally good, S seeds that choose; sigma^2 the residual mean
-    square of the points-by-seeds table, seeds being blocks. Only for the score that selects.
+    K eligible points, all taken to be equally good, S seeds that choose; sigma the noise of those
+    near the best. Only for the score that selects.
     """
-    if side.scoring is not side.selecting:
+    curve = side.selecting
+    if side.scoring is not curve:
         return None
     table = np.array(
         [
             [score for score in rate.seed_scores if score is not None]
-            for cell in side.selecting.cells
+            for cell in curve.cells
             for rate in cell.rates
-            if rate.verdict == "eligible" and len(cell.seeds) == len(side.selecting.cells[0].seeds)
+            if rate.verdict == "eligible" and len(cell.seeds) == len(curve.cells[0].seeds)
         ]
     )
-    if table.ndim != 2 or min(table.shape) < 2:
+    if table.ndim != 2:
+        return None
+    noise = noise_near_the_best(table, higher_is_better=curve.metric.higher_is_better)
+    if noise is None:
         return None
     num_points, num_seeds = table.shape
-    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
-    variance = float((rest**2).sum()) / ((num_points - 1) * (num_seeds - 1))
-    return expected_maximum(num_points) * math.sqrt(variance / num_seeds)
+    return expected_maximum(num_points) * noise / math.sqrt(num_seeds)
+
+
+def _luck_vetoes(sides: tuple[_Side, _Side], estimate: Estimate) -> list[Veto]:
+    """Why the one ahead is not better, where the seeds that chose it may have put it ahead."""
+    first_ahead = (estimate.value > 0) == sides[0].scoring.metric.higher_is_better
+    ahead = sides[0] if first_ahead else sides[1]
+    most = _flattery(ahead)
+    if most is None or most < abs(estimate.value):
+        return []
+    reason = (
+        f"the seeds that are compared also chose {ahead.name}'s batch size and learning rate, "
+        f"which may make its score look better by up to {most:.2g}, and the difference is "
+        f"{abs(estimate.value):.2g}; train what was chosen with seeds that choose nothing: add "
+        f"confirm: {FEWEST_SEEDS} to seeds in the study and run it again"
+    )
+    return [("better" if first_ahead else "worse", reason)]
 
 
 def _crossovers(

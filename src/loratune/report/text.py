@@ -140,7 +140,7 @@ def comparison_sentences(one: Comparison) -> tuple[str, ...]:
     better = "higher" if one.higher_is_better else "lower"
     sentences = [
         verdict,
-        f"Each at its own best: {one.method} {one.method_score:.4g} at batch size "
+        f"The best tried of each: {one.method} {one.method_score:.4g} at batch size "
         f"{one.method_batch_size} and learning rate {one.method_learning_rate:g}, {one.baseline} "
         f"{one.baseline_score:.4g} at batch size {one.baseline_batch_size} and learning rate "
         f"{one.baseline_learning_rate:g}.",

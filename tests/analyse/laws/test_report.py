@@ -1,7 +1,5 @@
-import csv
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +7,9 @@ import pytest
 from loratune.analyse.laws.report import find_laws
 from loratune.errors import AnalysisError
 from loratune.report.laws_text import laws_text
+from recorded_sweep import recorded_results
 from simulated import result, sweep
 
-LOG = Path(__file__).parents[3] / "docs" / "log"
 SIZES = [2**k for k in range(1, 10)]
 RATES = [1e-4 * 2**k for k in range(8)]
 
@@ -57,20 +55,7 @@ def test_the_best_rates_follow_the_form_they_were_made_by():
 
 
 def test_in_the_recorded_sweep_the_best_rate_rises_and_then_falls_for_every_method():
-    # SmolLM2-135M on GSM8K, 279 trials of docs/log.md: no simulation.
-    with (LOG / "fig1-smollm2-results.csv").open(newline="") as lines:
-        recorded = [
-            result(
-                float(row["validation_loss"]),
-                method=row["method"],
-                batch_size=int(row["batch_size"]),
-                learning_rate=float(row["learning_rate"]),
-                seed=int(row["seed"]),
-                num_train_rows=4096,
-            )
-            for row in csv.DictReader(lines)
-        ]
-    laws = find_laws(recorded)
+    laws = find_laws(recorded_results())
     peaks = {}
     for found in laws.learning_rate:
         assert found.fit is not None
