@@ -521,7 +521,6 @@ def test_what_cannot_be_cut_to_fit_is_refused_without_a_number_below_one(both_mo
         ours.loglikelihood(asked)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_gsm8k_as_the_harness_defines_it_is_answered_the_same(tmp_path, trained, model):
     """Its own prompt, worked examples, stop strings, filters and metrics, on questions of ours."""
