@@ -2,7 +2,8 @@
 
 Every program defines `f`, and its tests call `f`. Words between @ are replaced by what the test
 that runs them has laid out: @SECRET@ (a file whose content is @TOKEN@), @VICTIM@ (a file), @OUTSIDE@ (a
-path that can be written), @PORT@, @UNIX@ and @ABSTRACT@ (listening sockets), @PARENT@ (the checker's
+path that can be written), @INSTALLED@ and @BASE@ (folders of installed packages: this
+environment's, and those of the Python that it was made of), @PORT@, @UNIX@ and @ABSTRACT@ (listening sockets), @PARENT@ (the checker's
 process), @BYSTANDER@ (another process).
 
 - An ESCAPE tries something, and its tests pass only if it worked: `wrong` behind walls, and
@@ -18,6 +19,8 @@ process), @BYSTANDER@ (another process).
 # ruff: noqa: E501
 
 import os
+import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +35,9 @@ def _has(capability):
 
 
 CHROOT, TRACE, NICE, RESOURCE = 18, 19, 23, 24  # linux/capability.h
+_BASE = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+PACKAGES_OF_BASE = Path(sysconfig.get_path("purelib", vars=_BASE))
+HAS_PACKAGES_IN_BASE = PACKAGES_OF_BASE.is_dir() and any(PACKAGES_OF_BASE.iterdir())
 HAS_HOME = Path.home().is_dir() and len(list(Path.home().iterdir())) > 1
 
 
@@ -70,6 +76,22 @@ ESCAPES = (
         "reads_through_a_hard_link", "os.link('@SECRET@', 'x') or open('x').read()", "'@TOKEN@'"
     ),
     _escape("climbs_out_of_its_folder", "open('../' * 30 + '@SECRET@').read()", "'@TOKEN@'"),
+    _escape("lists_installed_packages", "os.listdir('@INSTALLED@') != []", "True"),
+    _escape(
+        "reads_an_installed_package", "open('@INSTALLED@/pytest/__init__.py').read() != ''", "True"
+    ),
+    _escape(
+        "imports_an_installed_package",
+        "__import__('iniconfig').__name__",
+        "'iniconfig'",
+        before="sys.path.append('@INSTALLED@')",
+    ),
+    _escape(
+        "lists_the_base_installations_packages",
+        "os.listdir('@BASE@') != []",
+        "True",
+        bites=HAS_PACKAGES_IN_BASE,
+    ),
     _escape("reads_the_users", "'root' in open('/etc/passwd').read()", "True"),
     _escape("reads_the_passwords", "open('/etc/shadow').read() != ''", "True", bites=IS_ROOT),
     _escape("lists_the_home_folder", "sorted(os.listdir('@HOME@'))", "@LISTING@", bites=HAS_HOME),

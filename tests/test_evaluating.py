@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from loratune import api, cli
 from loratune.engine.decoding import Decoder
 from loratune.errors import EvaluationError, ModelError
+from loratune.evaluating import _attached
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.tasks import task
+from loratune.models.load import load_base
 from loratune.records import NotScored, Prediction, QuestionSet, Score, Scored
 from loratune.store.database import open_store
 from tiny_models import save_tiny
@@ -414,7 +416,6 @@ num_fewshot: 0
             ),
             tasks=["ours_gsm8k", "ours_piqa"],
             task_manager=manager(include_path=str(tmp_path), include_defaults=False),
-            bootstrap_iters=0,
         )
         found = theirs["results"]
         ours: dict[str, float] = {}
@@ -443,12 +444,120 @@ num_fewshot: 0
             adapter, tasks=["ours_gsm8k", "ours_piqa"], include_path=tmp_path, device="cpu"
         )
         for name, metrics in bridged.items():
-            for metric in ("exact_match,strict", "acc,none", "acc_norm,none"):
-                assert metrics.get(metric) == found[name].get(metric)
+            assert metrics == found[name]  # with the standard errors
+            errors = [value for metric, value in metrics.items() if "_stderr," in metric]
+            assert errors
+            assert all(isinstance(value, float) and value > 0 for value in errors)
         assert ours["plain"] != ours["normalised"]
         seen |= set(ours.values())
     # Neither all right nor all wrong, so that equal scores say something.
     assert not seen & {0.0, 1.0}
+
+
+@pytest.fixture(scope="module")
+def both_models(model: str) -> tuple[Any, Any, Any]:
+    """The harness's own Hugging Face model, ours, and what makes a request of its kind."""
+    models: Any = importlib.import_module("lm_eval.models.huggingface")
+    instance: Any = importlib.import_module("lm_eval.api.instance").Instance
+    ours: Any = importlib.import_module("loratune.evaluation.harness").HarnessModel
+    theirs = models.HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=2)
+    return theirs, ours(load_base(model, precision="float32", device="cpu")), instance
+
+
+def texts(*lengths: int) -> list[str]:
+    draw = random.Random(5)
+    return [" ".join(draw.choices(WORDS, k=n))[:n] for n in lengths]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_whole_texts_are_as_likely_as_to_the_harness_own_model(both_models, begin):
+    """The tokenizer adds a BOS; a token a character, 512 positions, so that windows roll."""
+    theirs, ours, instance = both_models
+    assert theirs.max_length == ours.max_length == 512
+    asked = [
+        instance("loglikelihood_rolling", {}, (begin + text,), index)
+        for index, text in enumerate(texts(3, 510, 511, 512, 513, 1300))
+    ]
+    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+    found = ours.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert found == pytest.approx(expected, rel=1e-5)  # float32, batches of other sizes
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_too_long_loses_its_first_tokens_as_in_the_harness_own_model(both_models, caplog):
+    theirs, ours, instance = both_models
+    contexts = texts(20, 505, 507, 508, 900)
+    asked = [
+        instance("loglikelihood", {}, (text, " seven"), index)
+        for index, text in enumerate(contexts)
+    ]
+    expected = theirs.loglikelihood(asked, disable_tqdm=True)
+    found = ours.loglikelihood(asked, disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([one for one, _ in expected], rel=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert "of 5 texts are longer than the 513 tokens" in caplog.text
+    options = {"until": ["\n"], "do_sample": False, "max_gen_toks": 9}
+    asked = [
+        instance("generate_until", {}, (text, options), index)
+        for index, text in enumerate(contexts)
+    ]
+    expected = theirs.generate_until(asked, disable_tqdm=True)
+    assert ours.generate_until(asked, disable_tqdm=True) == expected
+    assert "of 5 texts are longer than the 503 tokens" in caplog.text
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_cannot_be_cut_to_fit_is_refused_without_a_number_below_one(both_models):
+    _, ours, instance = both_models
+    options = {"until": ["\n"], "max_gen_toks": 512}
+    task = {"metadata": ("long", 0, 1)}
+    asked = [instance("generate_until", {}, ("a", options), 0, **task)]
+    with pytest.raises(EvaluationError, match=r"task long .* up to 512 .* no room") as raised:
+        ours.generate_until(asked)
+    assert "-" not in str(raised.value).replace("lm-", "")
+    asked = [instance("loglikelihood", {}, ("a", texts(600)[0]), 0)]
+    with pytest.raises(EvaluationError, match="continuation of 600 tokens exceeds the model's 512"):
+        ours.loglikelihood(asked)
+
+
+@pytest.mark.filterwarnings("default")
+def test_gsm8k_as_the_harness_defines_it_is_answered_the_same(tmp_path, trained, model):
+    """Its own prompt, worked examples, stop strings, filters and metrics, on questions of ours."""
+    harness: Any = importlib.import_module("lm_eval")
+    models: Any = importlib.import_module("lm_eval.models.huggingface")
+    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager
+    ours: Any = importlib.import_module("loratune.evaluation.harness").HarnessModel
+    definition = Path(harness.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
+    rows = write(tmp_path / "rows.jsonl", GSM8K)
+    (tmp_path / "gsm8k_here.yaml").write_text(
+        f"include: {definition}\ntask: gsm8k_here\ntag: null\n"
+        "dataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}\n",
+        encoding="utf-8",
+    )
+    adapter = str(adapters(trained)[0])
+    found = list[Any]()
+    with _attached(model, Path(adapter), "float32", "cpu", False) as base:
+        for one in (
+            models.HFLM(
+                pretrained=model, peft=adapter, device="cpu", dtype="float32", batch_size=4
+            ),
+            ours(base),
+        ):
+            results = harness.simple_evaluate(
+                model=one,
+                tasks=["gsm8k_here"],
+                task_manager=manager(include_path=str(tmp_path), include_defaults=False),
+            )
+            found.append(results)
+    for part in ("results", "configs"):
+        theirs, bridged = (one[part]["gsm8k_here"] for one in found)
+        assert theirs == bridged
+    theirs, bridged = (one["samples"]["gsm8k_here"] for one in found)
+    assert len(theirs) == 2 * len(GSM8K)  # two filters
+    assert [one["resps"] for one in theirs] == [one["resps"] for one in bridged]
+    assert len({str(one["resps"]) for one in theirs}) > 1
 
 
 def test_the_harness_has_no_such_task_and_a_task_that_samples_is_refused(tmp_path, model):
@@ -620,6 +729,17 @@ def test_a_study_whose_task_does_not_fit_is_refused_before_training(
     told = capsys.readouterr().err
     assert "task gsm8k, question 1: the prompt has" in told
     assert "choose max_new_tokens of at most" in told
+
+
+def test_the_harness_standard_errors_are_printed(monkeypatch, capsys):
+    metrics = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1443}
+    monkeypatch.setattr(api, "evaluate_by_harness", lambda *_, **__: {"t": metrics})
+    asked = ["evaluate", "a-model", "--harness", "lm-eval", "--tasks", "t"]
+    monkeypatch.setattr("sys.argv", ["loratune", *asked])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out == "t acc,none: 0.5000\nt acc_stderr,none: 0.1443\n"
 
 
 def test_options_that_a_harness_has_no_use_for_are_refused(model, monkeypatch, capsys):

@@ -173,6 +173,8 @@ def test_a_prompt_and_answer_longer_than_the_model_are_refused_with_what_would_f
     with pytest.raises(EvaluationError, match=r"max_new_tokens=500 .* 20 tokens .* most 492"):
         check_room(base.model, [[5] * 20, [5]], max_new_tokens=500)
     check_room(base.model, [[5] * 20, [5]], max_new_tokens=492)
+    with pytest.raises(EvaluationError, match=r"1515 tokens .* 512 positions; shorten the prompt"):
+        check_room(base.model, [[5] * 1515], max_new_tokens=4)
 
 
 def test_a_prompt_without_tokens_is_refused():

@@ -47,6 +47,8 @@ def test_a_batch_gives_what_each_row_gives_alone(family):
 def test_what_does_not_fit_or_has_no_token_is_refused():
     base = base_of("llama")
     with pytest.raises(EvaluationError, match="positions"):
-        log_likelihoods(base, [Continuation(tuple([5] * 510), (5, 6, 7))])
+        log_likelihoods(base, [Continuation(tuple([5] * 510), (5, 6, 7, 8))])
+    # The last token takes no position: nothing is asked after it.
+    log_likelihoods(base, [Continuation(tuple([5] * 510), (5, 6, 7))])
     with pytest.raises(EvaluationError, match="no token"):
         log_likelihoods(base, [Continuation((), (5,))])

@@ -100,9 +100,11 @@ def check_room(
     longest = max((len(ids) for ids in prompt_ids), default=0)
     positions = positions_of(model.config)
     if positions is not None and longest + max_new_tokens > positions:
+        left = positions - longest
+        advice = f"choose at most {left}" if left > 0 else "shorten the prompt"
         raise EvaluationError(
             f"max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed "
-            f"the model's {positions} positions; choose at most {positions - longest}"
+            f"the model's {positions} positions; {advice}"
         )
 
 

@@ -1,8 +1,9 @@
 """A bridge to lm-evaluation-harness: its tasks, asked of a base with whatever adapter is attached.
 
 The harness is an optional package. It writes prompts, reads answers and counts; this file only says
-what a model says. Prompts are tokenised as the tokenizer does it, with a BOS where it adds one.
-Greedy decoding alone: a task that samples is refused.
+what a model says, as the harness's own Hugging Face model (HFLM) would: prompts are tokenised as
+the tokenizer does it, with a BOS where it adds one, and what is too long for the model loses its
+first tokens, which a warning says. Greedy decoding alone: a task that samples is refused.
 """
 
 # lm_eval is only partly typed.
@@ -10,6 +11,7 @@ Greedy decoding alone: a task that samples is refused.
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 # pyright: reportMissingTypeStubs=false, reportMissingParameterType=false
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +20,16 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from loratune.errors import EvaluationError, LoratuneError
 from loratune.evaluation.generate import generate_answers
 from loratune.evaluation.likelihood import Continuation, log_likelihoods
-from loratune.models.load import Base
+from loratune.models.load import Base, positions_of
 
 # What the harness's own models take where a task says nothing.
 DEFAULT_MAX_NEW_TOKENS = 256
+_DEFAULT_MAX_LENGTH = 2048
 
 
 def manager_of(tasks: Sequence[str], *, include_path: str | None = None) -> TaskManager:
@@ -92,7 +96,6 @@ def run_harness(
             num_fewshot=num_fewshot,
             limit=limit,
             apply_chat_template=chat,
-            bootstrap_iters=0,
             log_samples=False,
         )
     except LoratuneError:
@@ -106,6 +109,17 @@ def run_harness(
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _warn_of_cuts(num_cut: int, num_asked: int, *, most: int) -> None:
+    if num_cut:
+        logging.getLogger(__name__).warning(
+            "%d of %d texts are longer than the %d tokens that the model has room for; only their "
+            "last ones were asked, as lm-evaluation-harness does",
+            num_cut,
+            num_asked,
+            most,
+        )
 
 
 class HarnessModel(TemplateLM):
@@ -126,6 +140,15 @@ class HarnessModel(TemplateLM):
         """What stands before a text without a context."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens go through the model at once, prompt and answer together."""
+        positions = positions_of(self._base.model.config)
+        if positions is None:
+            stated = int(self.tokenizer.model_max_length)
+            positions = stated if stated < VERY_LARGE_INTEGER else _DEFAULT_MAX_LENGTH
+        return positions
 
     @property
     def tokenizer_name(self) -> str:
@@ -153,20 +176,32 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        asked = [Continuation(tuple(before), tuple(after)) for _, before, after in requests]
+        asked = list[Continuation]()
+        num_cut = 0
+        for _, before, after in requests:
+            # The last token is only asked for, so that one more than the positions fits; a token of
+            # the context has to stay.
+            if len(after) > self.max_length:
+                raise EvaluationError(
+                    f"a continuation of {len(after)} tokens exceeds the model's {self.max_length} "
+                    "positions; leave its question out"
+                )
+            kept = (*before, *after)[-(self.max_length + 1) :]
+            num_cut += len(kept) < len(before) + len(after)
+            asked.append(Continuation(kept[: -len(after)], kept[-len(after) :]))
+        _warn_of_cuts(num_cut, len(asked), most=self.max_length + 1)
         found = log_likelihoods(self._base, asked)
         return [(one.value, one.is_greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Of each whole text, window after window where it is longer than the model's positions."""
-        length: int = self._base.model.config.get_text_config().max_position_embeddings
         values = list[float]()
         for request in requests:
             (text,) = request.args
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text, add_special_tokens=False),
+                token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=length - 1,
+                max_seq_len=self.max_length,
                 context_len=1,
             )
             pairs = [make_disjoint_window(one) for one in windows]
@@ -189,7 +224,16 @@ class HarnessModel(TemplateLM):
             limit = int(options.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
             alike.setdefault((stop, limit), []).append(index)
         for (stop, limit), indices in alike.items():
-            prompts = [self.tok_encode(requests[index].args[0]) for index in indices]
+            room = self.max_length - limit
+            if room < 1:
+                raise EvaluationError(
+                    f"task {requests[indices[0]].task_name} asks for answers of up to {limit} "
+                    f"tokens, which leaves no room for a prompt in the model's {self.max_length} "
+                    "positions; lower max_gen_toks in the task's generation_kwargs"
+                )
+            whole = [self.tok_encode(requests[index].args[0]) for index in indices]
+            prompts = [ids[-room:] for ids in whole]
+            _warn_of_cuts(sum(len(ids) > room for ids in whole), len(whole), most=room)
             said = generate_answers(self._base, prompts, max_new_tokens=limit, stop=stop)
             answers.update((index, one.text) for index, one in zip(indices, said, strict=True))
         return [answers[index] for index in range(len(requests))]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from loratune.engine.decoding import ContinuationScore
-from loratune.evaluation.generate import check_room
-from loratune.models.load import Base
+from loratune.errors import EvaluationError
+from loratune.models.load import Base, positions_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,19 @@ def log_likelihoods(
 
     Raises:
         EvaluationError: a context or continuation without a token, or one that together do not
-            fit into the model's positions.
+            fit into the model's positions, of which the last token needs none.
     """
-    for one in asked:
-        check_room(base.model, [one.context_ids], max_new_tokens=len(one.continuation_ids))
+    positions = positions_of(base.model.config)
+    for index, one in enumerate(asked):
+        if not one.context_ids or not one.continuation_ids:
+            raise EvaluationError(
+                f"text {index}: its context or its continuation has no token; both need one"
+            )
+        if positions is not None and len(_whole(one)) - 1 > positions:
+            raise EvaluationError(
+                f"text {index}: a context of {len(one.context_ids)} tokens and a continuation of "
+                f"{len(one.continuation_ids)} exceed the model's {positions} positions; shorten one"
+            )
     order = sorted(range(len(asked)), key=lambda index: -len(_whole(asked[index])))
     found = dict[int, ContinuationScore]()
     training = [module for module in base.model.modules() if module.training]
@@ -65,13 +74,12 @@ def _whole(one: Continuation) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _of_batch(base: Base, asked: Sequence[Continuation]) -> list[ContinuationScore]:
-    width = max(len(_whole(one)) for one in asked)
+    rows = [_whole(one)[:-1] for one in asked]  # the last token is asked for, and nothing after it
+    width = max(map(len, rows))
     device = base.model.device
     # Padded on the right: positions count from 0, and no row looks at what comes after its tokens.
-    ids_BT = torch.tensor([[*_whole(one), *[0] * (width - len(_whole(one)))] for one in asked])
-    mask_BT = torch.tensor(
-        [[1] * len(_whole(one)) + [0] * (width - len(_whole(one))) for one in asked]
-    )
+    ids_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     outputs = base.model(ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False)
     results = list[ContinuationScore]()
     for logits_TV, one in zip(outputs.logits, asked, strict=True):

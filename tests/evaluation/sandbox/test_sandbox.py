@@ -9,14 +9,25 @@ import secrets
 import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
+import venv
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hostile_programs import CONTAINED, ESCAPES, FAKES, FORGERS, GLUTTONS
+from hostile_programs import (
+    CONTAINED,
+    ESCAPES,
+    FAKES,
+    FORGERS,
+    GLUTTONS,
+    HAS_PACKAGES_IN_BASE,
+    PACKAGES_OF_BASE,
+)
 from loratune.errors import EvaluationError
 from loratune.evaluation.sandbox import (
     Check,
@@ -28,6 +39,7 @@ from loratune.evaluation.sandbox import (
     judge_program,
     judge_programs,
 )
+from loratune.evaluation.sandbox import isolation as isolation_module
 
 NONE = Isolation("none")
 GOOD = Check("def f():\n    return 42", "assert f() == 42", ("f",))
@@ -59,11 +71,18 @@ def isolation(request):
 
 
 @pytest.fixture
-def scene(tmp_path, monkeypatch):
+def outside():
+    """A folder that is not under /tmp, where the sandbox's own would hide it, walls or none."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def scene(outside, monkeypatch):
     """What programs are after; gives a function that puts it into their texts, and a check."""
     token = secrets.token_hex(8)
     monkeypatch.setenv("A_SECRET", token)
-    folder = tmp_path / "scene"
+    folder = outside / "scene"
     folder.mkdir()
     (folder / "secret").write_text(token)
     victim = folder / "victim"
@@ -86,6 +105,8 @@ def scene(tmp_path, monkeypatch):
         "TOKEN": token,
         "VICTIM": str(victim),
         "OUTSIDE": str(folder / "outside"),
+        "INSTALLED": str(Path(pytest.__file__).parents[1]),
+        "BASE": str(PACKAGES_OF_BASE),
         "PORT": str(sockets[0].getsockname()[1]),
         "UNIX": str(folder / "socket"),
         "ABSTRACT": abstract,
@@ -196,6 +217,75 @@ def test_the_tests_are_behind_walls_as_well(isolation, scene):
     )
     assert judgement.verdict == "wrong"
     assert "FileNotFoundError" in judgement.reason
+
+
+def test_a_virtual_environments_own_files_are_not_seen(isolation, outside):
+    """The judge runs in an environment made here, as in one somewhere in a home folder."""
+    folder = outside / "venv"
+    venv.create(folder, symlinks=True)
+    (installed,) = folder.glob("lib/python*/site-packages")
+    for secret in (installed / "secret", installed.parent / "secret", folder / "secret"):
+        secret.write_text("secret")
+    code = (
+        "import sys\nfrom loratune.evaluation.sandbox import *\n"
+        f"isolation = Isolation({isolation.kind!r}, {isolation.with_user})\n"
+        "for path in sys.argv[1:]:\n"
+        "    program = f'def f(): return open({path!r}).read()'\n"
+        "    for one in (isolation, Isolation('none')):\n"
+        "        check = Check(program, 'assert f() == \"secret\"', ('f',))\n"
+        "        judged = judge_program(check, isolation=one)\n"
+        "        print(judged.verdict, judged.reason.partition(':')[0])\n"
+    )
+    secrets_ = [str(one) for one in folder.rglob("secret")]
+    assert len(secrets_) == 3
+    ours = [str(Path(choosing.__file__).parents[3]), str(Path(pytest.__file__).parents[1])]
+    ended = subprocess.run(
+        [str(folder / "bin" / "python"), "-c", code, *secrets_],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(ours)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.splitlines() == ["wrong FileNotFoundError", "correct "] * 3
+
+
+def test_folders_of_installed_packages_are_found_at_any_depth_and_through_links(tmp_path):
+    library, elsewhere = tmp_path / "lib", tmp_path / "elsewhere"
+    for folder in (
+        library / "python3" / "dist-packages" / "a" / "site-packages",  # within one that is covered
+        library / "tool" / "venv" / "lib" / "python3.9" / "site-packages",
+        library / "kept" / "here",
+        elsewhere / "site-packages",
+    ):
+        folder.mkdir(parents=True)
+    (library / "site-packages").symlink_to(library / "kept")
+    (library / "linked").symlink_to(elsewhere)
+    (library / "dist-packages").write_text("a file")
+    found = isolation_module._installed_under(library)  # pyright: ignore[reportPrivateUsage]
+    assert {one.relative_to(library).as_posix() for one in found} == {
+        "python3/dist-packages",
+        "tool/venv/lib/python3.9/site-packages",
+        "kept",
+    }
+
+
+@pytest.mark.parametrize("folder_of", ["/usr/lib", "stdlib"])
+def test_folders_of_installed_packages_are_there_and_empty(isolation, folder_of):
+    """What looks for its neighbours finds nothing, and numpy is where it was."""
+    covers = isolation_module._covers()  # pyright: ignore[reportPrivateUsage]
+    folder = sysconfig.get_path("stdlib") if folder_of == "stdlib" else folder_of
+    chosen = [one for one in covers if one.startswith(folder)]
+    if not chosen:
+        pytest.skip(f"no packages are installed under {folder}")
+    program = (
+        "import os, errno\ndef f(folder):\n    found = os.listdir(folder)\n"
+        "    try: open(folder + '/x', 'w')\n"
+        "    except OSError as error: found.append(error.errno in (errno.EROFS, errno.EACCES))\n"
+        "    import numpy\n    return found"
+    )
+    tests = f"for one in {chosen!r}: assert f(one) == [True]"
+    judgement = judge_program(Check(program, tests, ("f",)), isolation=isolation)
+    assert judgement.verdict == "correct", judgement
 
 
 @pytest.mark.slow
@@ -462,6 +552,20 @@ def test_walls_with_a_hole_are_not_chosen(monkeypatch):
     choosing.trials.cache_clear()
     try:
         assert available_isolations() == ()
-        assert "reads a file" in dict(choosing.trials())[Isolation("namespaces", with_user=True)]
+        reason = dict(choosing.trials())[Isolation("namespaces", with_user=True)]
+        assert "reads a file" in reason
+        assert "finds installed packages" in reason
+    finally:
+        choosing.trials.cache_clear()
+
+
+@pytest.mark.skipif(not HAS_PACKAGES_IN_BASE, reason="the base installation has no packages")
+@pytest.mark.usefixtures("isolation")
+def test_walls_that_show_installed_packages_are_not_chosen(monkeypatch):
+    monkeypatch.setattr(isolation_module, "_covers", list)
+    choosing.trials.cache_clear()
+    try:
+        assert available_isolations() == ()
+        assert any("it ['finds installed packages']" in reason for _, reason in choosing.trials())
     finally:
         choosing.trials.cache_clear()

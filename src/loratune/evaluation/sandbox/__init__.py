@@ -11,13 +11,15 @@ a program decides is what its functions return, raise, and do to their arguments
 a program that knows the right answers by heart, or takes a test's arguments for a hint.
 
 The walls, by namespaces, either made by bubblewrap or here (`choose_isolation` tries and takes the
-first that works): no network; no file but the interpreter, its libraries and numpy, all read-only,
-so nothing of the home folder, /etc or /proc; an empty folder in memory, limited in size and number
-of files; no process to see but its own; an environment of six fixed variables; no capability, no
-way to new privileges, and, where root starts it, an unused user. Limits: CPU time, wall time,
-address space, file size, open files, threads. A filter of system calls forbids new processes, new
-programs, sockets, ptrace, mounts and what else no solution needs (x86_64 and aarch64); where there
-is no filter, the number of processes is limited instead. What a program prints goes nowhere.
+first that works): no network; no file but the interpreter with the `lib` folder it is installed in,
+the system's library folders and numpy, all read-only, and empty folders in the place of all other
+installed packages, so nothing of /etc or /proc, and of the home folder nothing but an interpreter
+that is installed there; an empty folder in memory, limited in size and number of files; no process
+to see but its own; an environment of six fixed variables; no capability, no way to new privileges,
+and, where root starts it, an unused user. Limits: CPU time, wall time, address space, file size,
+open files, threads. A filter of system calls forbids new processes, new programs, sockets, ptrace,
+mounts and what else no solution needs (x86_64 and aarch64); where there is no filter, the number of
+processes is limited instead. What a program prints goes nowhere.
 
 What it does not protect against: bugs in the kernel, which programs can reach with most system
 calls, or in the processor; side channels, such as the time others' work takes, and what the

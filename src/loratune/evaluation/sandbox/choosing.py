@@ -1,6 +1,8 @@
 """Which isolation this machine offers: each kind is tried, none is assumed."""
 
 import os
+import sys
+import sysconfig
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -13,10 +15,13 @@ from loratune.evaluation.sandbox.judging import Check, judge_program
 _PROBE = """
 import os, socket
 
-def escapes(secret):
+def escapes(secret, installed):
     found = []
     for name, attempt in (
         ("reads a file", lambda: open(secret).read()),
+        # The other one may lie where the sandbox has its own folder.
+        ("reads the users", lambda: open("/etc/passwd").read()),
+        ("finds installed packages", lambda: next(filter(listed, installed))),
         ("sees other processes", lambda: os.listdir("/proc")),
         ("writes a file", lambda: open(os.path.join(os.path.dirname(secret), "x"), "w")),
         ("reaches its parent", lambda: os.kill(os.getppid() or 2, 0) if os.getpid() > 9 else 1/0),
@@ -31,6 +36,9 @@ def escapes(secret):
         else:
             found.append(name)
     return found
+
+def listed(folder):
+    return os.path.isdir(folder) and os.listdir(folder)
 """
 _LIMITS = Limits(cpu_seconds=5, wall_seconds=10.0)
 
@@ -79,11 +87,19 @@ def _why_not(isolation: Isolation) -> str:
         secret.write_text("secret", encoding="ascii")
         check = Check(
             program=_PROBE,
-            tests=f"found = escapes({str(secret)!r})\nassert not found, f'it {{found}}'",
+            tests=f"found = escapes({str(secret)!r}, {_installed()!r})\n"
+            "assert not found, f'it {found}'",
             names=("escapes",),
         )
         judgement = judge_program(check, isolation=isolation, limits=_LIMITS)
     return "" if judgement.verdict == "correct" else judgement.reason or "it does not isolate"
+
+
+def _installed() -> list[str]:
+    """Where packages are installed, here and for the Python that this environment was made of."""
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    kinds = ("purelib", "platlib")
+    return sorted({sysconfig.get_path(one, vars=names) for one in kinds for names in (None, base)})
 
 
 def _name(isolation: Isolation) -> str:

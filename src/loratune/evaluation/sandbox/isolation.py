@@ -1,8 +1,11 @@
 """The command that starts a process of the sandbox, by each kind of isolation.
 
-What is seen inside, read-only: the Python interpreter with its standard library, the system's
-shared libraries, the packages named in `PACKAGES`, the guest's own code, four devices. There is no
-/proc, and nothing of /home, /etc, /var or /sys.
+What is seen inside, read-only: the Python interpreter with its standard library and the `lib`
+folder that holds it, the system's shared libraries with all else in their folders, the packages
+named in `PACKAGES`, the guest's own code, four devices. Of a virtual environment nothing is seen
+but those packages, and an empty folder lies over every folder of installed packages (`_covers`).
+There is no /proc, and nothing of /etc, /var or /sys, nor of the home folder, unless the interpreter
+is installed there.
 """
 
 import compileall
@@ -27,6 +30,9 @@ _SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _LOADER_CACHE = "/etc/ld.so.cache"
 _GUEST = Path(__file__).parent / "guest"
 _GUEST_INSIDE, _PACKAGES_INSIDE = "/sandbox", "/packages"
+# What installers call the folders that they put packages into. Such a folder may hold anybody's
+# code and data, and lies within the standard library, or under /usr/lib, which are bound.
+_INSTALLED = ("site-packages", "dist-packages")
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from guest.enter import main; main(sys.argv[2])"
 )
@@ -106,6 +112,7 @@ def sandbox_command(
         "enter_namespaces": isolation.kind == "namespaces",
         "with_user": isolation.with_user,
         "binds": _binds() if isolation.kind == "namespaces" else [],
+        "covers": _covers() if isolation.kind == "namespaces" else [],
         "guest_path": guest_path,
         "package_paths": [_PACKAGES_INSIDE] if isolated else packages,
         "user": user,
@@ -135,6 +142,9 @@ def _bubblewrap(isolation: Isolation) -> list[str]:
         for parent in reversed(Path(target).parents[:-1]):
             command += ["--dir", str(parent)]
         command += [option, source, target]
+    for folder in _covers():
+        # Read-only: what could be written here would be limited by nothing.
+        command += ["--tmpfs", folder, "--remount-ro", folder]
     return [*command, "--dir", WORK_FOLDER, "--remount-ro", "/", "--chdir", "/", "--"]
 
 
@@ -151,10 +161,13 @@ def _compile_guest() -> None:
 @cache
 def _binds() -> list[tuple[str, str]]:
     """(path outside, path inside) of all that the sandbox can read."""
-    paths = sysconfig.get_paths()
     library = Path(sys.base_prefix).resolve() / "lib"
     same = [_interpreter(), *(Path(one) for one in (*_SHARED_LIBRARIES, _LOADER_CACHE))]
-    same += [Path(paths[one]).resolve() for one in ("stdlib", "platstdlib")]
+    # A virtual environment has no standard library. What it calls its platstdlib is its own folder
+    # of packages and all that lies beside them: the true one is the base installation's.
+    bases = {"installed_base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    for one in ("stdlib", "platstdlib"):
+        same.append(Path(sysconfig.get_path(one, vars=bases)).resolve())
     if library != Path("/lib"):
         same.append(library)  # libpython, and what its modules are linked with
     chosen: list[Path] = []
@@ -164,6 +177,41 @@ def _binds() -> list[tuple[str, str]]:
     binds = [(str(one.resolve()), str(one)) for one in chosen]
     binds += [(str(one), f"{_PACKAGES_INSIDE}/{one.name}") for one in _packages()]
     return [*binds, (str(_GUEST), f"{_GUEST_INSIDE}/{_GUEST.name}")]
+
+
+@cache
+def _covers() -> list[str]:
+    """Paths inside, each of a folder of installed packages that an empty one is laid over.
+
+    All that is bound is searched, once: /usr/lib alone may hold programs' own environments.
+    """
+    folders = {found for source, _ in _binds() for found in _installed_under(Path(source))}
+    inside = {
+        str(Path(target) / folder.relative_to(source))
+        for folder in folders
+        for source, target in _binds()
+        if folder.is_relative_to(source)
+    }
+    return sorted(inside)
+
+
+def _installed_under(folder: Path) -> list[Path]:
+    """The folders of installed packages at any depth under `folder`, links to them followed."""
+    found: list[Path] = []
+    waiting = [str(folder)] if folder.is_dir() else []
+    while waiting:
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except OSError:  # what cannot be read here cannot be read inside
+            continue
+        for entry in entries:
+            is_installed = entry.name in _INSTALLED
+            if entry.is_dir(follow_symlinks=is_installed):
+                if is_installed:
+                    found.append(Path(entry.path).resolve())
+                else:
+                    waiting.append(entry.path)
+    return found
 
 
 @cache

@@ -44,7 +44,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter_namespaces(
-    binds: list[tuple[str, str]], *, with_user: bool, pass_fds: tuple[int, ...]
+    binds: list[tuple[str, str]],
+    *,
+    covers: list[str],
+    with_user: bool,
+    pass_fds: tuple[int, ...],
 ) -> None:
     """Return in a process of its own namespaces, whose root folder holds `binds` and devices alone.
 
@@ -53,6 +57,7 @@ def enter_namespaces(
 
     Args:
         binds: what is seen inside, read-only: (path outside, path inside).
+        covers: folders inside, within what is bound, that are seen as empty ones.
         with_user: make a user namespace, too; needed by everyone but root.
         pass_fds: what the third process alone keeps open.
 
@@ -69,7 +74,7 @@ def enter_namespaces(
         _write("/proc/self/gid_map", f"{USER_INSIDE} {group} 1")
     _wait_for_child_unless_child(pass_fds)
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    _make_root(binds)
+    _make_root(binds, covers)
     _wait_for_child_unless_child(pass_fds)
 
 
@@ -128,7 +133,7 @@ def limit(*, memory_bytes: int, cpu_seconds: int, file_bytes: int) -> None:
         resource.setrlimit(kind, (lower[0], lower[1]))
 
 
-def _make_root(binds: list[tuple[str, str]]) -> None:
+def _make_root(binds: list[tuple[str, str]], covers: list[str]) -> None:
     _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     # The new root is laid over /proc, since nothing that is bound comes from there.
     root = "/proc"
@@ -144,6 +149,9 @@ def _make_root(binds: list[tuple[str, str]]) -> None:
         _call("mount", source.encode(), inside.encode(), None, _MS_BIND | _MS_REC, None)
         is_device = (source, target) in devices
         _make_read_only(inside, _MS_NOSUID | (0 if is_device else _MS_NODEV), recursive=True)
+    for folder in covers:
+        flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+        _call("mount", b"tmpfs", (root + folder).encode(), b"tmpfs", flags, b"size=4k,mode=755")
     os.makedirs(root + WORK_FOLDER, exist_ok=True)
     _make_read_only(root, _MS_NOSUID | _MS_NODEV, recursive=False)
     os.chdir(root)

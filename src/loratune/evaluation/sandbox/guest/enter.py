@@ -20,6 +20,7 @@ def main(options_text: str) -> None:
         if options["enter_namespaces"]:
             confine.enter_namespaces(
                 [(source, target) for source, target in options["binds"]],
+                covers=options["covers"],
                 with_user=options["with_user"],
                 pass_fds=(requests_fd, replies_fd),
             )
