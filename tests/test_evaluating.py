@@ -245,6 +245,39 @@ def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, tra
         assert len(store.all_scores("by_heart")) == count
 
 
+def test_another_grader_judges_the_answers_that_a_score_keeps_and_asks_nothing(
+    tmp_path, trained, monkeypatch
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "six.jsonl", GSM8K[:6]),
+        "max_new_tokens": 8,
+        "device": "cpu",
+    }
+    found = api.evaluate(folder, **asked)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a model was asked")
+
+    monkeypatch.setattr("loratune.evaluation.answering.Decoder", never)
+    monkeypatch.setattr("loratune.evaluation.answering.answer_questions", never)
+    anew = api.evaluate(folder, **asked, grader="pissa")
+    assert [one.score.total for one in anew] == [6, 6]
+    assert [one.score.decoding for one in anew] == [one.score.decoding for one in found]
+    texts = dict[tuple[str, str], list[str]]()
+    with open_store(folder / "loratune.db", create=False) as store:
+        for one in store.all_scores("by_heart"):
+            if one.score.total == 6:
+                said = [answer.text for answer in store.predictions(one.score_id)]
+                texts[one.trial_id, one.score.grader] = said
+    assert len(texts) == 4
+    assert all(said == texts[trial, "strict"] for (trial, _), said in texts.items())
+    with pytest.raises(AssertionError, match="a model was asked"):
+        api.evaluate(folder, **{**asked, "max_new_tokens": 7}, grader="pissa")
+
+
 def test_grading_anew_needs_neither_the_questions_data_nor_a_model(tmp_path, trained):
     folder = tmp_path / "copy"
     shutil.copytree(trained.parent / "copy", folder)
