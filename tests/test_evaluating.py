@@ -769,3 +769,33 @@ def test_an_adapter_of_a_results_folder_that_cannot_answer_is_said_and_the_other
     assert "uses bias" in told
     assert "Traceback" not in told
     assert len(scored(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("task_text", "message"),
+    [
+        ("addsub", "task addsub has no data set of its own on the hub.*--data addsub.json"),
+        ("{name: gsm8k, data: gone.jsonl}", "data file .*gone.jsonl does not exist"),
+        ("{name: gsm8k, data: empty.jsonl}", "empty.jsonl holds no rows"),
+        ("{name: demo, prompt: no field}", "should hold {prompt}"),
+        ("{name: humaneval, grader: strict}", "humaneval is not judged by grader strict"),
+        ("gone.yaml", "task file .*gone.yaml cannot be read"),
+        ("empty.yaml", "holds no `key: value` lines; expected at least task, data, prompt, ref"),
+    ],
+)
+def test_a_plan_refuses_a_task_in_the_words_in_which_a_run_would(
+    tmp_path, model, task_text, message
+):
+    for name in ("empty.jsonl", "empty.yaml"):
+        (tmp_path / name).touch()
+    rows = write(tmp_path / "rows.jsonl", [{"q": f"{n}", "a": f"#### {n}"} for n in range(12)])
+    more = f"evaluate: {{tasks: [{task_text}]}}"
+    study_by_heart(tmp_path, model=model, rows=rows, rates="[1e-2]", seeds=1, more=more)
+    loaded = api.load_study(tmp_path / "study.yaml")
+    told = list[str]()
+    for ask in (api.plan, lambda one: api.run(one, out=tmp_path / "out", device="cpu", quiet=True)):
+        with pytest.raises(EvaluationError, match=message) as refused:
+            ask(loaded)
+        told.append(str(refused.value))
+    assert told[0] == told[1]
+    assert not (tmp_path / "out" / "loratune.db").exists()
