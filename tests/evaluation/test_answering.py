@@ -4,6 +4,7 @@ import json
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -327,6 +328,36 @@ def test_what_is_wrong_with_one_costs_no_other(engine: str, tmp_path: Any):
     assert "the model's 512 positions" in found.failures[1]
     assert found.failures[2] == "task gsm8k has no questions; give at least one"
     assert all("\n" not in reason for reason in found.failures.values())
+
+
+@pytest.mark.parametrize("engine", ["auto", "packed", "reference"])
+def test_an_adapter_with_nan_in_it_makes_errors_with_a_reason_and_touches_no_other(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+):
+    base = tiny_base()
+    files = tiny_adapter(base.model, "lora")
+    tensors = {name: one.clone() for name, one in files.tensors.items()}
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    broken = AdapterFiles(files.config, tensors)
+    asked = [Asked(one, task) for task in (numbers(), choices()) for one in (broken, files, None)]
+    # Whoever comes after it sits in its slot and its seat.
+    monkeypatch.setattr(
+        answering, "Decoder", partial(Decoder, num_slots=2, num_seats=1, tokens_per_prefill=60)
+    )
+    found = Told(base, asked, engine=engine)
+    assert (found.remarks, found.failures) == ([], {})
+    for index in (0, 3):
+        assert found.scores[index].errors == found.scores[index].total == len(TEXTS)
+        reasons = {one.reason for one in found.predictions[index]}
+        assert len(reasons) <= 2
+        assert any("logits are not finite" in str(reason) for reason in reasons)
+    others = [1, 2, 4, 5]
+    alone = Told(base, [asked[index] for index in others], engine=engine)
+    for place, index in enumerate(others):
+        assert alone.scores[place] == found.scores[index]
+        assert alone.said[place].keys() == found.said[index].keys()
+        if not asked[index].questions.choices:
+            assert alone.said[place] == found.said[index]
 
 
 def never(*_: object, **__: object) -> Any:
