@@ -28,7 +28,7 @@ from loratune.planning.bar import HALF_WAY
 from loratune.recommendation.early_stopping import highest_allowed
 
 FOLDER = Path(__file__).parents[1] / "tests" / "recorded"
-RECORDED = ("fig1-smollm2", "demo-1m", "demo-4m")
+RECORDED = ("fig1-smollm2", "curves-demo-1m", "curves-demo-4m")
 NEAR = (0.005, 0.01, 0.02)
 
 

@@ -247,6 +247,39 @@ def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, tra
         assert len(store.all_scores("by_heart")) == count
 
 
+def test_another_grader_judges_the_answers_that_a_score_keeps_and_asks_nothing(
+    tmp_path, trained, monkeypatch
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent / "copy", folder)
+    asked: dict[str, Any] = {
+        "tasks": ["gsm8k"],
+        "data": write(tmp_path / "six.jsonl", GSM8K[:6]),
+        "max_new_tokens": 8,
+        "device": "cpu",
+    }
+    found = api.evaluate(folder, **asked)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a model was asked")
+
+    monkeypatch.setattr("loratune.evaluation.answering.Decoder", never)
+    monkeypatch.setattr("loratune.evaluation.answering.answer_questions", never)
+    anew = api.evaluate(folder, **asked, grader="pissa")
+    assert [one.score.total for one in anew] == [6, 6]
+    assert [one.score.decoding for one in anew] == [one.score.decoding for one in found]
+    texts = dict[tuple[str, str], list[str]]()
+    with open_store(folder / "loratune.db", create=False) as store:
+        for one in store.all_scores("by_heart"):
+            if one.score.total == 6:
+                said = [answer.text for answer in store.predictions(one.score_id)]
+                texts[one.trial_id, one.score.grader] = said
+    assert len(texts) == 4
+    assert all(said == texts[trial, "strict"] for (trial, _), said in texts.items())
+    with pytest.raises(AssertionError, match="a model was asked"):
+        api.evaluate(folder, **{**asked, "max_new_tokens": 7}, grader="pissa")
+
+
 def test_grading_anew_needs_neither_the_questions_data_nor_a_model(tmp_path, trained):
     folder = tmp_path / "copy"
     shutil.copytree(trained.parent / "copy", folder)
@@ -856,3 +889,33 @@ def test_an_adapter_of_a_results_folder_that_cannot_answer_is_said_and_the_other
     assert "uses bias" in told
     assert "Traceback" not in told
     assert len(scored(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("task_text", "message"),
+    [
+        ("addsub", "task addsub has no data set of its own on the hub.*--data addsub.json"),
+        ("{name: gsm8k, data: gone.jsonl}", "data file .*gone.jsonl does not exist"),
+        ("{name: gsm8k, data: empty.jsonl}", "empty.jsonl holds no rows"),
+        ("{name: demo, prompt: no field}", "should hold {prompt}"),
+        ("{name: humaneval, grader: strict}", "humaneval is not judged by grader strict"),
+        ("gone.yaml", "task file .*gone.yaml cannot be read"),
+        ("empty.yaml", "holds no `key: value` lines; expected at least task, data, prompt, ref"),
+    ],
+)
+def test_a_plan_refuses_a_task_in_the_words_in_which_a_run_would(
+    tmp_path, model, task_text, message
+):
+    for name in ("empty.jsonl", "empty.yaml"):
+        (tmp_path / name).touch()
+    rows = write(tmp_path / "rows.jsonl", [{"q": f"{n}", "a": f"#### {n}"} for n in range(12)])
+    more = f"evaluate: {{tasks: [{task_text}]}}"
+    study_by_heart(tmp_path, model=model, rows=rows, rates="[1e-2]", seeds=1, more=more)
+    loaded = api.load_study(tmp_path / "study.yaml")
+    told = list[str]()
+    for ask in (api.plan, lambda one: api.run(one, out=tmp_path / "out", device="cpu", quiet=True)):
+        with pytest.raises(EvaluationError, match=message) as refused:
+            ask(loaded)
+        told.append(str(refused.value))
+    assert told[0] == told[1]
+    assert not (tmp_path / "out" / "loratune.db").exists()

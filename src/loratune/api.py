@@ -87,10 +87,16 @@ def plan_with_remarks(
             the noise from which the detectable differences are planned.
 
     Raises:
-        LoratuneError: the study can't be planned.
+        LoratuneError: the study can't be planned, or a task of its `evaluate` can't be asked, as
+            far as that shows without the network.
     """
+    from loratune.evaluation.tasks import check_questions, check_tasks
     from loratune.workshop import survey
 
+    tasks = loaded.study.evaluate.tasks
+    # Where generated code may run is a matter of the machine that runs the study.
+    check_tasks(tasks, folder=loaded.folder, unsafe_exec=True)
+    check_questions(tasks, folder=loaded.folder)
     found = survey(loaded, download=False)
     rate = H100
     if tflops is not None:

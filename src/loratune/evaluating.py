@@ -29,6 +29,7 @@ from loratune.models.load import Base, Precision, load_base, positions_of
 from loratune.records import (
     Answer,
     NotScored,
+    Prediction,
     QuestionSet,
     Said,
     Score,
@@ -182,7 +183,7 @@ def evaluate_results(
     """Score every adapter that a results folder keeps, with the study's own prompts.
 
     Many adapters answer at once. Scores and raw answers go into the folder's store; what is there
-    already is not asked again.
+    already is not asked again, and another grader judges the answers that an earlier score keeps.
 
     Raises:
         LoratuneError: no adapter is kept, no such task, or the base cannot be had.
@@ -214,6 +215,7 @@ def evaluate_results(
                 base,
                 results_of_model,
                 questions,
+                study=record.name,
                 place=place,
                 store=store,
                 engine=engine,
@@ -242,6 +244,7 @@ def _score_results(
     results: Sequence[TrialResult],
     questions: Sequence[TaskQuestions],
     *,
+    study: str,
     place: ResultsFolder,
     store: Store,
     engine: EngineChoice,
@@ -264,9 +267,13 @@ def _score_results(
             else:
                 wanted.append((index, number))
     asked, of_trial = list[Asked](), list[tuple[str, QuestionSet]]()
+    judged = {_same_answers(one.trial_id, one.score): one for one in store.all_scores(study)}
     for index, number in wanted:
         trial_id, of_task = results[index].trial.trial_id, sets[number]
+        earlier = judged.get(_same_answers(trial_id, of_task))
         kept = store.answers(trial_id, of_task)
+        if earlier is not None:
+            kept = {**_answers_of(store.predictions(earlier.score_id)), **kept}
         asked.append(Asked(place.adapter(trial_id), questions[number], kept))
         of_trial.append((trial_id, of_task))
     answers = answer_all(base, asked, engine=engine, remark=remark, unsafe_exec=unsafe_exec)
@@ -282,6 +289,20 @@ def _score_results(
                     f"{event.reason}"
                 )
     return scores, failures
+
+
+def _same_answers(trial_id: str, asked: QuestionSet | Score) -> tuple[str, ...]:
+    """What answers depend on: all but the grader."""
+    return trial_id, asked.task, asked.task_version, asked.decoding
+
+
+def _answers_of(predictions: Sequence[Prediction]) -> dict[int, Answer]:
+    """By question. Older versions did not say whether an answer had ended: those are asked anew."""
+    return {
+        one.question_index: Answer(one.text, one.num_tokens, one.finished)
+        for one in predictions
+        if one.finished is not None
+    }
 
 
 def evaluate_by_harness(

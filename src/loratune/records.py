@@ -300,12 +300,16 @@ class Answer:
 
     Of a question with choices `text` is the JSON list of their log-likelihoods. `num_tokens` counts
     what was generated, the EOS or the stop string included. `finished` is False where the token
-    limit came before both.
+    limit came before both. `NO_ANSWER` stands where a model's logits were not finite.
     """
 
     text: str
     num_tokens: int
     finished: bool
+
+
+# What is generated has one token at least, so that nothing else looks like this.
+NO_ANSWER = Answer(text="", num_tokens=0, finished=False)
 
 
 @dataclass(frozen=True, slots=True)

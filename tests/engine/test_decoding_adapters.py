@@ -1,17 +1,19 @@
 """Adapters read into plain tensors and seated, against PEFT's merged weights; refusals."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 
 from loratune.engine.decoding_adapters import AdapterBank, needs_of, read_layers
 from loratune.errors import ModelError
 from loratune.methods import attach_files
-from loratune.methods.adapter_files import AdapterFiles
-from loratune.methods.peft_adapter import key_of
+from loratune.methods.adapter_files import AdapterFiles, read_adapter
+from loratune.methods.peft_adapter import key_of, quiet_peft
 from loratune.models.targets import block_linears
 from tiny_adapters import METHODS, tiny_adapter
 from tiny_models import tiny_model
@@ -110,14 +112,14 @@ def changed(files: AdapterFiles, **config: Any) -> AdapterFiles:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "IA3"}, "'IA3'; expected 'LORA'"),
+        ({"target_modules": None}, "names no target_modules"),
         ({"init_lora_weights": "pissa"}, "a base that was changed"),
         ({"bias": "all"}, "uses bias"),
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
         ({"r": 5}, "says rank 5 for .*q_proj, but its factors have rank 4"),
-        ({"use_dora": True}, "the tensors of .*q_proj are not complete"),
+        ({"use_dora": True}, "14 of its tensors are missing .*q_proj.lora_magnitude_vector"),
     ],
 )
 def test_adapters_that_compute_otherwise_are_refused(config: dict[str, Any], message: str):
@@ -132,7 +134,7 @@ def test_tensors_that_belong_nowhere_or_do_not_fit_are_refused():
     files = tiny_adapter(model, "lora")
     tensors = dict(files.tensors)
     lacking = {name: one for name, one in tensors.items() if name != key_of(Q, "lora_B.weight")}
-    with pytest.raises(ModelError, match=f"the tensors of {Q} are not complete"):
+    with pytest.raises(ModelError, match=f"1 of its tensors are missing .*{Q}.lora_B.weight"):
         read_layers(model, replace(files, tensors=lacking))
     head = {**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}
     with pytest.raises(ModelError, match=r"lm_head\.lora_A.* linear layers of the blocks alone"):
@@ -140,9 +142,47 @@ def test_tensors_that_belong_nowhere_or_do_not_fit_are_refused():
     narrow = {**tensors, key_of(Q, "lora_A.weight"): torch.zeros(4, 31)}
     with pytest.raises(ModelError, match=r"shapes \(4, 31\) and \(32, 4\), expected \(4, 32\)"):
         read_layers(model, replace(files, tensors=narrow))
-    with pytest.raises(ModelError, match="no tensor at all"):
+    with pytest.raises(ModelError, match="28 of its tensors are missing"):
         read_layers(model, replace(files, tensors={}))
     dora = tiny_adapter(model, "dora")
     short = {**dora.tensors, key_of(Q, "lora_magnitude_vector"): torch.ones(3)}
     with pytest.raises(ModelError, match="has 3 magnitudes, expected 32"):
         read_layers(model, replace(dora, tensors=short))
+
+
+def test_another_kind_of_adapter_is_not_seated():
+    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    fields = json.loads(json.dumps(config.to_dict(), default=sorted))
+    with pytest.raises(ModelError, match="is of PEFT's type 'IA3', not 'LORA'"):
+        read_layers(frozen(), AdapterFiles(fields, {}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"]},
+        {"target_modules": "all-linear", "use_dora": True},
+    ],
+)
+def test_an_adapter_that_lacks_a_layer_it_names_is_refused_alike_by_both_ways(config, tmp_path):
+    with quiet_peft():
+        made = get_peft_model(tiny_model("llama"), LoraConfig(r=3, task_type="CAUSAL_LM", **config))
+    made.save_pretrained(str(tmp_path))
+    files = read_adapter(tmp_path)
+    model = frozen()
+    given = [name for name in files.tensors if name.endswith("lora_A.weight")]
+    assert len(read_layers(model, files)) == len(given)
+    layer = given[-1].removesuffix("lora_A.weight")
+    lacking = {name: one for name, one in files.tensors.items() if not name.startswith(layer)}
+    told = list[str]()
+    for read in (read_layers, attach_files):
+        with pytest.raises(ModelError, match=f"{2 + config.get('use_dora', False)} of its"):
+            read(model, replace(files, tensors=lacking))
+        try:
+            read(model, replace(files, tensors=lacking))
+        except ModelError as error:
+            told.append(str(error))
+    assert told[0] == told[1]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 from loratune.engine.decoding import Answered, Decoder
-from loratune.engine.decoding_adapters import Adapter
 from loratune.errors import CapacityError, ModelError
 from loratune.evaluation import answering
 from loratune.evaluation.answering import Asked, answer_all
@@ -293,18 +293,23 @@ def test_over_a_quantised_base_adapters_answer_one_by_one(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("engine", ["auto", "packed", "reference"])
-@pytest.mark.parametrize(
-    "config", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"bias": "lora_only"}]
-)
-def test_weights_of_the_base_in_an_adapter_are_refused_by_both_engines(
-    engine: str, config: dict[str, Any]
+@pytest.mark.parametrize("lacks", ["a module", "a layer"])
+def test_an_adapter_that_is_not_whole_is_refused_alike_and_nothing_is_said_to_answer(
+    engine: str, lacks: str
 ):
     base = tiny_base()
+    before = weights(base)
     files = tiny_adapter(base.model, "lora")
-    other: Adapter = AdapterFiles({**files.config, **config}, files.tensors)
-    found = Told(base, [Asked(other, numbers()), Asked(files, numbers())], engine=engine)
+    if lacks == "a module":
+        broken = AdapterFiles({**files.config, "modules_to_save": ["lm_head"]}, files.tensors)
+    else:
+        kept = {name: one for name, one in files.tensors.items() if "layers.0.mlp.up" not in name}
+        broken = AdapterFiles(files.config, kept)
+    found = Told(base, [Asked(broken, numbers()), Asked(files, numbers())], engine=engine)
+    assert found.remarks == []
     assert found.scores.keys() == {1}
-    assert f"uses {next(iter(config))}: it brings weights of the base" in found.failures[0]
+    assert f"{1 if lacks == 'a module' else 2} of its tensors are missing" in found.failures[0]
+    assert all(torch.equal(before[name], value) for name, value in weights(base).items())
 
 
 @pytest.mark.parametrize("engine", ["auto", "packed", "reference"])
@@ -323,6 +328,36 @@ def test_what_is_wrong_with_one_costs_no_other(engine: str, tmp_path: Any):
     assert "the model's 512 positions" in found.failures[1]
     assert found.failures[2] == "task gsm8k has no questions; give at least one"
     assert all("\n" not in reason for reason in found.failures.values())
+
+
+@pytest.mark.parametrize("engine", ["auto", "packed", "reference"])
+def test_an_adapter_with_nan_in_it_makes_errors_with_a_reason_and_touches_no_other(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+):
+    base = tiny_base()
+    files = tiny_adapter(base.model, "lora")
+    tensors = {name: one.clone() for name, one in files.tensors.items()}
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    broken = AdapterFiles(files.config, tensors)
+    asked = [Asked(one, task) for task in (numbers(), choices()) for one in (broken, files, None)]
+    # Whoever comes after it sits in its slot and its seat.
+    monkeypatch.setattr(
+        answering, "Decoder", partial(Decoder, num_slots=2, num_seats=1, tokens_per_prefill=60)
+    )
+    found = Told(base, asked, engine=engine)
+    assert (found.remarks, found.failures) == ([], {})
+    for index in (0, 3):
+        assert found.scores[index].errors == found.scores[index].total == len(TEXTS)
+        reasons = {one.reason for one in found.predictions[index]}
+        assert len(reasons) <= 2
+        assert any("logits are not finite" in str(reason) for reason in reasons)
+    others = [1, 2, 4, 5]
+    alone = Told(base, [asked[index] for index in others], engine=engine)
+    for place, index in enumerate(others):
+        assert alone.scores[place] == found.scores[index]
+        assert alone.said[place].keys() == found.said[index].keys()
+        if not asked[index].questions.choices:
+            assert alone.said[place] == found.said[index]
 
 
 def never(*_: object, **__: object) -> Any:

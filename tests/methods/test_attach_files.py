@@ -7,13 +7,23 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    XLoraConfig,
+    get_peft_model,
+)
 from torch import Tensor
 
 from loratune.errors import ModelError
 from loratune.methods import attach_files, load_method
 from loratune.methods.adapter_files import AdapterFiles, read_adapter
+from loratune.methods.peft_adapter import quiet_peft
 from loratune.models.targets import target_modules
 from methods.trials import METHODS, logits_of, make_optimizer, make_trial, run_updates
 from tiny_models import tiny_model
@@ -118,10 +128,76 @@ def test_an_adapter_of_a_base_that_peft_changed_is_refused(start, tmp_path):
     refuse(tmp_path, f"init_lora_weights='{start}'.*convert it")
 
 
-def test_another_kind_of_adapter_is_refused(tmp_path):
-    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
-    peft_folder(tmp_path, config)
-    refuse(tmp_path, "'ADALORA'; expected 'LORA'")
+MORE = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+OTHER_KINDS = {
+    "LoHa": lambda: LoHaConfig(r=3, **MORE),
+    "IA3": lambda: IA3Config(**MORE, feedforward_modules=["down_proj"]),
+    "AdaLoRA": lambda: AdaLoraConfig(**MORE, total_step=10),
+    "tokens": lambda: TrainableTokensConfig(token_indices=[3, 9, 40], task_type="CAUSAL_LM"),
+    "bias and modules": lambda: LoraConfig(
+        r=3, **MORE, bias="all", modules_to_save=["norm", "lm_head"]
+    ),
+    "embeddings": lambda: LoraConfig(
+        r=3, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"
+    ),
+}
+
+
+def greedy(model: Any) -> list[list[int]]:
+    """PEFT's or transformers' own greedy answers, 16 tokens to each of 2 prompts."""
+    prompts = torch.tensor([[1, 3, 40, 9, 77], [1, 12, 12, 9, 100]])
+    made = model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        max_new_tokens=16,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return made[:, prompts.shape[1] :].tolist()
+
+
+# Qwen 2 has biases of its own, Gemma 3 ties its head to its embeddings.
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_any_kind_of_adapter_answers_as_in_peft_and_leaves_the_base_bit_for_bit(
+    kind, family, tmp_path
+):
+    generator = torch.Generator().manual_seed(1)
+    with quiet_peft():
+        made = get_peft_model(tiny_model(family), OTHER_KINDS[kind]())
+        with torch.no_grad():
+            for one in made.parameters():
+                if one.requires_grad:
+                    one.add_(0.3 * torch.randn(one.shape, generator=generator))
+        made.save_pretrained(str(tmp_path), save_embedding_layers=kind == "embeddings")
+        wanted = greedy(PeftModel.from_pretrained(tiny_model(family), str(tmp_path)).eval())
+    model = tiny_model(family)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    plain = greedy(model)
+    loaded = attach_files(model, tmp_path)
+    assert greedy(model) == wanted != plain
+    loaded.detach()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], one) for name, one in before.items())
+    assert greedy(model) == plain
+
+
+def test_what_a_call_of_the_model_does_not_apply_is_refused(tmp_path):
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), config).save_pretrained(str(tmp_path))
+    refuse(tmp_path, "'PROMPT_TUNING', which a plain call of the model does not apply")
+    # It names further adapters, which PEFT would load from wherever they lie.
+    config = XLoraConfig(hidden_size=32, adapters={"0": "elsewhere"}, task_type="CAUSAL_LM")
+    fields = json.dumps(config.to_dict(), default=sorted)
+    (tmp_path / "adapter_config.json").write_text(fields)
+    refuse(tmp_path, "'XLORA', which a plain call of the model does not apply")
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    refuse(edited(tmp_path, alora_invocation_tokens=[5]), "uses alora_invocation_tokens, which")
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    refuse(edited(tmp_path, megatron_config={"a": 1}), "uses megatron_config, which")
+    refuse(edited(tmp_path, peft_type="NEXT_YEARS"), "'NEXT_YEARS', unknown to the installed PEFT")
 
 
 def test_an_adapter_of_another_shape_or_other_layers_is_refused(tmp_path):
@@ -139,13 +215,9 @@ def test_settings_that_the_installed_peft_does_not_know_are_refused_unless_off(t
     torch.testing.assert_close(logits_of(loaded.model), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_weights_of_the_base_in_an_adapter_are_refused(tmp_path):
+def test_modules_that_an_adapter_names_and_does_not_bring_are_refused(tmp_path):
     peft_folder(tmp_path, LoraConfig(**LORA))
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(128, 32)
-    save_file(tensors, path)
-    refuse(tmp_path, "weights of the base itself")
+    refuse(edited(tmp_path, modules_to_save=["lm_head"]), r"1 of its tensors are missing \(.*head")
 
 
 def test_a_pickle_is_refused_and_not_opened(tmp_path):

@@ -57,7 +57,7 @@ from loratune.engine.decoding_adapters import (
     needs_of,
     seat_bytes,
 )
-from loratune.engine.decoding_choice import Sampling
+from loratune.engine.decoding_choice import NOT_FINITE, Sampling
 from loratune.engine.decoding_model import (
     CHECK_TOKENS,
     DecoderSize,
@@ -76,7 +76,7 @@ from loratune.engine.decoding_text import (
 from loratune.engine.memory import out_of_memory_reason, release_memory
 from loratune.errors import CapacityError, EvaluationError
 from loratune.models.load import Base, positions_of
-from loratune.records import Answer
+from loratune.records import NO_ANSWER, Answer
 
 # Unless the caller says: rows at once, where memory allows; adapters at once; tokens of prompts.
 MOST_SLOTS_ON_CUDA = 2048
@@ -670,8 +670,11 @@ class _Run:
         rows = launch.order.rows
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.tokens.append(token)
+            if token == NOT_FINITE and not row.is_over:
+                yield self._over(row, NO_ANSWER)
         for ends, places in launch.order.by_ends:
-            kinds = ends.kinds(tokens[places])
+            # Where there is no token the row is over: any serves.
+            kinds = ends.kinds(np.maximum(tokens[places], 0))
             for place in np.flatnonzero(kinds >= MAY_STOP).tolist():
                 row = rows[places[place]]
                 if not row.is_over and (kinds[place] == ENDS or ends.is_stopped(row.tokens)):
@@ -681,9 +684,6 @@ class _Run:
                 yield self._end(row, finished=False)
 
     def _end(self, row: _Row, *, finished: bool) -> Answered:
-        row.is_over = True
-        self._leave(row)
-        self._seating.done(row.request.adapter)
         answer = answer_of(
             self._base.tokenizer,
             row.tokens,
@@ -691,4 +691,10 @@ class _Run:
             end_ids=row.ends.end_ids,
             finished=finished,
         )
-        return Answered(row.index, answer, tuple(row.tokens))
+        return self._over(row, answer)
+
+    def _over(self, row: _Row, answer: Answer) -> Answered:
+        row.is_over = True
+        self._leave(row)
+        self._seating.done(row.request.adapter)
+        return Answered(row.index, answer, tuple(row.tokens[: answer.num_tokens]))

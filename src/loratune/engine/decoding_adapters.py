@@ -22,12 +22,13 @@ Legend: A seats, D in, E out, R rank.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,8 +37,8 @@ from loratune.engine.memory import sent
 from loratune.engine.packed_model import group_targets
 from loratune.engine.slots import lay_out, to_row, views
 from loratune.errors import ModelError
-from loratune.methods.adapter_files import AdapterFiles, read_adapter
-from loratune.methods.attach_files import lora_config_of
+from loratune.methods.adapter_files import MAGNITUDE, AdapterFiles, read_adapter
+from loratune.methods.attach_files import check_complete, lora_config_of
 from loratune.methods.base import LayerTensors
 from loratune.methods.dora import row_norms
 from loratune.methods.peft_adapter import key_of
@@ -53,14 +54,12 @@ COMPUTES_OTHERWISE = (
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
-    "alora_invocation_tokens",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
     "monteclora_config",
 )
-MAGNITUDE_KEYS = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 
 def read_layers(model: PreTrainedModel, adapter: AdapterFiles | Path) -> dict[str, LayerTensors]:
@@ -78,21 +77,16 @@ def read_layers(model: PreTrainedModel, adapter: AdapterFiles | Path) -> dict[st
     where = str(adapter) if isinstance(adapter, Path) else "the adapter"
     config = lora_config_of(files, where=where)
     _check_config(config, where=where)
-    linears = block_linears(model)
+    targets = _targets(model, config, where=where)
+    missing = [name for of_one in targets.values() for name in of_one if name not in files.tensors]
+    check_complete(missing, where=where)
     left = dict(files.tensors)
     layers = dict[str, LayerTensors]()
-    for name, linear in linears.items():
-        a_RD = left.pop(key_of(name, "lora_A.weight"), None)
-        b_ER = left.pop(key_of(name, "lora_B.weight"), None)
-        found = [left.pop(key_of(name, key), None) for key in MAGNITUDE_KEYS]
-        magnitude_E = next((one for one in found if one is not None), None)
-        if a_RD is None and b_ER is None and magnitude_E is None:
+    for name, linear in block_linears(model).items():
+        if name not in targets:
             continue
-        if a_RD is None or b_ER is None or (magnitude_E is None) == config.use_dora:
-            raise ModelError(
-                f"{where} does not fit this base: the tensors of {name} are not complete; "
-                "export the adapter anew"
-            )
+        a_RD, b_ER, *of_dora = (left.pop(wanted) for wanted in targets[name])
+        magnitude_E = of_dora[0] if of_dora else None
         rank = len(a_RD)
         shapes = [(rank, linear.in_features), (linear.out_features, rank)]
         if [tuple(a_RD.shape), tuple(b_ER.shape)] != shapes:
@@ -130,6 +124,35 @@ def _check_config(config: LoraConfig, *, where: str) -> None:
             f"{where} uses {', '.join(given)}, which many adapters at once do not; evaluate it by "
             "itself"
         )
+
+
+def _targets(
+    model: PreTrainedModel, config: LoraConfig, *, where: str
+) -> dict[str, tuple[str, ...]]:
+    """Each layer that a configuration means, by PEFT's own matching, and its tensors in a file.
+
+    A layer whose tensors a file lacks would else answer as the base does.
+    """
+    if config.target_modules is None:  # PEFT then takes what it likes for the family.
+        raise ModelError(
+            f"{where} names no target_modules, which many adapters at once need; evaluate it by "
+            "itself"
+        )
+    linears = block_linears(model)
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    # PEFT writes the layers' own names in its place; other programs may not.
+    everywhere = config.target_modules == "all-linear"
+    found = dict[str, tuple[str, ...]]()
+    for name, module in modules:
+        if not (name in linears if everywhere else check_target_module_exists(config, name)):
+            continue
+        factors = ["lora_A.weight", "lora_B.weight"]
+        if isinstance(module, nn.Embedding):
+            factors = ["lora_embedding_A", "lora_embedding_B"]
+        if config.use_dora:
+            factors.append(MAGNITUDE)
+        found[name] = tuple(key_of(name, one) for one in factors)
+    return found
 
 
 def _scale_of(config: LoraConfig, name: str, *, rank: int, where: str) -> float:

@@ -166,10 +166,12 @@ def attend(
     seen_ML = at_L <= position_M[:, None]
     if window is not None:
         seen_ML &= at_L > position_M[:, None] - window
+    # A NaN that whoever had the slot before left there would go through the mask: 0 x NaN is NaN.
+    hidden_M1L1 = ~seen_ML[:, None, :, None]
+    seen = [one[:, :, :longest][slot_M].masked_fill_(hidden_M1L1, 0) for one in cache]
     attended = functional.scaled_dot_product_attention(
         q_MHD[:, :, None],
-        cache.keys[:, :, :longest][slot_M],
-        cache.values[:, :, :longest][slot_M],
+        *seen,
         attn_mask=seen_ML[:, None, None],
         scale=scale,
         enable_gqa=q_MHD.shape[1] != cache.keys.shape[1],

@@ -26,6 +26,9 @@ from torch import Tensor
 from loratune.engine.mixing import mixed
 from loratune.errors import EvaluationError
 
+# Stands for a token where there was none to choose.
+NOT_FINITE = -1
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -59,6 +62,15 @@ class Sampling:
 def likeliest(logits_MV: Tensor) -> Tensor:
     """int64[M]; of equal ones the first."""
     return logits_MV.argmax(dim=-1)
+
+
+def or_not_finite(token_M: Tensor, logits_MV: Tensor) -> Tensor:
+    """The tokens, NOT_FINITE where a row's logits are not numbers to choose by; no device waits.
+
+    Of a row with a NaN or plus infinity the likeliest token is one of those.
+    """
+    highest_M = logits_MV.gather(-1, likeliest(logits_MV)[:, None])[:, 0]
+    return torch.where(highest_M.isfinite(), token_M, NOT_FINITE)
 
 
 def drawn(logits_MV: Tensor, *, temperature_M: Tensor, top_p_M: Tensor, key_M: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from loratune.data.rows import EncodedRows
 from loratune.engine.attention import where_rows_lie
 from loratune.engine.decoding_adapters import AdapterBank
 from loratune.engine.decoding_attention import NAME, CacheShape, cache_on
-from loratune.engine.decoding_choice import Sampling, drawn, likeliest
+from loratune.engine.decoding_choice import Sampling, drawn, likeliest, or_not_finite
 from loratune.engine.decoding_linear import DecodingGroup
 from loratune.engine.laying import LaidOut, StepRows, lay_out_step, most_filler_rows
 from loratune.engine.memory import release_memory, sent
@@ -299,7 +299,7 @@ class DecodingModel:
     def _choose(
         self, hidden_BD: Tensor, slot_B: Tensor, length_B: Tensor, *, sampled: bool
     ) -> Tensor:
-        """The next tokens; the slots' state is then that of the next step."""
+        """The next tokens, or NOT_FINITE; the slots' state is then that of the next step."""
         state = self._state
         logits_BV = self._logits(hidden_BD)
         count_B = state.count_S[slot_B]
@@ -319,7 +319,7 @@ class DecodingModel:
         # Filler begins anew at each step, so that it never grows.
         state.length_S[-1:].zero_()
         state.count_S[-1:].zero_()
-        return token_B
+        return or_not_finite(token_B, logits_BV)
 
     # Scores -------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 `engine.decoding` answers for all adapters at once. What it can't do is done one adapter after
 another by transformers' own `generate` (`score.answer_questions`): another family, a quantised
-base, an adapter that is more than LoRA factors on linear layers. Which of both answered is not part
-of a score: they agree but for rounding (tests hold that in float32 the texts are equal).
+base, an adapter that is more than LoRA factors on linear layers and that `attach_files` takes.
+Which of both answered is not part of a score: they agree but for rounding (tests hold that in
+float32 the texts are equal).
 
 Answers that are known already are not asked for again. What is written where is not known here.
 """
@@ -96,6 +97,8 @@ class _Work:
         self._left = dict.fromkeys(range(len(asked)))
         # Why something is not asked together with the others, by the index of what is asked.
         self._apart = dict[int, str]()
+        # Why no engine can ask it, likewise.
+        self._unfit = dict[int, str]()
         self._decoder: Decoder | None = None
 
     def complete(self, indices: Sequence[int]) -> Generator[Scored | NotScored]:
@@ -128,18 +131,26 @@ class _Work:
         adapters = {
             _key(self._asked[index].adapter): self._asked[index].adapter for index in self._left
         }
-        refused = dict[str, str]()
+        refused, unfit = dict[str, str](), dict[str, str]()
         for key, adapter in adapters.items():
             if adapter is not None:
                 try:
                     read_layers(self._base.model, adapter)
                 except ModelError as error:
                     refused[key] = str(error)
+                    # Put on and taken off, so that nothing is said to answer that does not fit.
+                    try:
+                        attach_files(self._base.model, adapter).detach()
+                    except ModelError as damage:
+                        unfit[key] = _one_line(damage)
         tasks = dict[tuple[str, str], list[int]]()
         for index in tuple(self._left):
             one = self._asked[index]
-            reason = refused.get(_key(one.adapter))
-            if reason is None:
+            key = _key(one.adapter)
+            reason = refused.get(key)
+            if key in unfit:
+                self._unfit[index] = unfit[key]
+            elif reason is None:
                 tasks.setdefault((one.questions.task, one.questions.decoding), []).append(index)
             else:
                 self._set_apart([index], reason)
@@ -184,6 +195,8 @@ class _Work:
 
     def ask_one_by_one(self) -> Generator[Said | Scored | NotScored]:
         """All that is left, an adapter after the other."""
+        for index, reason in self._unfit.items():
+            yield self._not_scored(index, reason)
         if self._engine == "packed":
             for index in tuple(self._left):
                 yield self._not_scored(

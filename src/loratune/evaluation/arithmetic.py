@@ -38,8 +38,8 @@ def load(
     source = source or hub
     if source is None:
         raise EvaluationError(
-            f"task {task} has no data set of its own on the hub; name your copy, as in "
-            f"{{name: {task}, data: {task}.json}}"
+            f"task {task} has no data set of its own on the hub; name your copy: in a study "
+            f"{{name: {task}, data: {task}.json}}, in a call --data {task}.json"
         )
     try:
         rows = read_rows(source, folder=folder)
@@ -79,6 +79,7 @@ def _task(name: str, hub: Source | None) -> TaskDefinition:
         stop=(),
         load=partial(load, task=name, hub=hub),
         takes_data=True,
+        on_hub=hub is not None,
     )
 
 

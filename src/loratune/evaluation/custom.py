@@ -85,6 +85,7 @@ def read_task(path: Path) -> TaskDefinition:
         max_new_tokens=None if read.choices else read.max_new_tokens,
         stop=read.stop,
         load=partial(_load, read, path),
+        on_hub=read.data.id is not None,
         extract=read.extract,
         prompt="{prompt}",  # The file's own prompt is complete.
     )
@@ -103,6 +104,9 @@ def file_hash_of(version: str) -> str:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
+    if not problem["loc"]:
+        required = [name for name, one in CustomTask.model_fields.items() if one.is_required()]
+        return f"holds no `key: value` lines; expected at least {', '.join(required)}"
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 

@@ -35,4 +35,5 @@ TASK = TaskDefinition(
     max_new_tokens=64,  # the longest worked answer has about half as many
     stop=(),
     load=load,
+    on_hub=False,
 )

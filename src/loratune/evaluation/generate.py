@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -27,7 +29,7 @@ from transformers import (
 from loratune.engine.decoding_text import answer_of, decoded, end_ids_of
 from loratune.errors import EvaluationError
 from loratune.models.load import Base, positions_of
-from loratune.records import Answer
+from loratune.records import NO_ANSWER, Answer
 
 # transformers' tokenizers, configurations and `generate` are only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -122,6 +124,7 @@ def _answer_batch(
     width = max(len(ids) for ids in prompt_ids)
     input_ids_BT = torch.tensor([[pad_id] * (width - len(ids)) + [*ids] for ids in prompt_ids])
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    watch = _Watch(len(prompt_ids), device=model.device)
     stopping = _StopAtText(tokenizer, stop, prompt_width=width, num_rows=len(prompt_ids))
     # transformers puts `generate` on the models' own classes, so their base class lacks it.
     generate = cast("Any", model).generate
@@ -136,18 +139,42 @@ def _answer_batch(
             pad_token_id=pad_id,
             use_cache=True,
         ),
+        logits_processor=LogitsProcessorList([watch]),
         stopping_criteria=StoppingCriteriaList([stopping] if stop else []),
     )
     rows: list[list[int]] = generated_BT[:, width:].tolist()
     answers: list[Answer] = []
-    for row, stopped_after in zip(rows, stopping.num_tokens, strict=True):
+    for row, stopped_after, num_good in zip(
+        rows, stopping.num_tokens, watch.num_good_B.tolist(), strict=True
+    ):
         ended_after = next((t + 1 for t, one in enumerate(row) if one in end_ids), None)
         ends = [end for end in (stopped_after, ended_after) if end is not None]
         num_tokens = min(ends, default=len(row))
+        if num_good < num_tokens:
+            answers.append(NO_ANSWER)
+            continue
         answers.append(
             answer_of(tokenizer, row[:num_tokens], stop=stop, end_ids=end_ids, finished=bool(ends))
         )
     return answers
+
+
+class _Watch(LogitsProcessor):
+    """Changes nothing; `num_good_B`: each row's tokens before the first without finite logits."""
+
+    def __init__(self, num_rows: int, *, device: torch.device) -> None:
+        self._num_steps = 0
+        self.num_good_B = torch.full((num_rows,), torch.iinfo(torch.int64).max, device=device)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        # The highest of a row with a NaN is one. What was chosen by it is not looked at here, so
+        # that the device is not waited for.
+        is_bad_B = ~scores.amax(dim=-1).isfinite()
+        self.num_good_B = torch.where(
+            is_bad_B, self.num_good_B.clamp(max=self._num_steps), self.num_good_B
+        )
+        self._num_steps += 1
+        return scores
 
 
 class _StopAtText(StoppingCriteria):

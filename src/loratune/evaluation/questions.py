@@ -41,7 +41,8 @@ class TaskDefinition:
     are the study's own held-out rows. `max_new_tokens` is None where they depend on those, and
     where nothing is written. `extract` is a regular expression whose first group is what is judged
     of an answer; None: the whole of it. `prompt` stands in the place of the study's own.
-    `takes_data`: `data:` may name questions in the place of the task's own.
+    `takes_data`: `data:` may name questions in the place of the task's own. `on_hub`: those of its
+    own are a data set of the hub.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TaskDefinition:
     stop: tuple[str, ...]
     load: Callable[[Source | None, Path], tuple[Question, ...]] | None
     takes_data: bool = False
+    on_hub: bool = True
     extract: str | None = None
     prompt: str | None = None
 

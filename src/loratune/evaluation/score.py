@@ -4,6 +4,7 @@ The base stays resident and is left as it was, bit for bit. What is written wher
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +27,13 @@ from loratune.evaluation.sandbox import choose_isolation
 from loratune.methods.adapter_files import AdapterFiles
 from loratune.methods.attach_files import attach_files
 from loratune.models.load import Base
-from loratune.records import Answer, Prediction, Score
+from loratune.records import NO_ANSWER, Answer, Prediction, Score
 
 # Why an answer is an error where its question has nothing that could judge it.
 NO_REFERENCE = "the question has no reference"
+NOT_FINITE = (
+    "the model's logits are not finite: a weight of it or of the adapter is NaN or too large"
+)
 
 
 def score_task(
@@ -130,6 +134,9 @@ def grade(
         EvaluationError: generated code has to be run and cannot be isolated here.
     """
     judged = _judged(answers, questions, unsafe_exec=unsafe_exec)
+    for index, answer in enumerate(answers):
+        if answer == NO_ANSWER:
+            judged[index] = ("error", NOT_FINITE)
     predictions = tuple(
         Prediction(
             question_index=index,
@@ -170,14 +177,13 @@ def _judged(
     if questions.grader in CHOICE_GRADERS:
         return [
             (
-                judge_choice(
-                    json.loads(answer.text), choices, reference=reference, grader=questions.grader
-                ),
-                "",
+                judge_choice(values, choices, reference=reference, grader=questions.grader),
+                NOT_FINITE if any(math.isnan(one) for one in values) else "",
             )
             for answer, choices, reference in zip(
                 answers, questions.choices, questions.references, strict=True
             )
+            for values in [json.loads(answer.text)]
         ]
     return [
         (_judge_text(answer, reference, questions), "" if reference is not None else NO_REFERENCE)

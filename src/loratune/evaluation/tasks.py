@@ -119,6 +119,23 @@ def check_tasks(
             _check_prompt(given.prompt, task=given.name)
 
 
+def check_questions(tasks: Sequence[schema.Task], *, folder: Path) -> None:
+    """Read the questions that need no network, so that a plan refuses what a run would.
+
+    Args:
+        tasks: the study's.
+        folder: what relative paths start at, the study file's folder.
+
+    Raises:
+        EvaluationError: as `load_questions` says.
+    """
+    for given in tasks:
+        definition = task(given.name, folder=folder)
+        on_hub = definition.on_hub if given.data is None else given.data.id is not None
+        if definition.load is not None and not on_hub:
+            load_questions(given, folder=folder)
+
+
 def alike(grader: str) -> tuple[str, ...]:
     """The graders that can judge the same answers."""
     for kinds in (CHOICE_GRADERS, ("strict", "pissa")):

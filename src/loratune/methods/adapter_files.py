@@ -17,6 +17,8 @@ from loratune.errors import ModelError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+# DoRA's magnitudes, as PEFT writes them; it reads them under a parameter's name too.
+MAGNITUDE = "lora_magnitude_vector"
 PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -67,7 +69,13 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise ModelError(
             f"{weights_path} is no safetensors file ({error}); export the adapter anew"
         ) from error
-    return AdapterFiles(config=cast("dict[str, object]", config), tensors=tensors)
+    return AdapterFiles(
+        config=cast("dict[str, object]", config),
+        tensors={
+            name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name: one
+            for name, one in tensors.items()
+        },
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

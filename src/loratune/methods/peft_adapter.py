@@ -69,11 +69,15 @@ def attach_peft(
 
 @contextmanager
 def quiet_peft() -> Generator[None]:
-    """Silence the one warning that PEFT 0.21 causes on transformers 5 by its own code."""
+    """Silence what PEFT 0.21 causes on transformers 5 by its own code, and says of merging."""
     with warnings.catch_warnings():
         # PeftModel asks for a property that transformers renamed; it still answers rightly.
         warnings.filterwarnings(
             "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        )
+        # An adapter on tied embeddings: of concern to who merges it, which nothing here does.
+        warnings.filterwarnings(
+            "ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning
         )
         yield
 
