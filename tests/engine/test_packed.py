@@ -915,7 +915,8 @@ def test_weights_lie_side_by_side_before_the_slots_are_made(monkeypatch):
     # Or they would take what is left over of the slots' memory, and hold it after the pack.
     trials, base = one_of_each()[:1], tiny_base()
     made = packed_module.Slots
-    layers = [base.model.get_submodule(f"model.layers.0.self_attn.{name}_proj") for name in "qkv"]
+    names = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    layers: list[Any] = [base.model.get_submodule(name) for name in names]
     met = list[set[int]]()
 
     def slots(*args: Any, **kwargs: Any) -> Any:
