@@ -121,12 +121,13 @@ def test_when_the_budget_is_over_the_answer_is_what_can_be_said(asked):
     (answer,) = api.recommend(asked.out)
     assert answer.undecided
     assert answer.batch_size is None
-    # Without an end it takes the finest search, and trains nothing of the coarser one again.
+    # Without an end it takes the finest search, and begins nothing of the coarser one again.
     runs.seconds_per_update = 0.0
     runs.tune(replace(asked, budget_seconds=None))
     sizes = [set(loaded.study.batch_size) for loaded in runs.studies[:2]]
     assert sizes[0] < sizes[1] == {1, 2, 4, 8, 16, 32}
-    assert len(set(runs.trained)) == len(runs.trained)
+    # But for the one that was under way, which goes on.
+    assert len(runs.trained) - len(set(runs.trained)) <= 1
     assert api.recommend(asked.out)[0].confirmed
 
 
