@@ -67,10 +67,9 @@ def likeliest(logits_MV: Tensor) -> Tensor:
 def or_not_finite(token_M: Tensor, logits_MV: Tensor) -> Tensor:
     """The tokens, NOT_FINITE where a row's logits are not numbers to choose by; no device waits.
 
-    Of a row with a NaN or plus infinity the likeliest token is one of those.
+    The highest of a row with a NaN or plus infinity is one of those.
     """
-    highest_M = logits_MV.gather(-1, likeliest(logits_MV)[:, None])[:, 0]
-    return torch.where(highest_M.isfinite(), token_M, NOT_FINITE)
+    return torch.where(logits_MV.amax(dim=-1).isfinite(), token_M, NOT_FINITE)
 
 
 def drawn(logits_MV: Tensor, *, temperature_M: Tensor, top_p_M: Tensor, key_M: Tensor) -> Tensor:

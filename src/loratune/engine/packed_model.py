@@ -425,8 +425,9 @@ def lay_side_by_side(model: PreTrainedModel, groups: Sequence[GroupShape]) -> No
         members = [linears[name] for name in shape.names]
         if members[0].weight.is_floating_point():
             side_by_side(members)
-    # As much is left behind: 8 GiB of a 7B model.
-    release_memory(model.device)
+    if model.device.type == "cuda":
+        # As much is left behind: 8 GiB of a 7B model.
+        release_memory(model.device)
 
 
 def side_by_side(members: Sequence[nn.Linear]) -> Tensor:
