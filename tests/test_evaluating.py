@@ -227,15 +227,21 @@ def test_kept_answers_are_graded_anew_without_a_model_and_old_scores_stay(
     assert "0 scores added" in capsys.readouterr().err
 
 
-def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, trained):
+@pytest.fixture
+def six_asked(tmp_path: Path, trained: Path) -> tuple[Path, dict[str, Any]]:
+    """A results folder of one's own, and six questions for `api.evaluate`."""
     folder = tmp_path / "copy"
     shutil.copytree(trained.parent / "copy", folder)
-    asked: dict[str, Any] = {
+    return folder, {
         "tasks": ["gsm8k"],
         "data": write(tmp_path / "six.jsonl", GSM8K[:6]),
         "max_new_tokens": 8,
         "device": "cpu",
     }
+
+
+def test_a_results_folders_adapters_are_scored_into_its_store_once(six_asked):
+    folder, asked = six_asked
     found = api.evaluate(folder, **asked)
     assert [one.score.total for one in found] == [6, 6]
     with open_store(folder / "loratune.db", create=False) as store:
@@ -248,16 +254,9 @@ def test_a_results_folders_adapters_are_scored_into_its_store_once(tmp_path, tra
 
 
 def test_another_grader_judges_the_answers_that_a_score_keeps_and_asks_nothing(
-    tmp_path, trained, monkeypatch
+    six_asked, monkeypatch
 ):
-    folder = tmp_path / "copy"
-    shutil.copytree(trained.parent / "copy", folder)
-    asked: dict[str, Any] = {
-        "tasks": ["gsm8k"],
-        "data": write(tmp_path / "six.jsonl", GSM8K[:6]),
-        "max_new_tokens": 8,
-        "device": "cpu",
-    }
+    folder, asked = six_asked
     found = api.evaluate(folder, **asked)
 
     def never(*_: object, **__: object) -> None:
