@@ -332,6 +332,13 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_whose_first_commit_was_cut_off_is_taken_up(tmp_path):
+    # What a kill leaves while the tables are being made: the study's file comes after them.
+    (tmp_path / "loratune.db").write_bytes(b"")
+    (tmp_path / "loratune.db-journal").write_bytes(b"")
+    assert sweep_stub(tmp_path).statuses().keys() == {"done"}
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(StoreError, match="is a file"):

@@ -215,6 +215,8 @@ def _refuse_another_study(folder: ResultsFolder, loaded: LoadedStudy) -> None:
     ours = {
         ".lock",
         folder.database.name,
+        # SQLite's, of a commit that a kill cut off; the next opening rolls it back.
+        f"{folder.database.name}-journal",
         folder.store_address.name,
         folder.proxy.name,
         folder.beside.name,
