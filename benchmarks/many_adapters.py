@@ -38,9 +38,9 @@ def packed_engine(
     )
 
 
-def planned_memory_bytes(pack: PackShape, facts: ModelFacts) -> int:
+def planned_memory_bytes(pack: PackShape, facts: ModelFacts, precision: str) -> int:
     """What planning says that a pack needs."""
-    return pack_bytes(pack, model=facts, precision="bfloat16", targets=TARGETS)
+    return pack_bytes(pack, model=facts, precision=precision, targets=TARGETS)
 
 
 class ListFeed:

@@ -5,7 +5,7 @@ scaling of the rotary frequencies, say) does not change the arithmetic.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -21,13 +21,21 @@ from transformers import (
 )
 
 from loratune.models.load import Base
+from loratune.models.targets import block_linears
 from model_shapes import Shape
 
 
-def random_base(shape: Shape, *, device: torch.device, seed: int = 0) -> Base:
-    """A frozen bfloat16 model of `shape` with normal weights; nothing passes through the host.
+def random_base(
+    shape: Shape,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    precision: Literal["bfloat16", "nf4"] = "bfloat16",
+) -> Base:
+    """A frozen model of `shape` with normal weights; nothing passes through the host.
 
-    On a CPU, which is for tests, it is float32: small bfloat16 products are very slow there.
+    On a CPU, which is for tests, what is not nf4 is float32: small bfloat16 products are very slow
+    there. nf4 are the linear layers of the blocks, as `load_base` quantises them.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes: dict[str, Any] = {
@@ -66,6 +74,8 @@ def random_base(shape: Shape, *, device: torch.device, seed: int = 0) -> Base:
             else:
                 parameter.normal_(std=0.02, generator=generator)
     model.requires_grad_(False)
+    if precision == "nf4":
+        _quantise(model)
     model.eval()
     model.config.use_cache = False
     return Base(
@@ -75,6 +85,28 @@ def random_base(shape: Shape, *, device: torch.device, seed: int = 0) -> Base:
         fingerprint=f"random:{shape.name}",
         device=device,
     )
+
+
+def _quantise(model: PreTrainedModel) -> None:
+    """Block by block in place of what was there, so that both are never there whole."""
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+
+    for name, linear in block_linears(model).items():
+        layer = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=linear.weight.dtype,
+            compress_statistics=False,
+            quant_type="nf4",
+            device="meta",
+        )
+        layer.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4"
+        ).to(linear.weight.device)
+        model.set_submodule(name, layer)
+    # What transformers sets, and PEFT asks.
+    model.is_loaded_in_4bit = True
 
 
 def save_random_model(shape: Shape, folder: Path) -> None:

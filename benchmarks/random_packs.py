@@ -3,11 +3,13 @@
     python benchmarks/random_packs.py --json packs.json --minutes 9     # again, to go on
     python benchmarks/random_packs.py --json second.json --part 2/2     # beside 1/2 elsewhere
     python benchmarks/random_packs.py --json packs.json --join second.json
+    python benchmarks/random_packs.py --json probed.json --probed --steps 4 --packs 24
 
 Every pack draws its trials (methods, batch sizes, ranks, dropout, rows), whether blocks are
 checkpointed, and how much memory there is; the planner chooses its shape as for `loratune run`; the
 allocator is held to that memory, so that what does not fit is an out-of-memory; the trials make a
-few updates through `engine.train(feed)`. Pack number n is the same at every call. Exit code 0: all
+few updates through `engine.train(feed)`. With `--probed` the noise scale is measured at every
+second one. Pack number n is the same at every call. Exit code 0: all
 packs trained and none ran out of memory; 1: some did, or broke; 3: not all are done yet.
 
 One base for all packs. Every shape of a pack compiles and captures a step of its own, as it does in
@@ -40,7 +42,7 @@ from loratune.engine.packed import PackedEngine
 from loratune.models.load import Base
 from loratune.planning.pack_shape import SHARE_OF_MEMORY, pack_bytes, plan_pack
 from loratune.planning.packing import PackShape
-from loratune.records import Trial
+from loratune.records import NoiseProbe, NoiseSchedule, Trial
 from loratune.study.methods import choose
 from loratune.workshop import choose_device
 from many_adapters import ListFeed
@@ -65,6 +67,8 @@ ROWS: Mapping[str, Callable[[Shape], PreparedData]] = {
 SMALLEST_PART = 0.04
 # Planned and measured memory are to differ by no more.
 GOAL = 0.05
+# With probes, so that packs have probed steps and replayed ones.
+NOISE = NoiseSchedule(every=2, rows=32, held_out_rows=None)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Bench:
     steps: int
     most_trials: int
     seed: int
+    probed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +162,7 @@ class Bench:
                 data=[self.data[rows].facts],
                 memory_bytes=memory,
                 gradient_checkpointing=checkpointing,
+                probed=self.probed,
             )
             planned = pack_bytes(
                 shape, model=self.shape.facts, precision=self.precision, targets=TARGETS
@@ -177,10 +183,14 @@ class Bench:
         left = torch.cuda.memory_reserved(self.device) if on_cuda else None
         data = self.data[draw.rows]
         engine = PackedEngine(
-            self.base, {data.facts.fingerprint: data}, shape=draw.shape, targets=TARGETS
+            self.base,
+            {data.facts.fingerprint: data},
+            shape=draw.shape,
+            targets=TARGETS,
+            noise=NOISE if self.probed else None,
         )
         since, error = time.perf_counter(), None
-        num_updates, statuses = 0, dict[str, int]()
+        num_updates, num_probes, statuses = 0, 0, dict[str, int]()
         try:
             with closing(engine.train(ListFeed(draw.trials))) as events:
                 for event in events:
@@ -188,6 +198,8 @@ class Bench:
                         raise event.error
                     if isinstance(event, Progress):
                         num_updates += 1
+                    if isinstance(event, NoiseProbe):
+                        num_probes += 1
                     if isinstance(event, Finished):
                         status = event.outcome.status
                         statuses[status] = statuses.get(status, 0) + 1
@@ -202,6 +214,7 @@ class Bench:
             **draw.facts(),
             "statuses": statuses,
             "num_updates": num_updates,
+            "num_probes": num_probes,
             "seconds": seconds,
             "reserved_before_bytes": left,
             "reserved_bytes": reserved,
@@ -307,6 +320,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2, help="updates of a trial")
     parser.add_argument("--most-trials", type=int, default=32, help="in a pack")
+    parser.add_argument("--probed", action="store_true", help="measure the noise scale")
     parser.add_argument("--minutes", type=float, help="start no pack that may end later")
     parser.add_argument("--json", type=Path, help="write results here, and go on from it")
     parser.add_argument("--part", type=_part, default=(1, 1), help="2/3: every third, from the 2nd")
@@ -335,6 +349,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
         steps=options.steps,
         most_trials=options.most_trials,
         seed=options.seed,
+        probed=options.probed,
     )
 
 
@@ -348,7 +363,7 @@ def main(arguments: Sequence[str]) -> int:
         "shape": bench.shape.name,
         "layers": bench.shape.num_layers,
         "device": torch.cuda.get_device_name(bench.device) if on_cuda else platform.machine(),
-        **{name: getattr(options, name) for name in ("seed", "steps", "most_trials")},
+        **{name: getattr(options, name) for name in ("seed", "steps", "most_trials", "probed")},
     }
     about = {
         "versions": {name: version(name) for name in ("torch", "transformers")},

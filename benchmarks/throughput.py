@@ -5,7 +5,7 @@
 
 All in one process over one base model a shape. What each row is stands in docs/benchmarks.md. A
 case that fails is recorded with its reason and the others go on. Not covered: several devices,
-gradient checkpointing, quantised bases, evaluation.
+gradient checkpointing, evaluation.
 """
 
 import argparse
@@ -77,6 +77,7 @@ class Case:
     method: str = "lora"
     rows: str = "equal"
     cold: bool = False
+    precision: str = "bfloat16"
 
     @property
     def key(self) -> str:
@@ -114,13 +115,21 @@ def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
     large = 16 if 16 in sizes else sizes[-1]
 
     def single(what: str, batch_size: int, **changes: Any) -> Case:
-        return Case(what, shape.name, 1, batch_size, **changes)
+        return Case(what, shape.name, 1, batch_size, precision=options.precision, **changes)
 
     def pack(
         batch_size: int, *, most: int = MOST_ADAPTERS, rows: str = "equal", **changes: Any
     ) -> Case:
         num = options.adapters or _num_adapters(shape, batch_size, options, rows=rows)
-        return Case(PACKED, shape.name, min(num, most), batch_size, rows=rows, **changes)
+        return Case(
+            PACKED,
+            shape.name,
+            min(num, most),
+            batch_size,
+            rows=rows,
+            precision=options.precision,
+            **changes,
+        )
 
     # At rank 128 the optimizer alone takes 5 GiB an adapter of the 7b shape.
     few = 4 if shape.name == "7b" else 32
@@ -293,7 +302,7 @@ class Bench:
             flops_per_second=speed.tokens_per_second * a_token,
             peak_memory_bytes=peak_memory_bytes(self.device),
             planned_memory_bytes=(
-                planned_memory_bytes(pack, shape.facts)
+                planned_memory_bytes(pack, shape.facts, case.precision)
                 if pack is not None
                 else self._planned_alone(case, data, rows_per_microbatch=rows_per_microbatch)
             ),
@@ -310,7 +319,7 @@ class Bench:
     ) -> int | None:
         if case.what != PEFT:
             return None
-        trial = self._trial(case, data, slot=0)
+        trial = replace(self._trial(case, data, slot=0), precision=case.precision)
         return trial_cost(
             trial,
             model=SHAPES[case.shape].facts,
@@ -374,7 +383,8 @@ class Bench:
             self._base = None  # The old base goes before the new one comes.
             self._data.clear()
             release_memory(self.device)
-            self._shape, self._base = shape, random_base(shape, device=self.device)
+            self._shape = shape
+            self._base = random_base(shape, device=self.device, precision=self.options.precision)
         return self._base
 
     def _rows(self, case: Case) -> PreparedData:
@@ -421,6 +431,7 @@ def table(results: Iterable[Result]) -> str:
     results = list(results)
     columns = (
         "shape",
+        "precision",
         "what",
         "method",
         "rows",
@@ -451,6 +462,7 @@ def table(results: Iterable[Result]) -> str:
             _line(
                 (
                     case.shape,
+                    case.precision if trains else "",
                     case.what + (", cold" if case.cold else ""),
                     case.method if trains else "",
                     case.rows if trains else "",
@@ -473,7 +485,7 @@ def table(results: Iterable[Result]) -> str:
 
 
 def _work(case: Case) -> tuple[Any, ...]:
-    return case.shape, case.batch_size, case.rank, case.method, case.rows
+    return case.shape, case.precision, case.batch_size, case.rank, case.method, case.rows
 
 
 def _line(cells: Iterable[Any]) -> str:
@@ -513,6 +525,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=_numbers, help="default: those of each shape")
     parser.add_argument("--adapters", type=int, help="in a pack; default: enough to fill a step")
     parser.add_argument("--tokens-per-step", type=int, help="of a pack; default: by shape")
+    parser.add_argument("--precision", choices=("bfloat16", "nf4"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--minutes", type=float, help="start no case that may end later")
     parser.add_argument("--json", type=Path, help="write results here as they come")
@@ -523,6 +536,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.precision == "nf4" and "compiled" in options.only:
+        parser.error("--precision nf4 has no strongest loop for one adapter; leave compiled out")
     if options.resume and options.json is None:
         parser.error("--resume needs --json")
     return options
@@ -557,7 +572,9 @@ def main(arguments: Sequence[str]) -> int:
         size = (options.batch_sizes or shape.batch_sizes)[0]
         num = options.adapters or _num_adapters(shape, size, options)
         what = options.profile_what
-        case = Case(what, shape.name, num if what == PACKED else 1, size)
+        case = Case(
+            what, shape.name, num if what == PACKED else 1, size, precision=options.precision
+        )
         bench.profile(case, options.profile, num_updates=options.profile_updates)
         return 0
     cases = list[Case]()
