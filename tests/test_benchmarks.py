@@ -1,5 +1,6 @@
 """The benchmarks on a CPU at a tiny shape: that they run and count right, not what they measure."""
 
+import ast
 import json
 import os
 import subprocess
@@ -289,6 +290,53 @@ def test_the_first_step_is_timed_from_the_start_of_the_process(benchmark_module:
     one = module.first_step("tiny", batch_size=2, device=torch.device("cpu"))
     running = time.time() - psutil.Process().create_time()
     assert 0 < one.imports < one.engine < one.first_update <= running
+
+
+# ---------------------------------------------------------------------------- attention launches
+
+
+def launches_in(table: str) -> dict[int, tuple[int, ...]]:
+    """A table of engine/attention_kernels.py, which only imports where Triton is."""
+    source = (
+        BENCHMARKS.parent / "src" / "loratune" / "engine" / "attention_kernels.py"
+    ).read_text()
+    (value,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == table
+    )
+    return eval(ast.unparse(value), {"Launch": lambda *sizes: sizes})
+
+
+def test_the_launches_in_use_are_the_fastest_that_were_recorded(benchmark_module: Any):
+    module = benchmark_module("attention_launches")
+    shapes = benchmark_module("model_shapes").SHAPES
+    recorded = json.loads(
+        (BENCHMARKS.parent / "docs" / "log" / "attention-launches-h200.json").read_text()
+    )
+    for width in (64, 128):
+        for what, table in module.TABLES.items():
+            times = {
+                (name, rows, tuple(sizes)): time
+                for name, rows, which, sizes, time in recorded
+                if which == what and shapes[name].head_dim == width
+            }
+            assert {(name, rows) for name, rows, _ in times} == {
+                (name, rows)
+                for name in (("135m", "1b") if width == 64 else ("0.6b", "7b"))
+                for rows in ("equal", "gsm8k")
+            }
+            assert module.chosen(times) == launches_in(table)[width], (width, what)
+
+
+def test_a_launch_that_was_not_timed_everywhere_is_not_chosen(benchmark_module: Any):
+    chosen = benchmark_module("attention_launches").chosen
+    slow, quick, sound = (1, 1, 4, 1), (2, 2, 4, 1), (3, 3, 4, 1)
+    times = {("a", "equal", slow): 9.0, ("b", "equal", slow): 9.0, ("a", "equal", quick): 1.0}
+    assert chosen(times) == slow
+    assert chosen(times | {("a", "equal", sound): 2.0, ("b", "equal", sound): 2.0}) == sound
+    with pytest.raises(ValueError, match="no launch was timed everywhere"):
+        chosen({("a", "equal", slow): 1.0, ("b", "equal", quick): 1.0})
 
 
 # ---------------------------------------------------------------------------- random packs

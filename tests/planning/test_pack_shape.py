@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from loratune.planning.pack_shape import (
+    PROBED_TIMES,
     SHARE_OF_MEMORY,
     head_bytes,
     pack_bytes,
@@ -92,32 +94,72 @@ def test_planned_memory_is_within_5_percent_of_every_recorded_pack(result: Any, 
     assert expected == pytest.approx(result["peak_memory_bytes"], rel=0.05)
 
 
-def planned_over_taken() -> list[float]:
+def test_planned_memory_of_packs_with_one_buffer_of_logits_is_within_5_percent_but_for_dora():
+    path = ROOT / "docs" / "log" / "throughput-launches-h200.json"
+    results = [one for part in json.loads(path.read_text()).values() for one in part["results"]]
+    packs = [one for one in results if one["case"]["what"] == "packed"]
+    off = dict[str, list[float]]()
+    for one in packs:
+        case = one["case"]
+        shape = PackShape(
+            num_slots=one["num_slots"],
+            tokens_per_step=one["tokens_per_step"],
+            rank=case["rank"],
+            magnitudes=case["method"] == "dora",
+        )
+        planned = pack_bytes(
+            shape, model=facts_of(case["shape"]), precision=case["precision"], targets=TARGETS
+        )
+        key = case["method"] if case["precision"] == "bfloat16" else case["precision"]
+        off.setdefault(key, []).append(planned / one["peak_memory_bytes"])
+    assert {key: len(ratios) for key, ratios in off.items()} == {"lora": 14, "nf4": 2, "dora": 1}
+    assert all(0.95 <= ratio <= 1.05 for ratio in [*off["lora"], *off["nf4"]])
+    # By a formula that was fitted before its head had one buffer.
+    assert off["dora"] == [pytest.approx(1.055, abs=0.005)]
+
+
+def planned_today(shape: PackShape, model: ModelFacts) -> int:
+    return pack_bytes(shape, model=model, precision="bfloat16", targets=TARGETS)
+
+
+def planned_over_taken(
+    name: str, planned: Callable[[PackShape, ModelFacts], int], *, num_packs: int
+) -> list[float]:
     """Of every recorded random pack, less what earlier packs had left on the device."""
-    path = ROOT / "docs" / "log" / "random-packs-h200.json"
+    path = ROOT / "docs" / "log" / f"{name}.json"
     packs = list(json.loads(path.read_text())["results"].values())
-    assert len(packs) == 100
+    assert len(packs) == num_packs
     assert not any(one["num_out_of_memory"] or one["was_shrunk"] or one["error"] for one in packs)
     least = min(one["reserved_before_bytes"] for one in packs)
     return [
-        planned_then(PackShape(**one["shape"]), facts_of("135m"))
+        planned(PackShape(**one["shape"]), facts_of("135m"))
         / (one["reserved_bytes"] - (one["reserved_before_bytes"] - least))
         for one in packs
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="reached by five in six: docs/benchmarks.md")
+@pytest.mark.xfail(strict=True, reason="reached by 15 of 17: docs/benchmarks.md")
 def test_planned_memory_is_within_5_percent_of_every_recorded_random_pack():
-    # Rows of many lengths left holes in the allocator's segments, and of a pack of 1 GiB the
-    # smallest segments are several percent.
-    assert all(0.95 <= one <= 1.05 for one in planned_over_taken())
+    # Of a pack of 1 GiB the allocator's smallest segments are several percent.
+    ratios = planned_over_taken("random-packs-one-buffer-h200", planned_today, num_packs=17)
+    assert all(0.95 <= one <= 1.05 for one in ratios)
 
 
 def test_planned_memory_of_random_packs_is_no_further_off_than_docs_benchmarks_says():
     # Not what is promised: what was found, so that a change for the worse shows.
-    ratios = planned_over_taken()
-    assert sum(0.95 <= one <= 1.05 for one in ratios) >= 0.84 * len(ratios)
+    ratios = planned_over_taken("random-packs-one-buffer-h200", planned_today, num_packs=17)
+    assert sum(0.95 <= one <= 1.05 for one in ratios) == 15
+    assert 0.93 < min(ratios) < max(ratios) < 1.04
+    # Rows of many lengths left holes in the allocator's segments, of two chunks of logits each.
+    ratios = planned_over_taken("random-packs-h200", planned_then, num_packs=100)
+    assert sum(0.95 <= one <= 1.05 for one in ratios) >= 84
     assert 0.85 < min(ratios) < max(ratios) < 1.08
+
+
+def test_probed_packs_take_what_is_planned_or_somewhat_less():
+    ratios = planned_over_taken("random-packs-probed-h200", planned_today, num_packs=9)
+    assert 0.95 < min(ratios) < max(ratios) < 1.14
+    assert sum(one <= 1.05 for one in ratios) >= 6
 
 
 SMALL = PackShape(num_slots=8, tokens_per_step=4096, rank=16)
@@ -137,19 +179,20 @@ SMALL = PackShape(num_slots=8, tokens_per_step=4096, rank=16)
 )
 def test_whatever_a_pack_has_more_of_takes_memory(more: dict[str, Any]):
     def needed(shape: PackShape) -> int:
-        return pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS)
+        return planned_today(shape, facts_of("135m"))
 
     assert needed(replace(SMALL, **more)) > needed(SMALL)
     assert needed(replace(SMALL, gradient_checkpointing=True)) < needed(SMALL)
 
 
-def test_a_probed_step_keeps_its_tokens_a_second_time():
+def test_a_probed_step_keeps_its_tokens_once_more():
     def needed(shape: PackShape) -> int:
-        return pack_bytes(shape, model=facts_of("135m"), precision="bfloat16", targets=TARGETS)
+        return planned_today(shape, facts_of("135m"))
 
     probed = replace(SMALL, probed=True)
     of_tokens = needed(replace(SMALL, tokens_per_step=8192)) - needed(SMALL)
-    assert needed(probed) - needed(SMALL) == pytest.approx(of_tokens, rel=0.02)
+    more = needed(probed) - needed(SMALL)
+    assert more == pytest.approx((PROBED_TIMES - 1) * of_tokens, rel=0.02)
     data, model = random_data(40), facts_of("135m")
     trials = [replace(tiny_trial(data, batch_size=4), targets=TARGETS)]
     rows = replace(data.facts, max_row_tokens=512, num_tokens=40 * 256)
