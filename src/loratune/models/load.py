@@ -11,8 +11,8 @@ bitsandbytes, which is imported for them alone: NormalFloat in four bits, a floa
 LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339). Embeddings, norms, the output head and the
 arithmetic are bfloat16 where the device has it, else float16; LLM.int8's products are float16
 whatever surrounds them. int8 needs a CUDA device: on a CPU bitsandbytes trains with unpacked
-weights and whole activations, which is no LLM.int8. nf4 also loads on a CPU, tested with
-bitsandbytes 0.50.2; neither has been run on a CUDA device yet (`make test-gpu` would).
+weights and whole activations, which is no LLM.int8. nf4 also loads on a CPU. Both are tested with
+bitsandbytes 0.50.2, on CUDA by `make test-gpu`.
 
 A tokenizer.json is taken as it stands. transformers 5 would rebuild the tokenizer from the class
 that tokenizer_config.json or the model type names, and that class brings its own rule for cutting
