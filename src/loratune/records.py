@@ -300,7 +300,8 @@ class Answer:
 
     Of a question with choices `text` is the JSON list of their log-likelihoods. `num_tokens` counts
     what was generated, the EOS or the stop string included. `finished` is False where the token
-    limit came before both. `NO_ANSWER` stands where a model's logits were not finite.
+    limit came before both. `NO_ANSWER` stands where a model's logits, or its adapter's weights,
+    are not finite.
     """
 
     text: str
