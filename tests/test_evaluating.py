@@ -19,6 +19,7 @@ from loratune.errors import EvaluationError, ModelError
 from loratune.evaluating import _attached
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.tasks import task
+from loratune.methods.adapter_files import AdapterFiles, read_adapter
 from loratune.models.load import load_base
 from loratune.records import NotScored, Prediction, QuestionSet, Score, Scored
 from loratune.store.database import open_store
@@ -551,6 +552,73 @@ def test_what_cannot_be_cut_to_fit_is_refused_without_a_number_below_one(both_mo
     asked = [instance("loglikelihood", {}, ("a", texts(600)[0]), 0)]
     with pytest.raises(EvaluationError, match="continuation of 600 tokens exceeds the model's 512"):
         ours.loglikelihood(asked)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_limit_of_an_answer_has_the_names_that_the_harness_own_model_knows(both_models):
+    theirs, ours, instance = both_models
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    for number, name in enumerate(names, start=3):
+        # With a temperature that counts for nothing, and settings at which nothing changes.
+        options = {"until": "\n\n", "do_sample": False, "temperature": 0.5, name: number}
+        neutral = {"top_p": 0.9, "num_beams": 1, "repetition_penalty": 1.0}
+        asked = [
+            instance("generate_until", {}, (text, options | neutral), index)
+            for index, text in enumerate(texts(20, 45))
+        ]
+        expected = theirs.generate_until(asked, disable_tqdm=True)
+        assert ours.generate_until(asked) == expected
+        assert max(map(len, expected)) == number  # a token a character, a first space left out
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"temperature": 0.7}, "task odd samples"),
+        ({"do_sample": True}, "task odd samples"),
+        ({"num_beams": 4}, "task odd asks for num_beams"),
+        ({"repetition_penalty": 1.2, "max_length": 9}, "for repetition_penalty, max_length in"),
+        ({"max_gen_toks": "many"}, "task odd: generation_kwargs .* cannot be read"),
+        ({"temperature": None}, "task odd: generation_kwargs .* cannot be read"),
+    ],
+)
+def test_a_task_that_greedy_decoding_does_not_answer_is_refused(both_models, given, told):
+    _, ours, instance = both_models
+    options = {"until": ["\n"], **given}
+    asked = [instance("generate_until", {}, ("a", options), 0, metadata=("odd", 0, 1))]
+    with pytest.raises(EvaluationError, match=told):
+        ours.generate_until(asked)
+
+
+@pytest.fixture
+def not_finite(tmp_path: Path, trained: Path) -> Path:
+    """An adapter with one weight that is NaN."""
+    files = read_adapter(adapters(trained)[0])
+    tensors = {name: one.clone() for name, one in files.tensors.items()}
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    AdapterFiles(files.config, tensors).save(tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["generate_until", "multiple_choice"])
+def test_the_harness_gives_an_adapter_that_is_not_finite_no_score(tmp_path, not_finite, kind):
+    rows = write(tmp_path / "p.jsonl", PIQA)
+    body = {
+        "generate_until": "doc_to_target: sol1\n"
+        "generation_kwargs: {until: ['x'], max_gen_toks: 2}\n"
+        "metric_list: [{metric: exact_match}]\n",
+        "multiple_choice": 'doc_to_target: label\ndoc_to_choice: "{{[sol1, sol2]}}"\n'
+        "metric_list: [{metric: acc}]\n",
+    }[kind]
+    (tmp_path / "odd.yaml").write_text(
+        "task: odd\ndataset_path: json\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        f"output_type: {kind}\ndoc_to_text: goal\n{body}",
+        encoding="utf-8",
+    )
+    with pytest.raises(EvaluationError, match=f"{not_finite} has no score .* not finite"):
+        api.evaluate_by_harness(not_finite, tasks=["odd"], include_path=tmp_path, device="cpu")
 
 
 @pytest.mark.filterwarnings("default")

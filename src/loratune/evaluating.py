@@ -321,8 +321,8 @@ def evaluate_by_harness(
     """lm-evaluation-harness's own results of its tasks, asked of an adapter or a model.
 
     Raises:
-        LoratuneError: the harness is not installed, no such adapter, model or task, or one that
-            samples.
+        LoratuneError: the harness is not installed, no such adapter, model or task, one that is not
+            answered greedily, or logits that are not finite.
     """
     try:
         from loratune.evaluation.harness import manager_of, run_harness
@@ -339,6 +339,7 @@ def evaluate_by_harness(
             base,
             tasks,
             manager=manager,
+            adapter=None if adapter is None else source,
             num_fewshot=num_fewshot,
             limit=limit,
             chat=chat,
