@@ -17,6 +17,7 @@ from loratune import api, cli
 from loratune.engine.decoding import Decoder
 from loratune.errors import EvaluationError, ModelError
 from loratune.evaluating import _attached
+from loratune.evaluation import answering
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.tasks import task
 from loratune.methods.adapter_files import AdapterFiles, read_adapter
@@ -226,6 +227,43 @@ def test_kept_answers_are_graded_anew_without_a_model_and_old_scores_stay(
         cli.main()
     assert ended.value.code in (0, None)
     assert "0 scores added" in capsys.readouterr().err
+
+
+def test_a_study_with_another_grader_is_scored_by_the_answers_of_adapters_that_were_not_kept(
+    tmp_path, model, monkeypatch
+):
+    questions = write(tmp_path / "test.jsonl", GSM8K[:6])
+    rows = write(tmp_path / "train.jsonl", [{"q": one, "a": one} for one in WORDS])
+    task = f"{{name: gsm8k, data: {questions}, max_new_tokens: 4}}"
+    file = study_by_heart(
+        tmp_path,
+        model=model,
+        rows=rows,
+        rates="[1e-2]",
+        seeds=2,
+        more=f"evaluate: {{tasks: [{task}], when: all}}",
+    )
+    text = file.read_text().replace("keep_adapters: all", "keep_adapters: none")
+    text = text.replace("epochs: 60", "epochs: 1")
+    file.write_text(text)
+    first = api.run(api.load_study(file), out=tmp_path / "out", device="cpu", quiet=True)
+    assert not [*(tmp_path / "out" / "adapters").iterdir()]
+    file.write_text(text.replace("name: gsm8k", "name: gsm8k, grader: pissa"))
+    for name in ("answer_questions", "Decoder"):
+        monkeypatch.setattr(answering, name, no_one)
+    again = api.run(api.load_study(file), out=tmp_path / "out", device="cpu", quiet=True)
+    assert (first.num_not_scored, again.num_not_scored) == (0, 0)
+    for result in again.results:
+        assert [(one.grader, one.total) for one in result.scores] == [("pissa", 6)]
+    assert set(api.results(tmp_path / "out")["gsm8k_total"]) == {6}
+    # Other answers are not had from these.
+    file.write_text(text.replace("max_new_tokens: 4", "max_new_tokens: 5"))
+    other = api.run(api.load_study(file), out=tmp_path / "out", device="cpu", quiet=True)
+    assert other.num_not_scored == 2
+
+
+def no_one(*_: object, **__: object) -> None:
+    raise AssertionError("an adapter was asked")
 
 
 @pytest.fixture

@@ -350,7 +350,10 @@ class QuestionSet:
 
 @dataclass(frozen=True, slots=True)
 class ToScore:
-    """An adapter and a task that it is to be scored on. `kept`: its answers so far, by question."""
+    """An adapter and a task that it is to be scored on. `kept`: its answers so far, by question.
+
+    `adapter` need not be there any more where `kept` has all of them.
+    """
 
     trial: Trial
     adapter: Path
