@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from loratune import api, cli
 from loratune.engine.decoding import Decoder
-from loratune.errors import EvaluationError, ModelError
+from loratune.errors import EvaluationError, LoratuneError, ModelError
 from loratune.evaluating import _attached
 from loratune.evaluation import answering
 from loratune.evaluation.code_answers import CodeReference
@@ -994,6 +994,65 @@ def test_an_adapter_of_a_results_folder_that_cannot_answer_is_said_and_the_other
     assert "uses bias" in told
     assert "Traceback" not in told
     assert len(scored(folder)) == 1
+
+
+DECLARED = "\ndeclared: {data: {rows: 12, mean_tokens: 30, mean_target_tokens: 5}}"
+
+
+def plan_of_declared_rows(folder: Path, model: str, task_text: str) -> tuple[str, ...]:
+    """What a plan remarks of a study whose training rows are elsewhere."""
+    more = f"evaluate: {{tasks: [{task_text}]}}{DECLARED}"
+    rows = "/cluster/rows.jsonl"
+    study_by_heart(folder, model=model, rows=rows, rates="[1e-2]", seeds=1, more=more)
+    made, remarks = api.plan_with_remarks(api.load_study(folder / "study.yaml"))
+    assert len(made.trials) == 1
+    assert made.trials[0].provisional
+    return remarks
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "piqa", "humaneval", "svamp"])
+def test_a_plan_from_declared_rows_remarks_that_questions_are_not_here(tmp_path, model, name):
+    text = f"{{name: {name}, data: /cluster/test.jsonl}}"
+    of_rows, of_task = plan_of_declared_rows(tmp_path, model, text)
+    assert of_rows.startswith("data: planned from the declared counts")
+    assert of_task.startswith(
+        f"task {name}: planned without its questions (data file /cluster/test.jsonl does not exist"
+    )
+
+
+def test_a_task_file_may_name_questions_that_are_not_here(tmp_path, model):
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ndata: /cluster/own.jsonl\nprompt: q\nreference: a\ngrader: exact\n"
+        "max_new_tokens: 4\n"
+    )
+    _, of_task = plan_of_declared_rows(tmp_path, model, "own.yaml")
+    assert of_task.startswith(
+        "task own.yaml: planned without its questions (data file /cluster/own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("task_text", "message"),
+    [
+        ("addsub", "task addsub has no data set of its own on the hub"),
+        ("{name: gsm8k, data: empty.jsonl}", "empty.jsonl holds no rows"),
+        ("{name: gsm8k, data: broken.jsonl}", "broken.jsonl, line 1: no JSON"),
+        ("{name: gsm8k, data: folder.jsonl}", "folder.jsonl is a folder"),
+        ("{name: gsm8k, data: {file: gone.txt}}", "gone.txt"),
+        ("{name: gsm8k, data: /cluster/a.jsonl, prompt: no field}", "should hold {prompt}"),
+        ("{name: gsm8k, data: /cluster/a.jsonl, grader: tests}", "not judged by grader tests"),
+        ("{name: gsm9k, data: /cluster/a.jsonl}", "did you mean 'gsm8k'"),
+        ("gone.yaml", "task file .*gone.yaml cannot be read"),
+    ],
+)
+def test_a_plan_from_declared_rows_refuses_what_is_wrong_with_a_task(
+    tmp_path, model, task_text, message
+):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(LoratuneError, match=message):
+        plan_of_declared_rows(tmp_path, model, task_text)
 
 
 @pytest.mark.parametrize(
