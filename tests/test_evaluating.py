@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from loratune import api, cli
 from loratune.engine.decoding import Decoder
-from loratune.errors import EvaluationError, ModelError
+from loratune.errors import EvaluationError, LoratuneError, ModelError
 from loratune.evaluating import _attached
+from loratune.evaluation import answering
 from loratune.evaluation.code_answers import CodeReference
 from loratune.evaluation.tasks import task
+from loratune.methods.adapter_files import AdapterFiles, read_adapter
 from loratune.models.load import load_base
 from loratune.records import NotScored, Prediction, QuestionSet, Score, Scored
 from loratune.store.database import open_store
@@ -225,6 +227,43 @@ def test_kept_answers_are_graded_anew_without_a_model_and_old_scores_stay(
         cli.main()
     assert ended.value.code in (0, None)
     assert "0 scores added" in capsys.readouterr().err
+
+
+def test_a_study_with_another_grader_is_scored_by_the_answers_of_adapters_that_were_not_kept(
+    tmp_path, model, monkeypatch
+):
+    questions = write(tmp_path / "test.jsonl", GSM8K[:6])
+    rows = write(tmp_path / "train.jsonl", [{"q": one, "a": one} for one in WORDS])
+    task = f"{{name: gsm8k, data: {questions}, max_new_tokens: 4}}"
+    file = study_by_heart(
+        tmp_path,
+        model=model,
+        rows=rows,
+        rates="[1e-2]",
+        seeds=2,
+        more=f"evaluate: {{tasks: [{task}], when: all}}",
+    )
+    text = file.read_text().replace("keep_adapters: all", "keep_adapters: none")
+    text = text.replace("epochs: 60", "epochs: 1")
+    file.write_text(text)
+    first = api.run(api.load_study(file), out=tmp_path / "out", device="cpu", quiet=True)
+    assert not [*(tmp_path / "out" / "adapters").iterdir()]
+    file.write_text(text.replace("name: gsm8k", "name: gsm8k, grader: pissa"))
+    for name in ("answer_questions", "Decoder"):
+        monkeypatch.setattr(answering, name, no_one)
+    again = api.run(api.load_study(file), out=tmp_path / "out", device="cpu", quiet=True)
+    assert (first.num_not_scored, again.num_not_scored) == (0, 0)
+    for result in again.results:
+        assert [(one.grader, one.total) for one in result.scores] == [("pissa", 6)]
+    assert set(api.results(tmp_path / "out")["gsm8k_total"]) == {6}
+    # Other answers are not had from these.
+    file.write_text(text.replace("max_new_tokens: 4", "max_new_tokens: 5"))
+    other = api.run(api.load_study(file), out=tmp_path / "out", device="cpu", quiet=True)
+    assert other.num_not_scored == 2
+
+
+def no_one(*_: object, **__: object) -> None:
+    raise AssertionError("an adapter was asked")
 
 
 @pytest.fixture
@@ -551,6 +590,73 @@ def test_what_cannot_be_cut_to_fit_is_refused_without_a_number_below_one(both_mo
     asked = [instance("loglikelihood", {}, ("a", texts(600)[0]), 0)]
     with pytest.raises(EvaluationError, match="continuation of 600 tokens exceeds the model's 512"):
         ours.loglikelihood(asked)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_limit_of_an_answer_has_the_names_that_the_harness_own_model_knows(both_models):
+    theirs, ours, instance = both_models
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    for number, name in enumerate(names, start=3):
+        # With a temperature that counts for nothing, and settings at which nothing changes.
+        options = {"until": "\n\n", "do_sample": False, "temperature": 0.5, name: number}
+        neutral = {"top_p": 0.9, "num_beams": 1, "repetition_penalty": 1.0}
+        asked = [
+            instance("generate_until", {}, (text, options | neutral), index)
+            for index, text in enumerate(texts(20, 45))
+        ]
+        expected = theirs.generate_until(asked, disable_tqdm=True)
+        assert ours.generate_until(asked) == expected
+        assert max(map(len, expected)) == number  # a token a character, a first space left out
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"temperature": 0.7}, "task odd samples"),
+        ({"do_sample": True}, "task odd samples"),
+        ({"num_beams": 4}, "task odd asks for num_beams"),
+        ({"repetition_penalty": 1.2, "max_length": 9}, "for repetition_penalty, max_length in"),
+        ({"max_gen_toks": "many"}, "task odd: generation_kwargs .* cannot be read"),
+        ({"temperature": None}, "task odd: generation_kwargs .* cannot be read"),
+    ],
+)
+def test_a_task_that_greedy_decoding_does_not_answer_is_refused(both_models, given, told):
+    _, ours, instance = both_models
+    options = {"until": ["\n"], **given}
+    asked = [instance("generate_until", {}, ("a", options), 0, metadata=("odd", 0, 1))]
+    with pytest.raises(EvaluationError, match=told):
+        ours.generate_until(asked)
+
+
+@pytest.fixture
+def not_finite(tmp_path: Path, trained: Path) -> Path:
+    """An adapter with one weight that is NaN."""
+    files = read_adapter(adapters(trained)[0])
+    tensors = {name: one.clone() for name, one in files.tensors.items()}
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    AdapterFiles(files.config, tensors).save(tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["generate_until", "multiple_choice"])
+def test_the_harness_gives_an_adapter_that_is_not_finite_no_score(tmp_path, not_finite, kind):
+    rows = write(tmp_path / "p.jsonl", PIQA)
+    body = {
+        "generate_until": "doc_to_target: sol1\n"
+        "generation_kwargs: {until: ['x'], max_gen_toks: 2}\n"
+        "metric_list: [{metric: exact_match}]\n",
+        "multiple_choice": 'doc_to_target: label\ndoc_to_choice: "{{[sol1, sol2]}}"\n'
+        "metric_list: [{metric: acc}]\n",
+    }[kind]
+    (tmp_path / "odd.yaml").write_text(
+        "task: odd\ndataset_path: json\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        f"output_type: {kind}\ndoc_to_text: goal\n{body}",
+        encoding="utf-8",
+    )
+    with pytest.raises(EvaluationError, match=f"{not_finite} has no score .* not finite"):
+        api.evaluate_by_harness(not_finite, tasks=["odd"], include_path=tmp_path, device="cpu")
 
 
 @pytest.mark.filterwarnings("default")
@@ -888,6 +994,65 @@ def test_an_adapter_of_a_results_folder_that_cannot_answer_is_said_and_the_other
     assert "uses bias" in told
     assert "Traceback" not in told
     assert len(scored(folder)) == 1
+
+
+DECLARED = "\ndeclared: {data: {rows: 12, mean_tokens: 30, mean_target_tokens: 5}}"
+
+
+def plan_of_declared_rows(folder: Path, model: str, task_text: str) -> tuple[str, ...]:
+    """What a plan remarks of a study whose training rows are elsewhere."""
+    more = f"evaluate: {{tasks: [{task_text}]}}{DECLARED}"
+    rows = "/cluster/rows.jsonl"
+    study_by_heart(folder, model=model, rows=rows, rates="[1e-2]", seeds=1, more=more)
+    made, remarks = api.plan_with_remarks(api.load_study(folder / "study.yaml"))
+    assert len(made.trials) == 1
+    assert made.trials[0].provisional
+    return remarks
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "piqa", "humaneval", "svamp"])
+def test_a_plan_from_declared_rows_remarks_that_questions_are_not_here(tmp_path, model, name):
+    text = f"{{name: {name}, data: /cluster/test.jsonl}}"
+    of_rows, of_task = plan_of_declared_rows(tmp_path, model, text)
+    assert of_rows.startswith("data: planned from the declared counts")
+    assert of_task.startswith(
+        f"task {name}: planned without its questions (data file /cluster/test.jsonl does not exist"
+    )
+
+
+def test_a_task_file_may_name_questions_that_are_not_here(tmp_path, model):
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ndata: /cluster/own.jsonl\nprompt: q\nreference: a\ngrader: exact\n"
+        "max_new_tokens: 4\n"
+    )
+    _, of_task = plan_of_declared_rows(tmp_path, model, "own.yaml")
+    assert of_task.startswith(
+        "task own.yaml: planned without its questions (data file /cluster/own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("task_text", "message"),
+    [
+        ("addsub", "task addsub has no data set of its own on the hub"),
+        ("{name: gsm8k, data: empty.jsonl}", "empty.jsonl holds no rows"),
+        ("{name: gsm8k, data: broken.jsonl}", "broken.jsonl, line 1: no JSON"),
+        ("{name: gsm8k, data: folder.jsonl}", "folder.jsonl is a folder"),
+        ("{name: gsm8k, data: {file: gone.txt}}", "gone.txt"),
+        ("{name: gsm8k, data: /cluster/a.jsonl, prompt: no field}", "should hold {prompt}"),
+        ("{name: gsm8k, data: /cluster/a.jsonl, grader: tests}", "not judged by grader tests"),
+        ("{name: gsm9k, data: /cluster/a.jsonl}", "did you mean 'gsm8k'"),
+        ("gone.yaml", "task file .*gone.yaml cannot be read"),
+    ],
+)
+def test_a_plan_from_declared_rows_refuses_what_is_wrong_with_a_task(
+    tmp_path, model, task_text, message
+):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(LoratuneError, match=message):
+        plan_of_declared_rows(tmp_path, model, task_text)
 
 
 @pytest.mark.parametrize(

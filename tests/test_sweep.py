@@ -3,11 +3,14 @@
 import math
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -334,9 +337,30 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 
 def test_a_folder_whose_first_commit_was_cut_off_is_taken_up(tmp_path):
     # What a kill leaves while the tables are being made: the study's file comes after them.
-    (tmp_path / "loratune.db").write_bytes(b"")
-    (tmp_path / "loratune.db-journal").write_bytes(b"")
+    at_work = sqlite3.connect(tmp_path / "at_work.db", isolation_level=None)
+    with closing(at_work):
+        at_work.execute("PRAGMA cache_size = 1")  # so that pages are in the file before the commit
+        at_work.execute("BEGIN")
+        at_work.execute("CREATE TABLE half (text)")
+        at_work.execute("INSERT INTO half VALUES (zeroblob(100000))")
+        out = tmp_path / "out"
+        out.mkdir()
+        shutil.copy(tmp_path / "at_work.db", out / "loratune.db")
+        shutil.copy(tmp_path / "at_work.db-journal", out / "loratune.db-journal")
+    assert (out / "loratune.db").stat().st_size > 0
+    assert (out / "loratune.db-journal").stat().st_size > 0
+    assert sweep_stub(out).statuses().keys() == {"done"}
+    with closing(sqlite3.connect(out / "loratune.db")) as store:
+        assert not store.execute("SELECT * FROM sqlite_master WHERE name = 'half'").fetchall()
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "store.txt.partial", "study.yaml.partial", "proxy.json.partial"]
+)
+def test_a_folder_that_a_kill_left_before_its_study_was_there_is_taken_up(tmp_path, name):
+    (tmp_path / name).write_text("hal")
     assert sweep_stub(tmp_path).statuses().keys() == {"done"}
+    assert not (tmp_path / "study.yaml.partial").exists()
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):

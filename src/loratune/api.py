@@ -78,7 +78,7 @@ __all__ = [
 def plan_with_remarks(
     loaded: LoadedStudy, *, tflops: float | None = None, like: str | Path | None = None
 ) -> tuple[Plan, tuple[str, ...]]:
-    """The plan of a study, and what had to be taken from its declarations, in plain words.
+    """The plan of a study, and in plain words what was declared, not read, or is not here.
 
     Args:
         loaded: the study.
@@ -96,8 +96,13 @@ def plan_with_remarks(
     tasks = loaded.study.evaluate.tasks
     # Where generated code may run is a matter of the machine that runs the study.
     check_tasks(tasks, folder=loaded.folder, unsafe_exec=True)
-    check_questions(tasks, folder=loaded.folder)
     found = survey(loaded, download=False)
+    # A study whose rows are declared runs elsewhere, and its questions may lie there.
+    missing = check_questions(
+        tasks,
+        folder=loaded.folder,
+        may_be_missing=any(one.provisional for one in found.data.values()),
+    )
     rate = H100
     if tflops is not None:
         if not 0 < tflops < float("inf"):
@@ -107,7 +112,7 @@ def plan_with_remarks(
         rate = _measured_rate(like, found)
     noise = {} if like is None else noise_of(like)
     made = make_plan(loaded.study, models=found.models, data=found.data, rate=rate, noise=noise)
-    return _with_proxy(made), found.remarks
+    return _with_proxy(made), (*found.remarks, *missing)
 
 
 def _with_proxy(made: Plan) -> Plan:

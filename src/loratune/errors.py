@@ -17,6 +17,10 @@ class DataError(LoratuneError):
     """Rows that are missing, malformed or too few."""
 
 
+class MissingDataError(DataError):
+    """A file of rows that is not on this machine."""
+
+
 class ModelError(LoratuneError):
     """A base model that is missing, unsafe to load, or has no layer that was asked for."""
 

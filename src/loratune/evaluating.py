@@ -29,14 +29,12 @@ from loratune.models.load import Base, Precision, load_base, positions_of
 from loratune.records import (
     Answer,
     NotScored,
-    Prediction,
-    QuestionSet,
     Said,
     Score,
     Scored,
     TrialResult,
 )
-from loratune.scoring import ANSWERS_AT_ONCE, written
+from loratune.scoring import ANSWERS_AT_ONCE, known_answers, written
 from loratune.store.database import Store
 from loratune.study.loading import load_study
 from loratune.study.schema import Data, Task
@@ -266,16 +264,12 @@ def _score_results(
                 scores[index, number] = known[key]
             else:
                 wanted.append((index, number))
-    asked, of_trial = list[Asked](), list[tuple[str, QuestionSet]]()
-    judged = {_same_answers(one.trial_id, one.score): one for one in store.all_scores(study)}
-    for index, number in wanted:
-        trial_id, of_task = results[index].trial.trial_id, sets[number]
-        earlier = judged.get(_same_answers(trial_id, of_task))
-        kept = store.answers(trial_id, of_task)
-        if earlier is not None:
-            kept = {**_answers_of(store.predictions(earlier.score_id)), **kept}
-        asked.append(Asked(place.adapter(trial_id), questions[number], kept))
-        of_trial.append((trial_id, of_task))
+    of_trial = [(results[index].trial.trial_id, sets[number]) for index, number in wanted]
+    kept = known_answers(store, study, of_trial)
+    asked = [
+        Asked(place.adapter(results[index].trial.trial_id), questions[number], known)
+        for (index, number), known in zip(wanted, kept, strict=True)
+    ]
     answers = answer_all(base, asked, engine=engine, remark=remark, unsafe_exec=unsafe_exec)
     failures = list[str]()
     with closing(written(answers, of_trial, store=store)) as events:
@@ -289,20 +283,6 @@ def _score_results(
                     f"{event.reason}"
                 )
     return scores, failures
-
-
-def _same_answers(trial_id: str, asked: QuestionSet | Score) -> tuple[str, ...]:
-    """What answers depend on: all but the grader."""
-    return trial_id, asked.task, asked.task_version, asked.decoding
-
-
-def _answers_of(predictions: Sequence[Prediction]) -> dict[int, Answer]:
-    """By question. Older versions did not say whether an answer had ended: those are asked anew."""
-    return {
-        one.question_index: Answer(one.text, one.num_tokens, one.finished)
-        for one in predictions
-        if one.finished is not None
-    }
 
 
 def evaluate_by_harness(
@@ -321,8 +301,8 @@ def evaluate_by_harness(
     """lm-evaluation-harness's own results of its tasks, asked of an adapter or a model.
 
     Raises:
-        LoratuneError: the harness is not installed, no such adapter, model or task, or one that
-            samples.
+        LoratuneError: the harness is not installed, no such adapter, model or task, one that is not
+            answered greedily, or logits that are not finite.
     """
     try:
         from loratune.evaluation.harness import manager_of, run_harness
@@ -339,6 +319,7 @@ def evaluate_by_harness(
             base,
             tasks,
             manager=manager,
+            adapter=None if adapter is None else source,
             num_fewshot=num_fewshot,
             limit=limit,
             chat=chat,

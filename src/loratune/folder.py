@@ -142,7 +142,7 @@ def working_folder(
             opened = stack.enter_context(open_store(address, create=True))
             _refuse_a_namesake(folder, opened, loaded, trial_ids)
             if store is not None:
-                folder.store_address.write_text(address + "\n", encoding="utf-8")
+                write_whole(folder.store_address, address + "\n")
             write_whole(folder.study, loaded.text)
         except OSError as error:
             raise StoreError(
@@ -151,9 +151,14 @@ def working_folder(
         yield folder, opened
 
 
+def _partial(path: Path) -> Path:
+    """Where a file is written before it takes its place; what a kill leaves of it."""
+    return path.with_name(path.name + ".partial")
+
+
 def write_whole(path: Path, text: str) -> None:
     """The file with this text, or as it was: never half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
@@ -221,6 +226,7 @@ def _refuse_another_study(folder: ResultsFolder, loaded: LoadedStudy) -> None:
         folder.proxy.name,
         folder.beside.name,
         folder.proxy_pair.name,
+        *(_partial(path).name for path in (folder.study, folder.store_address, folder.proxy_pair)),
     }
     if folder.root.is_dir():
         others = sorted(entry.name for entry in folder.root.iterdir() if entry.name not in ours)

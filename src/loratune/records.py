@@ -300,7 +300,8 @@ class Answer:
 
     Of a question with choices `text` is the JSON list of their log-likelihoods. `num_tokens` counts
     what was generated, the EOS or the stop string included. `finished` is False where the token
-    limit came before both. `NO_ANSWER` stands where a model's logits were not finite.
+    limit came before both. `NO_ANSWER` stands where a model's logits, or its adapter's weights,
+    are not finite.
     """
 
     text: str
@@ -349,7 +350,10 @@ class QuestionSet:
 
 @dataclass(frozen=True, slots=True)
 class ToScore:
-    """An adapter and a task that it is to be scored on. `kept`: its answers so far, by question."""
+    """An adapter and a task that it is to be scored on. `kept`: its answers so far, by question.
+
+    `adapter` need not be there any more where `kept` has all of them.
+    """
 
     trial: Trial
     adapter: Path

@@ -1,14 +1,23 @@
 """What scoring says, written as it comes: killed at any instant, few answers are asked for again.
 
 Answers go into the store before there is a score of them, many in one transaction; the score then
-takes their place. No torch.
+takes their place. `known_answers` finds them in both, so that another grader asks nothing. No
+torch.
 """
 
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
-from loratune.records import Answer, NotScored, QuestionSet, Said, Scored
+from loratune.records import (
+    Answer,
+    NotScored,
+    Prediction,
+    QuestionSet,
+    Said,
+    Score,
+    Scored,
+)
 from loratune.store.database import Store
 
 # What a kill may cost, whichever comes first.
@@ -61,3 +70,41 @@ def written(
                 yield event
     finally:
         write()
+
+
+def known_answers(
+    store: Store, study: str, asked: Sequence[tuple[str, QuestionSet]]
+) -> list[dict[int, Answer]]:
+    """By question, what trials of a study have answered already, whatever judged it.
+
+    Args:
+        store: where the answers are: those kept for a score to come, and those of the newest score
+            of the same questions.
+        study: its name.
+        asked: each trial's id and the questions.
+
+    Raises:
+        StoreError: no such study.
+    """
+    scores = store.all_scores(study, trial_ids={trial_id for trial_id, _ in asked})
+    judged = {_same_answers(one.trial_id, one.score): one.score_id for one in scores}
+    found = list[dict[int, Answer]]()
+    for trial_id, questions in asked:
+        earlier = judged.get(_same_answers(trial_id, questions))
+        known = {} if earlier is None else _answers_of(store.predictions(earlier))
+        found.append({**known, **store.answers(trial_id, questions)})
+    return found
+
+
+def _same_answers(trial_id: str, asked: QuestionSet | Score) -> tuple[str, ...]:
+    """What answers depend on: all but the grader."""
+    return trial_id, asked.task, asked.task_version, asked.decoding
+
+
+def _answers_of(predictions: Sequence[Prediction]) -> dict[int, Answer]:
+    """By question. Older versions did not say whether an answer had ended: those are asked anew."""
+    return {
+        one.question_index: Answer(one.text, one.num_tokens, one.finished)
+        for one in predictions
+        if one.finished is not None
+    }

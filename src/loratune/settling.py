@@ -40,7 +40,7 @@ from loratune.records import (
     Trial,
     TrialResult,
 )
-from loratune.scoring import written
+from loratune.scoring import known_answers, written
 from loratune.store.database import Store
 from loratune.study.identity import cell_key
 from loratune.study.schema import VALIDATION, Study
@@ -348,8 +348,7 @@ class Settling:
         """Score these trials on these tasks, where they are not and it has not been tried yet."""
         if not tasks or not trials:
             return
-        wanted = list[ToScore]()
-        asked = list[tuple[str, QuestionSet]]()
+        missing = list[tuple[Trial, str, QuestionSet]]()
         for result in self._results(trials, every_score=True):
             trial, done = result.trial, {score.key for score in result.scores}
             for task in tasks:
@@ -360,14 +359,19 @@ class Settling:
                 ):
                     continue
                 self._tried_to_score.add((trial.trial_id, task))
-                adapter = self._adapter(trial)
-                if adapter is None:
-                    self._not_scored(trial, task, "its adapter was not kept")
-                    continue
-                questions = self.workshop.questions(trial, task=task)
-                kept = self.store.answers(trial.trial_id, questions)
-                wanted.append(ToScore(trial, adapter, task, kept))
-                asked.append((trial.trial_id, questions))
+                missing.append((trial, task, self.workshop.questions(trial, task=task)))
+        of_trial = [(trial.trial_id, questions) for trial, _, questions in missing]
+        known = known_answers(self.store, self.study.study, of_trial)
+        wanted = list[ToScore]()
+        asked = list[tuple[str, QuestionSet]]()
+        for (trial, task, questions), kept in zip(missing, known, strict=True):
+            adapter = self._adapter(trial)
+            if adapter is None and len(kept) < len(questions.references):
+                self._not_scored(trial, task, "its adapter was not kept")
+                continue
+            place = adapter or self.folder.adapter(trial.trial_id)
+            wanted.append(ToScore(trial, place, task, kept))
+            asked.append((trial.trial_id, questions))
         if wanted:
             self._score_wanted(wanted, asked)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,11 @@ from peft import (
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     PromptTuningConfig,
     TrainableTokensConfig,
+    VeraConfig,
     XLoraConfig,
     get_peft_model,
 )
@@ -120,6 +123,7 @@ def refuse(folder: Path, message: str) -> None:
 
 
 LORA = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+HEAD = ["q_proj", "lm_head"]
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
@@ -206,6 +210,75 @@ def test_an_adapter_of_another_shape_or_other_layers_is_refused(tmp_path):
     refuse(edited(tmp_path, r=3, target_modules=["q_proj", "k_proj"]), "tensors are missing")
     refuse(edited(tmp_path, target_modules=["k_proj"]), "does not fit this base")
     refuse(edited(tmp_path, target_modules=["query"]), "does not fit this base")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"trainable_token_indices": [100_000]}, "IndexError: index 100000 is out of bounds"),
+        ({"layer_replication": [[0, 9]]}, "IndexError: "),
+        ({"bias": "x"}, "NotImplementedError: "),
+    ],
+)
+def test_what_peft_fails_on_in_a_way_of_its_own_is_refused(changes, told, tmp_path):
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    refuse(edited(tmp_path, **changes), f"does not fit this base: {told}")
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "told"),
+    [
+        (VeraConfig(r=3, **MORE), {"r": 0}, "ZeroDivisionError: "),
+        (OFTConfig(oft_block_size=4, **MORE), {"oft_block_size": 8}, "RuntimeError: .*mismatch"),
+    ],
+)
+def test_another_kind_that_peft_fails_on_is_refused(config, changes, told, tmp_path):
+    with quiet_peft():
+        get_peft_model(tiny_model("llama"), config).save_pretrained(str(tmp_path))
+    refuse(edited(tmp_path, **changes), f"does not fit this base: {told}")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
+def test_what_is_not_the_adapters_fault_goes_through_and_the_base_is_as_before(
+    error, tmp_path, monkeypatch
+):
+    peft_folder(tmp_path, LoraConfig(**LORA))
+    model = tiny_model("llama")
+    names = [name for name, _ in model.named_modules()]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("no more")
+
+    module = sys.modules[attach_files.__module__]  # The package holds the function by its name.
+    monkeypatch.setattr(module, "set_peft_model_state_dict", fail)
+    with pytest.raises(error, match="no more"):
+        attach_files(model, tmp_path)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+# The head and what is trained in its place, too.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": HEAD}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_with_a_weight_that_is_not_finite_no_logit_is_a_number_until_it_is_taken_off(
+    value, more, tmp_path
+):
+    peft_folder(tmp_path, LoraConfig(**{**LORA, **more}))
+    files = read_adapter(tmp_path)
+    tensors = {name: one.clone() for name, one in files.tensors.items()}
+    name = next(name for name in tensors if "layers.0.self_attn.q_proj.lora_B" in name)
+    tensors[name][0, 0] = value
+    model = tiny_model("llama")
+    before = logits_of(model)
+    loaded = attach_files(model, AdapterFiles(files.config, tensors))
+    # Short and without a mask, so that attention on a CPU alone would not tell.
+    ids = torch.tensor([[5, 7, 9, 11, 13]])
+    for callee in (loaded.model, model):
+        assert callee(ids).logits.isnan().all()
+    loaded.detach()
+    assert torch.equal(logits_of(model), before)
+    attach_files(model, files)
+    assert model(ids).logits.isfinite().all()
 
 
 def test_settings_that_the_installed_peft_does_not_know_are_refused_unless_off(tmp_path):

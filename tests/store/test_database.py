@@ -562,6 +562,8 @@ def test_the_newest_score_of_a_task_counts_and_all_are_kept(store: Store, clock:
     assert [one.score for one in every] == [old, other, new, score(task="humaneval")]
     assert [one.score_id for one in every[:3]] == ids == sorted(ids)
     assert (every[2].trial_id, every[2].created_at) == ("trial-1", clock.now)
+    assert store.all_scores("study", trial_ids=["trial-1"]) == every[:3]
+    assert store.all_scores("study", trial_ids=["trial-2", "trial-1"]) == every
 
 
 def test_predictions_come_back_by_question_whatever_their_text(store: Store) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from loratune.data.demo_task import DEFAULT_NUM_ROWS, DEFAULT_SEED, generate_rows
-from loratune.errors import DataError
+from loratune.errors import DataError, MissingDataError
 from loratune.study.schema import LOCAL_SUFFIXES, Source
 
 _COMPRESSED = ".gz"
@@ -90,8 +90,10 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"data file {path} has an unknown ending; use {', '.join(LOCAL_SUFFIXES)}")
     reader = readers[ending.removesuffix(_COMPRESSED)]
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"data file {path} {found}; give a {', '.join(LOCAL_SUFFIXES)} file")
+        advice = f"give a {', '.join(LOCAL_SUFFIXES)} file"
+        if path.exists():
+            raise DataError(f"data file {path} is a folder; {advice}")
+        raise MissingDataError(f"data file {path} does not exist; {advice}")
     try:
         return reader(path)
     except OSError as error:

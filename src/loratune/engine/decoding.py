@@ -39,6 +39,7 @@ take nearly all of the time: many rows a step are what makes small models fast.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import math
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -173,8 +174,10 @@ class Decoder:
         """
         self._base = base
         self._adapters = dict(adapters)
-        real = [one for one in self._adapters.values() if one is not None]
-        self._needs = needs_of(base.model, real)
+        real = {key: one for key, one in self._adapters.items() if one is not None}
+        self._needs = needs_of(base.model, tuple(real.values()))
+        keys = tuple(real)
+        self._not_finite = {keys[place] for place in self._needs.not_finite}
         self._num_slots = num_slots
         self._num_seats = num_seats or self._seats_that_fit(len(real))
         self._tokens_per_prefill = tokens_per_prefill or PREFILL_TOKENS
@@ -189,6 +192,9 @@ class Decoder:
     def answers(self, requests: Iterable[Request]) -> Generator[Answered]:
         """Each request's answer as soon as it has ended; out of memory, it goes on in fewer slots.
 
+        An adapter with a NaN or infinite weight gives `NO_ANSWER`, as one does whose logits are not
+        finite.
+
         Raises:
             EvaluationError: an unknown adapter, no room for a prompt and its answer, a prompt
                 without a token, or max_new_tokens below 1; nothing has run then.
@@ -199,6 +205,10 @@ class Decoder:
         for index, one in enumerate(asked):
             self._check(index, one.adapter, one.prompt_ids, one.max_new_tokens)
         left = dict(enumerate(asked))
+        for index, one in enumerate(asked):
+            if one.adapter in self._not_finite:
+                del left[index]
+                yield Answered(index, NO_ANSWER, ())
         while left:
             reason = None
             try:
@@ -290,7 +300,8 @@ class Decoder:
     ) -> Generator[tuple[int, ContinuationScore]]:
         """The log-likelihood of every continuation, with its index, batch by batch.
 
-        Rows end to end, without a cache; log-softmax in float32.
+        Rows end to end, without a cache; log-softmax in float32. NaN where the adapter has a NaN or
+        infinite weight.
 
         Raises:
             EvaluationError: an unknown adapter, a context or a continuation without a token, or
@@ -301,6 +312,11 @@ class Decoder:
         for index, one in enumerate(asked):
             self._check(index, one.adapter, one.context_ids, len(one.continuation_ids))
         left = set(range(len(asked)))
+        for index, one in enumerate(asked):
+            if one.adapter in self._not_finite:
+                left.remove(index)
+                num_tokens = len(one.continuation_ids)
+                yield index, ContinuationScore(math.nan, num_tokens, is_greedy=False)
         while left:
             reason = None
             try:

@@ -37,7 +37,7 @@ from loratune.engine.memory import sent
 from loratune.engine.packed_model import group_targets
 from loratune.engine.slots import lay_out, to_row, views
 from loratune.errors import ModelError
-from loratune.methods.adapter_files import MAGNITUDE, AdapterFiles, read_adapter
+from loratune.methods.adapter_files import MAGNITUDE, AdapterFiles, all_finite, read_adapter
 from loratune.methods.attach_files import check_complete, lora_config_of
 from loratune.methods.base import LayerTensors
 from loratune.methods.dora import row_norms
@@ -171,11 +171,15 @@ def _scale_of(config: LoraConfig, name: str, *, rank: int, where: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a bank must hold: the layers that any adapter has, and the largest rank."""
+    """What a bank must hold: the layers that any adapter has, and the largest rank.
+
+    `not_finite` are the places of adapters with a NaN or infinite weight: nobody asks them.
+    """
 
     targets: tuple[str, ...]
     rank: int
     magnitudes: bool
+    not_finite: frozenset[int]
 
 
 def needs_of(model: PreTrainedModel, adapters: Sequence[AdapterFiles | Path]) -> Needs:
@@ -185,13 +189,21 @@ def needs_of(model: PreTrainedModel, adapters: Sequence[AdapterFiles | Path]) ->
         ModelError: see `read_layers`.
     """
     names, rank, magnitudes = set[str](), 1, False
-    for adapter in adapters:
+    not_finite = set[int]()
+    for place, adapter in enumerate(adapters):
         layers = read_layers(model, adapter)
         names |= layers.keys()
         rank = max(rank, *(len(one.a_RD) for one in layers.values()))
         magnitudes |= any(one.magnitude_E is not None for one in layers.values())
+        if not all_finite(tensor for one in layers.values() for tensor in _tensors(one)):
+            not_finite.add(place)
     ordered = tuple(name for name in block_linears(model) if name in names)
-    return Needs(ordered, rank, magnitudes)
+    return Needs(ordered, rank, magnitudes, frozenset(not_finite))
+
+
+def _tensors(layer: LayerTensors) -> tuple[Tensor, ...]:
+    of_dora = () if layer.magnitude_E is None else (layer.magnitude_E,)
+    return (layer.a_RD, layer.b_ER, *of_dora)
 
 
 def seat_bytes(model: PreTrainedModel, needs: Needs) -> int:

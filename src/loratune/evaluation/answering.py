@@ -136,12 +136,12 @@ class _Work:
             if adapter is not None:
                 try:
                     read_layers(self._base.model, adapter)
-                except ModelError as error:
-                    refused[key] = str(error)
+                except Exception as error:  # noqa: BLE001 - it must not cost the other adapters
+                    refused[key] = _one_line(error)
                     # Put on and taken off, so that nothing is said to answer that does not fit.
                     try:
                         attach_files(self._base.model, adapter).detach()
-                    except ModelError as damage:
+                    except Exception as damage:  # noqa: BLE001 - likewise
                         unfit[key] = _one_line(damage)
         tasks = dict[tuple[str, str], list[int]]()
         for index in tuple(self._left):

@@ -3,7 +3,9 @@
 The harness is an optional package. It writes prompts, reads answers and counts; this file only says
 what a model says, as the harness's own Hugging Face model (HFLM) would: prompts are tokenised as
 the tokenizer does it, with a BOS where it adds one, and what is too long for the model loses its
-first tokens, which a warning says. Greedy decoding alone: a task that samples is refused.
+first tokens, which a warning says. Greedy decoding alone: a task that samples is refused, and one
+with a setting that would change greedy answers (beams, penalties). So is a model whose logits are
+not finite: the harness knows right and wrong alone, and would count the first choice as said.
 """
 
 # lm_eval is only partly typed.
@@ -12,12 +14,14 @@ first tokens, which a warning says. Greedy decoding alone: a task that samples i
 # pyright: reportMissingTypeStubs=false, reportMissingParameterType=false
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
@@ -25,11 +29,21 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from loratune.errors import EvaluationError, LoratuneError
 from loratune.evaluation.generate import generate_answers
 from loratune.evaluation.likelihood import Continuation, log_likelihoods
+from loratune.evaluation.score import NOT_FINITE
 from loratune.models.load import Base, positions_of
+from loratune.records import NO_ANSWER
 
 # What the harness's own models take where a task says nothing.
 DEFAULT_MAX_NEW_TOKENS = 256
 _DEFAULT_MAX_LENGTH = 2048
+# Settings that greedy decoding does not look at, and the values at which others change nothing.
+OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+NEUTRAL: Mapping[str, float] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+}
 
 
 def manager_of(tasks: Sequence[str], *, include_path: str | None = None) -> TaskManager:
@@ -70,6 +84,7 @@ def run_harness(
     tasks: Sequence[str],
     *,
     manager: TaskManager,
+    adapter: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     chat: bool = False,
@@ -80,17 +95,19 @@ def run_harness(
         base: the model, with whatever adapter is attached to it.
         tasks: names of the harness's tasks.
         manager: see `manager_of`.
+        adapter: what is attached, for messages.
         num_fewshot: worked examples before each question; None: the task's own.
         limit: the first so many questions of each task; None: all.
         chat: put prompts into the tokenizer's chat template.
 
     Raises:
-        EvaluationError: a task that samples, or one that the harness cannot ask.
+        EvaluationError: a task that samples or that the harness cannot ask, or a model whose logits
+            are not finite.
     """
     evaluate: Any = simple_evaluate
     try:
         found = evaluate(
-            model=HarnessModel(base),
+            model=HarnessModel(base, adapter=adapter),
             tasks=list(tasks),
             task_manager=manager,
             num_fewshot=num_fewshot,
@@ -125,9 +142,11 @@ def _warn_of_cuts(num_cut: int, num_asked: int, *, most: int) -> None:
 class HarnessModel(TemplateLM):
     """A base as the harness asks models."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, *, adapter: str | None = None) -> None:
+        """`adapter`: what is attached to the base, for messages."""
         super().__init__()
         self._base = base
+        self._who = base.source if adapter is None else adapter
         self.tokenizer: Any = base.tokenizer
 
     @property
@@ -191,6 +210,8 @@ class HarnessModel(TemplateLM):
             asked.append(Continuation(kept[: -len(after)], kept[-len(after) :]))
         _warn_of_cuts(num_cut, len(asked), most=self.max_length + 1)
         found = log_likelihoods(self._base, asked)
+        if any(math.isnan(one.value) for one in found):
+            raise self._not_finite()
         return [(one.value, one.is_greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -215,14 +236,8 @@ class HarnessModel(TemplateLM):
         alike = dict[tuple[tuple[str, ...], int], list[int]]()
         for index, request in enumerate(requests):
             _, options = request.args
-            if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
-                raise EvaluationError(
-                    f"task {request.task_name} samples ({options}); loratune decodes greedily"
-                )
-            until = options.get("until") or []
-            stop = (until,) if isinstance(until, str) else tuple(until)
-            limit = int(options.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
-            alike.setdefault((stop, limit), []).append(index)
+            settings = _greedy_settings(options, task=request.task_name)
+            alike.setdefault(settings, []).append(index)
         for (stop, limit), indices in alike.items():
             room = self.max_length - limit
             if room < 1:
@@ -235,5 +250,45 @@ class HarnessModel(TemplateLM):
             prompts = [ids[-room:] for ids in whole]
             _warn_of_cuts(sum(len(ids) > room for ids in whole), len(whole), most=room)
             said = generate_answers(self._base, prompts, max_new_tokens=limit, stop=stop)
+            if NO_ANSWER in said:
+                raise self._not_finite()
             answers.update((index, one.text) for index, one in zip(indices, said, strict=True))
         return [answers[index] for index in range(len(requests))]
+
+    def _not_finite(self) -> EvaluationError:
+        return EvaluationError(
+            f"{self._who} has no score by lm-evaluation-harness, which has no verdict for this: "
+            f"{NOT_FINITE}"
+        )
+
+
+def _greedy_settings(
+    options: Mapping[str, Any], *, task: str | None
+) -> tuple[tuple[str, ...], int]:
+    """Stop strings and the limit of new tokens, read from a task's generation_kwargs as HFLM does.
+
+    Raises:
+        EvaluationError: the task samples, or says what would change greedy answers.
+    """
+    try:
+        settings: dict[str, Any] = dict(normalize_gen_kwargs({**options}, DEFAULT_MAX_NEW_TOKENS))
+        temperature = float(settings.get("temperature", 1))
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"task {task}: generation_kwargs {options} cannot be read ({error}); correct them"
+        ) from error
+    if settings.pop("do_sample") and temperature > 0:
+        raise EvaluationError(f"task {task} samples ({options}); loratune decodes greedily")
+    stop: list[str] = settings.pop("until")
+    limit: int = settings.pop("max_gen_toks")
+    changing = [
+        name
+        for name, value in settings.items()
+        if name not in OF_SAMPLING and value is not None and value != NEUTRAL.get(name)
+    ]
+    if changing:
+        raise EvaluationError(
+            f"task {task} asks for {', '.join(changing)} in its generation_kwargs ({options}), "
+            "which greedy decoding one token at a time does not have; leave it out"
+        )
+    return tuple(one for one in stop if one), limit

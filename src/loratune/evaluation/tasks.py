@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from loratune.data.encode import encode_prompts
 from loratune.data.templates import fields_of, prompt_for
-from loratune.errors import DataError, EvaluationError
+from loratune.errors import DataError, EvaluationError, MissingDataError
 from loratune.evaluation import (
     arithmetic,
     choice,
@@ -119,21 +119,35 @@ def check_tasks(
             _check_prompt(given.prompt, task=given.name)
 
 
-def check_questions(tasks: Sequence[schema.Task], *, folder: Path) -> None:
+def check_questions(
+    tasks: Sequence[schema.Task], *, folder: Path, may_be_missing: bool
+) -> tuple[str, ...]:
     """Read the questions that need no network, so that a plan refuses what a run would.
 
     Args:
         tasks: the study's.
         folder: what relative paths start at, the study file's folder.
+        may_be_missing: a file that is not on this machine is a remark, not an error.
+
+    Returns:
+        A remark for each task whose questions are not here.
 
     Raises:
         EvaluationError: as `load_questions` says.
     """
+    remarks = list[str]()
     for given in tasks:
         definition = task(given.name, folder=folder)
         on_hub = definition.on_hub if given.data is None else given.data.id is not None
-        if definition.load is not None and not on_hub:
+        if definition.load is None or on_hub:
+            continue
+        try:
             load_questions(given, folder=folder)
+        except EvaluationError as error:
+            if not may_be_missing or not isinstance(error.__cause__, MissingDataError):
+                raise
+            remarks.append(f"task {given.name}: planned without its questions ({error.__cause__})")
+    return tuple(remarks)
 
 
 def alike(grader: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Knows nothing of how the adapter was trained, and loads no model.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -76,6 +76,15 @@ def read_adapter(folder: Path) -> AdapterFiles:
             for name, one in tensors.items()
         },
     )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number among them is NaN or infinite in float32, in which adapters are laid on.
+
+    That is looked at here, since logits do not always tell: torch's attention on a CPU takes NaN
+    scores for zero weights where it is called without a mask, and answers as if nothing were wrong.
+    """
+    return all(bool(one.float().isfinite().all()) for one in tensors)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -27,7 +27,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
 from loratune.errors import ModelError
-from loratune.methods.adapter_files import AdapterFiles, read_adapter
+from loratune.methods.adapter_files import AdapterFiles, all_finite, read_adapter
 from loratune.methods.peft_adapter import ADAPTER, quiet_peft
 from loratune.methods.resident import Resident
 
@@ -58,6 +58,8 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
     Of an adapter that is more than LoRA tensors the base's weights are copied to the CPU, since
     PEFT writes such an adapter's biases and embeddings into them.
 
+    With a weight of the adapter that is NaN or infinite every logit is NaN: see `all_finite`.
+
     Args:
         model: the base, without an adapter; it is used in place, so that whoever holds it answers
             with the adapter until `detach`.
@@ -78,11 +80,7 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
             attached, adapter_name=ADAPTER, save_embedding_layers=False
         )
         check_complete([name for name in expected if name not in files.tensors], where=where)
-        try:
-            result = set_peft_model_state_dict(attached, dict(files.tensors), adapter_name=ADAPTER)
-        except RuntimeError as error:  # torch's, where shapes differ
-            line = " ".join(str(error).split())[:300]
-            raise ModelError(f"{where} does not fit this base: {line}") from error
+        result = set_peft_model_state_dict(attached, dict(files.tensors), adapter_name=ADAPTER)
         unexpected = cast("list[str]", result.unexpected_keys)
         if unexpected:
             raise ModelError(
@@ -90,17 +88,30 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
                 f"({', '.join(unexpected[:3])}); give the base it was trained on"
             )
         attached.eval()
-    except ModelError:
+        if not all_finite(files.tensors.values()):
+            head: Any = model.get_output_embeddings()
+            head.register_forward_hook(_not_a_number)  # `restore` takes it off.
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
         resident.restore()
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-        # PEFT's: no target matches, a field is malformed, a type needs a package or another family.
+    except Exception as error:
+        # PEFT's, and each of its types fails in its own ways: no target matches, a field is
+        # malformed or too large for this base, shapes differ, a package is not there.
         resident.restore()
-        raise ModelError(f"{where} does not fit this base: {error}") from error
+        raise ModelError(f"{where} does not fit this base: {_one_line(error)}") from error
     except BaseException:
         resident.restore()
         raise
     return LoadedAdapter(attached, resident=resident)
+
+
+def _not_a_number(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+    del module, inputs
+    return torch.full_like(logits, torch.nan)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def check_complete(missing: Sequence[str], *, where: str) -> None:
@@ -149,8 +160,8 @@ def config_of(files: AdapterFiles, *, where: str) -> PeftConfig:
     kept = {name: value for name, value in given.items() if name in known}
     try:
         config = of_kind(**cast("Any", {**kept, **settled}))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"the config of {where} is malformed: {error}") from error
+    except Exception as error:  # A field may hold anything, and each type checks its own.
+        raise ModelError(f"the config of {where} is malformed: {_one_line(error)}") from error
     more = [name for name in ASKS_MORE_FIELDS if given.get(name)]
     if config.is_prompt_learning or kind in ASKS_MORE or more:
         what = ", ".join(more) or f"PEFT's type {kind!r}"

@@ -697,15 +697,24 @@ class Store:
                 )
             return score_id
 
-    def all_scores(self, study: str) -> tuple[ScoreRecord, ...]:
+    def all_scores(
+        self, study: str, *, trial_ids: Collection[str] | None = None
+    ) -> tuple[ScoreRecord, ...]:
         """Every score of the study's trials, superseded ones too, oldest first.
+
+        Args:
+            study: its name.
+            trial_ids: only those of the study's trials, without reading the others.
 
         Raises:
             StoreError: no such study.
         """
         with self._reading() as connection:
             row = self._study(connection, study)
-            return _scores(connection, row.study_id, None)
+            found = list[ScoreRecord]()
+            for some in [None] if trial_ids is None else _chunks(trial_ids):
+                found += _scores(connection, row.study_id, some)
+        return tuple(sorted(found, key=lambda one: one.score_id))
 
     def predictions(self, score_id: int) -> tuple[Prediction, ...]:
         """The answers that a score counts, by question; empty where none were stored."""
