@@ -8,9 +8,9 @@ Every rule has the same LR budget on the target: three LRs, up to six more beyon
 the best one is at an end, and one between. Rules without a proxy start from one LR for all
 (`START`, the mean of the recorded optima) in steps of 2, those with one from what they expect in
 steps of 1.5. Cost is trained tokens, the target's times the ratio of FLOPs, over those of the fixed
-sweep (`SWEEP_TRIALS` whole trials of the target). Regret is the excess of the expected loss over
-the best there is between the bounds, as a fraction; beside it, choice and fixed sweep's choice are
-compared on fresh seeds. Same seed, same numbers.
+sweep (`SWEEP`, whole trials of the target). Regret is the excess of the expected loss over the best
+there is between the bounds, as a fraction; beside it, choice and that sweep's choice are compared
+on fresh seeds. A simulated target is swept at the batch sizes that it has. Same seed, same numbers.
 
 Not here: the noise scale alone, since the simulator knows no gradients, nor any time. `ladder.py`
 has both for real models.
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,10 +52,11 @@ from loratune.recommendation.proxy import (
 from loratune.recommendation.rounds import refinement
 from loratune.records import DataFacts, Outcome, Trial, TrialResult
 from loratune.study.schema import PAPER_LEARNING_RATES, DeclaredModel, Study
-from simulator import FAMILIES, FITTED, Pair, Problem, full_grid, grid_choice, make_pair
+from simulator import FAMILIES, FITTED, Pair, Problem, grid_choice, make_pair
 
-# The sweep that `loratune tune` compares with: batch sizes 1 to 512, the paper's 10 LRs, 3 seeds.
-SWEEP_TRIALS = len(SWEEP_BATCH_SIZES) * len(PAPER_LEARNING_RATES) * 3
+# The sweep that `loratune tune` compares with, as (batch size, LR, seed): 1 to 512, the paper's 10
+# LRs, 3 seeds.
+SWEEP = tuple(product(SWEEP_BATCH_SIZES, PAPER_LEARNING_RATES, range(3)))
 START = float(np.exp(np.mean([surface[3] for surface in FITTED.values()])))
 TOLERATED = 0.005
 MOST_COST = 0.05
@@ -140,7 +142,7 @@ class Bench:
         target: Trainer,
         *,
         cost_ratio: float,
-        sweep_trials: int = SWEEP_TRIALS,
+        sweep_trials: int = len(SWEEP),
         start: float = START,
         less_data: Trainer | None = None,
         widths: tuple[int, int] = (1, 1),
@@ -345,7 +347,7 @@ def cases_of(pair: Pair, *, seed: int, rules: Iterable[str]) -> list[Case]:
         cost_ratio=pair.cost_ratio,
         less_data=with_less_data(target, pair.cost_ratio, seed=seed),
     )
-    swept = grid_choice(full_grid(target, range(3)))
+    swept = grid_choice([target.trial(*key) for key in SWEEP if key[0] in target.batch_sizes])
     reference = None if swept is None else _fresh_loss(target, *swept)
     cases = list[Case]()
     if swept is not None:
