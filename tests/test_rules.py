@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from rules import (
+    NUM_ROWS,
     RULES,
-    SWEEP,
     Bench,
     Case,
     cases_of,
     rows_of,
     simulated_cases,
+    sweep_of,
     table_line,
     tuned,
     with_less_data,
@@ -54,11 +55,12 @@ def test_tune_finds_a_target_that_is_a_doubling_off_and_its_cost_counts_every_tr
         assert len(set(model.trained)) == len(model.trained)
     # The search pays for the three batch sizes that this proxy lacks.
     spent = len(proxy.trained) / 16 * 10 / len(proxy.batch_sizes) + len(target.trained)
-    assert chosen.cost == pytest.approx(spent / len(SWEEP))
+    assert chosen.cost == pytest.approx(spent / len(sweep_of(NUM_ROWS)))
 
 
 def test_the_sweep_that_a_rule_is_compared_with_is_the_one_that_its_cost_is_a_part_of():
-    assert len(SWEEP) == len(set(SWEEP)) == 10 * 10 * 3
+    sweep = sweep_of(NUM_ROWS)
+    assert len(sweep) == len(set(sweep)) == 10 * 10 * 3
     pair = make_pair("fitted", 3000, cost_ratio=16)
     (swept,) = cases_of(pair, seed=3000, rules=[])
     trials = [
