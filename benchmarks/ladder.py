@@ -14,8 +14,10 @@ A rule asks for LRs that were not recorded. Between two that were, the log loss 
 seed is interpolated by a monotone cubic in log LR (PCHIP, whose lowest point is a recorded one);
 beyond the recorded LRs it goes on as it went at the end where it rises there, and where it falls
 nothing is known, so that the rule has no answer. A diverged trial has no loss, and neither has what
-lies beyond it. Recorded seeds take turns: some choose, the others are fresh, and every turn is a
-case; cases of one pair are not independent of each other.
+lies beyond it. The fixed sweep, of which a cost is a part and with whose choice a rule's is
+compared, is that of `loratune tune` on so many rows; its LRs are not those recorded, and its losses
+are read off in the same way. Recorded seeds take turns: some choose, the others are fresh, and
+every turn is a case; cases of one pair are not independent of each other.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -52,6 +55,7 @@ from rules import (
     Rule,
     choice_of,
     rows_of,
+    sweep_of,
     timed_line,
 )
 
@@ -291,9 +295,15 @@ class Recorded:
         losses = [self.loss(batch_size, learning_rate, seed) for seed in seeds]
         return math.fsum(math.inf if loss is None else loss for loss in losses) / len(losses)
 
-    def best(self, seeds: Sequence[int]) -> tuple[int, float]:
-        """The recorded batch size and LR with the lowest mean loss over these seeds."""
-        points = [(size, rate) for size in self.batch_sizes for rate in self.learning_rates]
+    def best(
+        self, seeds: Sequence[int], *, rates: Sequence[float] | None = None
+    ) -> tuple[int, float]:
+        """The batch size and LR, a recorded one or of `rates`, with the lowest mean loss.
+
+        Raises:
+            NotRecordedError: losses still fall towards one of the rates.
+        """
+        points = product(self.batch_sizes, rates or self.learning_rates)
         return min(points, key=lambda point: self.mean(*point, seeds))
 
 
@@ -319,12 +329,13 @@ def noise_scale_alone(bench: Bench, target: Recorded) -> Choice | None:
     return choice_of(cell, bench.cost(lab, of_trial))
 
 
-def ladder_cases(proxy: Path, target: Path) -> list[Case]:
+def ladder_cases(proxy: Path, target: Path, *, num_rows: int = NUM_ROWS) -> list[Case]:
     """Every rule on a recorded pair, once for each turn of the seeds.
 
-    `regret` is against the point that is best over all recorded seeds, `fresh` against the fixed
-    sweep's choice, both on fresh seeds.
+    `regret` is against the recorded point that is best over all recorded seeds, `fresh` against the
+    fixed sweep's choice, both on fresh seeds.
     """
+    rates = tuple(dict.fromkeys(rate for _, rate, _ in sweep_of(num_rows)))
     seeds = Recorded(target).seeds
     num_fresh = max(1, len(seeds) // 2)
     widths = WIDTHS[proxy.stem], WIDTHS[target.stem]
@@ -334,11 +345,11 @@ def ladder_cases(proxy: Path, target: Path) -> list[Case]:
         chooses, fresh = order[:-num_fresh], order[-num_fresh:]
         models = [Recorded(path, chooses=chooses) for path in (proxy, target)]
         small, large = models
-        swept = large.best(chooses)
-        best, reference = (large.mean(*one, fresh) for one in (large.best(seeds), swept))
-        num_trials = 3 * len(large.batch_sizes) * len(large.learning_rates)
-        sweep = 3 * len(large.learning_rates) * math.fsum(large.seconds_of.values())
-        cases.append(Case(target.stem, "fixed sweep", reference / best - 1, 0.0, 1.0, 1.0))
+        best = large.mean(*large.best(seeds), fresh)
+        reference = _swept(large, chooses[:3], rates=rates, fresh=fresh)
+        sweep = 3 * len(rates) * math.fsum(large.seconds_of.values())
+        if reference is not None:
+            cases.append(Case(target.stem, "fixed sweep", reference / best - 1, 0.0, 1.0, 1.0))
         rules = {name: rule for name, rule in RULES.items() if name != "proxy by smaller data"}
         if large.noise_scales:
             rules["noise scale alone"] = partial(noise_scale_alone, target=large)
@@ -348,7 +359,7 @@ def ladder_cases(proxy: Path, target: Path) -> list[Case]:
                 large,
                 # Tokens are in FLOPs already.
                 cost_ratio=1.0,
-                sweep_trials=num_trials,
+                num_rows=num_rows,
                 start=lora_learning_rate(widths[1], family="llama"),
                 widths=widths,
                 model_type="llama",
@@ -365,12 +376,12 @@ def ladder_cases(proxy: Path, target: Path) -> list[Case]:
             except NotRecordedError:
                 cases.append(Case(target.stem, name, None, None, None))
                 continue
-            above = loss / reference - 1 if math.isfinite(loss) else None
+            above = None if reference is None or loss == math.inf else loss / reference - 1
             cases.append(Case(target.stem, name, loss / best - 1, above, chosen.cost, time_spent))
     return cases
 
 
-def table(paths: Sequence[Path]) -> None:
+def table(paths: Sequence[Path], *, num_rows: int) -> None:
     """Every rule on every pair of recorded models, the smaller the proxy of the larger."""
     for index, target in enumerate(paths):
         for proxy in paths[:index]:
@@ -382,8 +393,18 @@ def table(paths: Sequence[Path]) -> None:
                 f"{small.seconds:.0f} s and {large.seconds:.0f} s of training\n"
             )
             print(TIMED_HEADER)
-            for row in rows_of(ladder_cases(proxy, target)):
+            for row in rows_of(ladder_cases(proxy, target, num_rows=num_rows)):
                 print(timed_line(row), flush=True)
+
+
+def _swept(
+    model: Recorded, chooses: Sequence[int], *, rates: Sequence[float], fresh: Sequence[int]
+) -> float | None:
+    """The fresh loss of the fixed sweep's choice; None where a loss of it is not known."""
+    try:
+        return model.mean(*model.best(chooses, rates=rates), fresh)
+    except NotRecordedError:
+        return None
 
 
 def _answer(rule: Rule, bench: Bench) -> Choice | None:
@@ -428,9 +449,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--seeds", type=int, default=NUM_SEEDS)
     command = commands.add_parser("table", help="the rules on recorded grids")
     command.add_argument("paths", type=Path, nargs="+", help="CSVs, the smallest model first")
+    command.add_argument("--rows", type=int, default=NUM_ROWS, help="that they were trained on")
     given = parser.parse_args(arguments)
     if given.what == "table":
-        table(given.paths)
+        table(given.paths, num_rows=given.rows)
         return 0
     if given.what == "noise":
         measure_noise(

@@ -8,9 +8,10 @@ Every rule has the same LR budget on the target: three LRs, up to six more beyon
 the best one is at an end, and one between. Rules without a proxy start from one LR for all
 (`START`, the mean of the recorded optima) in steps of 2, those with one from what they expect in
 steps of 1.5. Cost is trained tokens, the target's times the ratio of FLOPs, over those of the fixed
-sweep (`SWEEP_TRIALS` whole trials of the target). Regret is the excess of the expected loss over
-the best there is between the bounds, as a fraction; beside it, choice and fixed sweep's choice are
-compared on fresh seeds. Same seed, same numbers.
+sweep (`sweep_of`, whole trials of the target). Regret is the excess of the expected loss over the
+best there is between the bounds, as a fraction; beside it, choice and that sweep's choice are
+compared on fresh seeds. A model that lacks some of the batch sizes is swept and searched at those
+it has; all of them are paid for, on both sides of the fraction. Same seed, same numbers.
 
 Not here: the noise scale alone, since the simulator knows no gradients, nor any time. `ladder.py`
 has both for real models.
@@ -20,7 +21,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol
+from itertools import product
+from typing import Protocol
 
 import numpy as np
 
@@ -31,9 +33,11 @@ from loratune.analyse.laws.loss import LossPoint, fit_loss, fit_optimum
 from loratune.analyse.proportions import wilson
 from loratune.errors import AnalysisError
 from loratune.new_study import (
-    SWEEP_BATCH_SIZES,
+    HELD_OUT_SHARE,
+    MOST_HELD_OUT,
     Request,
     finest_grid,
+    fixed_sweep,
     proxy_studies,
     target_study,
 )
@@ -50,11 +54,9 @@ from loratune.recommendation.proxy import (
 )
 from loratune.recommendation.rounds import refinement
 from loratune.records import DataFacts, Outcome, Trial, TrialResult
-from loratune.study.schema import PAPER_LEARNING_RATES, DeclaredModel, Study
-from simulator import FAMILIES, FITTED, Pair, Problem, full_grid, grid_choice, make_pair
+from loratune.study.schema import DeclaredModel, Study
+from simulator import FAMILIES, FITTED, Pair, Problem, grid_choice, make_pair
 
-# The sweep that `loratune tune` compares with: batch sizes 1 to 512, the paper's 10 LRs, 3 seeds.
-SWEEP_TRIALS = len(SWEEP_BATCH_SIZES) * len(PAPER_LEARNING_RATES) * 3
 START = float(np.exp(np.mean([surface[3] for surface in FITTED.values()])))
 TOLERATED = 0.005
 MOST_COST = 0.05
@@ -96,9 +98,10 @@ class Choice:
 class Lab:
     """Trains the studies of one model and counts every trial once."""
 
-    def __init__(self, model: Trainer, *, name: str) -> None:
+    def __init__(self, model: Trainer, *, name: str, num_rows: int) -> None:
         self.model = model
         self.name = name
+        self.num_rows = num_rows
         self.results = dict[tuple[int, float, int], TrialResult]()
 
     def run(self, study: Study) -> list[TrialResult]:
@@ -124,7 +127,8 @@ class Lab:
     def _train(self, size: int, rate: float, seed: int) -> TrialResult:
         key = (size, rate, seed)
         if key not in self.results:
-            self.results[key] = _result(self.name, *key, self.model.trial(*key))
+            end = self.model.trial(*key)
+            self.results[key] = _result(self.name, *key, end, num_rows=self.num_rows)
         return self.results[key]
 
 
@@ -132,7 +136,7 @@ Rule = Callable[["Bench"], Choice | None]
 
 
 class Bench:
-    """One pair of models, and what several rules ask of it."""
+    """One pair of models and so many rows to train on, and what several rules ask of it."""
 
     def __init__(
         self,
@@ -140,15 +144,16 @@ class Bench:
         target: Trainer,
         *,
         cost_ratio: float,
-        sweep_trials: int = SWEEP_TRIALS,
+        num_rows: int = NUM_ROWS,
         start: float = START,
         less_data: Trainer | None = None,
         widths: tuple[int, int] = (1, 1),
         model_type: str | None = None,
     ) -> None:
         self.proxy, self.target, self.less_data = proxy, target, less_data
+        self.num_rows = num_rows
         self.start = start
-        self.sweep_tokens = sweep_trials * target.tokens
+        self.sweep_tokens = len(sweep_of(num_rows)) * target.tokens
         self.pair = ProxyPair(
             ModelOfPair("proxy", model_type, 1, widths[0], 8, 1.0),
             ModelOfPair("target", model_type, 2, widths[1], 8, cost_ratio),
@@ -163,16 +168,21 @@ class Bench:
         if name not in self._searched:
             model = self.proxy if name == "proxy" else self.less_data
             assert model is not None
-            lab = Lab(model, name="proxy")
+            lab = Lab(model, name="proxy", num_rows=self.num_rows)
             per_token = 1.0 / self.pair.sweep_flops
-            planned = _planned_trials(studies_of_proxy()[0])
-            study = studies_of_proxy()[finest_grid(planned * model.tokens * per_token)]
+            studies = studies_of_proxy(self.num_rows)
+            planned = _planned_trials(studies[0])
+            study = studies[finest_grid(planned * model.tokens * per_token)]
             found = lab.run(study)
             # A simulated model lacks some batch sizes; a real one's search pays for all of them.
             there = sum(size in model.batch_sizes for size in study.batch_size)
             spent = lab.tokens * per_token * len(study.batch_size) / there
             self._searched[name] = found, spent
         return self._searched[name]
+
+    def target_lab(self) -> Lab:
+        """A new count of the target's trials."""
+        return Lab(self.target, name="target", num_rows=self.num_rows)
 
     def at_target(
         self,
@@ -183,7 +193,7 @@ class Bench:
         lab: Lab | None = None,
     ) -> tuple[Lab, Cell | None]:
         """The LR budget that every rule has."""
-        lab = lab or Lab(self.target, name="target")
+        lab = lab or self.target_lab()
         return lab, search_rate(_train(lab), batch_size=batch_size, expected=expected, step=step)
 
     def cost(self, lab: Lab, searched: float = 0.0) -> float:
@@ -249,7 +259,7 @@ def paper(bench: Bench) -> Choice | None:
     answer = proxy_answer(found, method="lora")
     if answer.batch_size is None or answer.learning_rate is None:
         return None
-    lab = Lab(bench.target, name="target")
+    lab = bench.target_lab()
     expected = bench.pair.carried(answer.learning_rate)
     rates = [float(f"{expected * factor:.2g}") for factor in (1 / 3, 1, 3)]
     study = _target_study((answer.batch_size,), tuple(rates))
@@ -270,7 +280,7 @@ def three_terms(bench: Bench) -> Choice | None:
         if loss is not None
     ]
     try:
-        optimum = fit_optimum(points, samples=NUM_ROWS)
+        optimum = fit_optimum(points, samples=bench.num_rows)
         form = fit_loss(points).chosen
     except AnalysisError:
         return None
@@ -345,7 +355,9 @@ def cases_of(pair: Pair, *, seed: int, rules: Iterable[str]) -> list[Case]:
         cost_ratio=pair.cost_ratio,
         less_data=with_less_data(target, pair.cost_ratio, seed=seed),
     )
-    swept = grid_choice(full_grid(target, range(3)))
+    swept = grid_choice(
+        [target.trial(*key) for key in sweep_of(NUM_ROWS) if key[0] in target.batch_sizes]
+    )
     reference = None if swept is None else _fresh_loss(target, *swept)
     cases = list[Case]()
     if swept is not None:
@@ -481,15 +493,41 @@ def families(*, held_out: bool) -> tuple[str, ...]:
 
 
 @cache
-def studies_of_proxy() -> tuple[Study, ...]:
+def sweep_of(num_rows: int) -> tuple[tuple[int, float, int], ...]:
+    """The (batch size, LR, seed) of the fixed sweep that `loratune tune` compares with."""
+    study = fixed_sweep(_request(num_rows), model="target", rank=8).study
+    return tuple(product(study.batch_size, study.learning_rates(), study.seeds.grid))
+
+
+@cache
+def studies_of_proxy(num_rows: int) -> tuple[Study, ...]:
     """The shipped searches on a proxy, the finest first."""
-    return tuple(one.study for one in proxy_studies(_REQUEST, model="proxy", rank=8))
+    return tuple(one.study for one in proxy_studies(_request(num_rows), model="proxy", rank=8))
+
+
+def _request(num_rows: int) -> Request:
+    """For data that leaves so many rows to train on, beside those that are held out."""
+    held_out = max(1, min(MOST_HELD_OUT, num_rows // (HELD_OUT_SHARE - 1)))
+    return Request(
+        data="demo:task",
+        fields="  prompt: question\n  response: answer",
+        template="alpaca",
+        num_rows=num_rows + held_out,
+        methods=("lora",),
+        precision="float32",
+    )
 
 
 @cache
 def _target_study(sizes: tuple[int, ...], rates: tuple[float, ...]) -> Study:
+    # Its batch sizes are given, so that the rows change nothing.
     return target_study(
-        _REQUEST, model="target", rank=8, kind="target", batch_sizes=sizes, learning_rates=rates
+        _request(NUM_ROWS),
+        model="target",
+        rank=8,
+        kind="target",
+        batch_sizes=sizes,
+        learning_rates=rates,
     ).study
 
 
@@ -498,7 +536,7 @@ def _tune(bench: Bench, by: str) -> Choice | None:
     answer = proxy_answer(found, method="lora")
     if answer.batch_size is None:
         return None
-    lab = Lab(bench.target, name="target")
+    lab = bench.target_lab()
     at_size, beside = list[TrialResult](), list[TrialResult]()
 
     def train(sizes: tuple[int, ...], rates: tuple[float, ...]) -> Sequence[TrialResult]:
@@ -546,16 +584,18 @@ def _fresh_loss(problem: Problem, batch_size: int, learning_rate: float) -> floa
     return math.fsum(worst if loss is None else loss for loss in losses) / NUM_FRESH
 
 
-def _result(model: str, size: int, rate: float, seed: int, end: Trained) -> TrialResult:
-    num_updates = math.ceil(NUM_ROWS / size)
+def _result(
+    model: str, size: int, rate: float, seed: int, end: Trained, *, num_rows: int
+) -> TrialResult:
+    num_updates = math.ceil(num_rows / size)
     trial = replace(
-        _template(model),
+        _template(model, num_rows),
         trial_id=f"{model}-{size}-{rate:g}-{seed}",
         batch_size=size,
         learning_rate=rate,
         seed=seed,
         num_updates=num_updates,
-        last_batch_size=NUM_ROWS - (num_updates - 1) * size,
+        last_batch_size=num_rows - (num_updates - 1) * size,
     )
     return TrialResult(
         study=model,
@@ -579,11 +619,11 @@ def _result(model: str, size: int, rate: float, seed: int, end: Trained) -> Tria
 
 
 @cache
-def _template(model: str) -> Trial:
+def _template(model: str, num_rows: int) -> Trial:
     """A trial of the shipped study; its batch size, LR and seed are replaced."""
-    study = studies_of_proxy()[0].model_copy(update={"model": (model,)})
+    study = studies_of_proxy(num_rows)[0].model_copy(update={"model": (model,)})
     facts = replace(declared_model_facts(model, _SHAPE), provisional=False)
-    data = DataFacts("rows", NUM_ROWS, 512, 1, 1, 1, 1)
+    data = DataFacts("rows", num_rows, 512, 1, 1, 1, 1)
     return plan_trials(
         study,
         models={model: facts},
@@ -591,14 +631,6 @@ def _template(model: str) -> Trial:
     )[0]
 
 
-_REQUEST: Any = Request(
-    data="demo:task",
-    fields="  prompt: question\n  response: answer",
-    template="alpaca",
-    num_rows=NUM_ROWS + 512,
-    methods=("lora",),
-    precision="float32",
-)
 _SHAPE = DeclaredModel(
     hidden_size=32,
     intermediate_size=48,

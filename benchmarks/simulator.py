@@ -90,7 +90,7 @@ class SimulatedTrial:
 class Problem:
     """One surface, its noise and its grid. `tokens` is what one whole trial trains on.
 
-    `low` and `high` bound the LR; `grid` is the fixed sweep's LRs. `cliff` is how far (in ln LR)
+    `low` and `high` bound the LR; `grid` is seven LRs of that range. `cliff` is how far (in ln LR)
     above the best LR half of the trials diverge, moving by `cliff_slope` per unit of s. `noise` and
     `seed_noise` are relative, `tail` the degrees of freedom of Student's t, None for normal.
     `bad_luck` is the share of trials that come out up to 10% worse. `heat` is how much worse, in
@@ -383,7 +383,7 @@ def make_pair(family: str, seed: int, *, cost_ratio: float = 16.0, far: bool = F
 
 
 def full_grid(problem: Problem, seeds: Sequence[int]) -> tuple[SimulatedTrial, ...]:
-    """Every trial of the fixed sweep."""
+    """Every trial of the problem's own grid, whose LRs are coarser than those of `rules.SWEEP`."""
     return tuple(
         problem.trial(size, rate, seed)
         for size in problem.batch_sizes

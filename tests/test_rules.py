@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 import pytest
 
 from rules import (
+    NUM_ROWS,
     RULES,
-    SWEEP_TRIALS,
     Bench,
     Case,
+    cases_of,
     rows_of,
     simulated_cases,
+    sweep_of,
     table_line,
     tuned,
     with_less_data,
 )
-from simulator import make_problem
+from simulator import full_grid, grid_choice, make_pair, make_problem
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,24 @@ def test_tune_finds_a_target_that_is_a_doubling_off_and_its_cost_counts_every_tr
         assert len(set(model.trained)) == len(model.trained)
     # The search pays for the three batch sizes that this proxy lacks.
     spent = len(proxy.trained) / 16 * 10 / len(proxy.batch_sizes) + len(target.trained)
-    assert chosen.cost == pytest.approx(spent / SWEEP_TRIALS)
+    assert chosen.cost == pytest.approx(spent / len(sweep_of(NUM_ROWS)))
+
+
+def test_the_sweep_that_a_rule_is_compared_with_is_the_one_that_its_cost_is_a_part_of():
+    sweep = sweep_of(NUM_ROWS)
+    assert len(sweep) == len(set(sweep)) == 10 * 10 * 3
+    pair = make_pair("fitted", 3000, cost_ratio=16)
+    (swept,) = cases_of(pair, seed=3000, rules=[])
+    trials = [
+        pair.target.trial(size, rate, seed)
+        for size in pair.target.batch_sizes
+        for rate in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
+        for seed in range(3)
+    ]
+    chosen, coarse = grid_choice(trials), grid_choice(full_grid(pair.target, range(3)))
+    assert chosen is not None
+    assert coarse is not None
+    assert swept.regret == pair.target.regret(*chosen) != pair.target.regret(*coarse)
 
 
 def test_a_rule_whose_target_diverges_everywhere_has_no_choice():
