@@ -1,15 +1,17 @@
 """The Python API over a results folder that was written without any training."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loratune import api
+from loratune.planning.alternatives import TRIALS_OF_TARGET
 from loratune.planning.power import DifferenceNoise
 from loratune.records import DataSummary, Prediction, Provenance, Score
 from loratune.store.database import open_store
-from loratune.study.loading import load_study
+from loratune.study.loading import load_study, parse_study
 from planned_studies import TEXT
 from simulated import result
 
@@ -108,3 +110,25 @@ def test_noise_is_measured_from_a_folder(folder):
     assert isinstance(noise, DifferenceNoise)
     assert noise.residual_variance > 0.0
     assert noise.source == "measured on 1 pair of methods"
+
+
+DECLARED = """
+declared:
+  models:
+    Qwen/Qwen3-8B: {num_layers: 36, hidden_size: 4096, intermediate_size: 12288,
+      num_attention_heads: 32, num_key_value_heads: 8, head_dim: 128, vocab_size: 151936,
+      tied_embeddings: false}
+  data: {rows: 64, mean_tokens: 10, mean_target_tokens: 5}
+"""
+
+
+def test_the_search_that_a_plan_offers_is_the_one_that_tune_takes_on_few_rows():
+    text = TEXT.replace("model: small", "model: Qwen/Qwen3-8B")
+    text = text.replace("batch_size: [8]", "batch_size: [1, 2, 4, 8]") + DECLARED
+    planned, _ = api.plan_with_remarks(parse_study(text, name="study.yaml", folder=Path()))
+    offered = planned.alternatives[-1]
+    # Qwen3-0.6B in the place of 8B: 0.075 x 18 trials over 3 x 10 x 3 is 1.5% as with many rows,
+    # which asks for the second of the searches. 56 rows train, and leave updates enough to batch
+    # sizes 1, 2 and 4.
+    assert offered.kind == "proxy"
+    assert offered.num_trials == 3 * (2 + 2) + TRIALS_OF_TARGET

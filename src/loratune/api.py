@@ -130,10 +130,11 @@ def _with_proxy(made: Plan) -> Plan:
     searches = [
         ProxySearch(sizes, rates.count(",") + 1, further) for sizes, rates, further in PROXY_GRIDS
     ]
-    # As a share of the fixed sweep: batch sizes x the paper's LRs x 3 seeds on the target.
+    # As a share of the fixed sweep: batch sizes x the paper's LRs x 3 seeds on the target, less
+    # the batch sizes that neither of the two has on so few rows.
     largest = max((ratio for _, ratio in proxies.values()), default=ASSUMED_RATIO)
-    sweep = len(SWEEP_BATCH_SIZES) * len(PAPER_LEARNING_RATES) * 3
     rows = max(trial.num_train_rows for trial in made.trials)
+    sweep = 3 * ProxySearch(SWEEP_BATCH_SIZES, len(PAPER_LEARNING_RATES), 0).num_trials(rows)
     share = largest * searches[0].num_trials(rows) / sweep
     by_proxy = proxy_alternative(
         made.study,
