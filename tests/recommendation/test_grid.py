@@ -187,6 +187,8 @@ def test_batch_sizes_at_one_learning_rate_are_not_compared_at_their_best():
     undecided(sweep(bowl(), learning_rates=[1.6e-2]), "rate 0.016 alone", "rates 0.005 and 0.05")
     diverged = sweep(lambda *trial: bowl()(*trial) if trial[1] == 1e-4 else math.nan)
     undecided(diverged, "rate 0.0001 alone", "add learning rate 1e-05")
+    between = sweep(lambda *trial: bowl()(*trial) if trial[1] == 1e-3 else math.nan)
+    undecided(between, "rate 0.001 alone", "add learning rates 0.00032 and 0.0032 to the study")
     failed = without(sweep(bowl()), "failed", is_one=lambda trial: trial.learning_rate > 1e-4)
     undecided(failed, "18 failed", "rate 0.0001 alone")
 

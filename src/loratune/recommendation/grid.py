@@ -322,10 +322,14 @@ def _not_yet_tried(curve: Curve) -> list[str]:
         )
     scored = {rate.learning_rate for rate in tried if rate.verdict in ("eligible", "screened")}
     if len(scored) == 1:
+        (alone,) = scored
+        more = _rates_beyond(curve) or _rates_beside(
+            alone, sorted({rate.learning_rate for rate in tried})
+        )
         reasons.append(
-            f"learning rate {min(scored):g} alone has a score: which batch size is best where each "
-            f"has its own best learning rate cannot be told; add {_rates_beyond(curve)} to the "
-            "study file and run it again"
+            f"learning rate {alone:g} alone has a score: which batch size is best where each "
+            f"has its own best learning rate cannot be told; add {more} to the study file and run "
+            "it again"
         )
     return reasons
 
@@ -469,10 +473,19 @@ def _rates_beyond(curve: Curve) -> str:
                 beyond.add(_next_rate(rates[0], rates[1:2], up=False))
             if point.learning_rate == rates[-1]:
                 beyond.add(_next_rate(rates[-1], rates[-2:-1], up=True))
-    if not beyond:
-        return ""
-    plural = "s" if len(beyond) > 1 else ""
-    return f"learning rate{plural} {_enumerated([f'{rate:g}' for rate in sorted(beyond)])}"
+    return _named_rates(sorted(beyond)) if beyond else ""
+
+
+def _rates_beside(rate: float, tried: Sequence[float]) -> str:
+    """Between one LR and its neighbours of the ascending ones tried, to two digits."""
+    place = tried.index(rate)
+    beside = (*tried[max(place - 1, 0) : place], *tried[place + 1 : place + 2])
+    return _named_rates([float(f"{math.sqrt(rate * other):.2g}") for other in beside])
+
+
+def _named_rates(rates: Sequence[float]) -> str:
+    plural = "s" if len(rates) > 1 else ""
+    return f"learning rate{plural} {_enumerated([f'{rate:g}' for rate in rates])}"
 
 
 def _rates(curve: Curve, point: Point) -> list[float]:
