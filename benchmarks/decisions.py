@@ -1,9 +1,10 @@
-"""The long simulations and searches behind docs/decisions.md, as tables.
+"""The long simulations and searches behind docs/decisions.md and other pages, as tables.
 
     python benchmarks/decisions.py null-test
     python benchmarks/decisions.py coverage
     python benchmarks/decisions.py answers
     python benchmarks/decisions.py power
+    python benchmarks/decisions.py range
     python benchmarks/decisions.py rules [--pairs 50] [--ratios 4 16 28 56]
 
 Each part is a function here that prints, and a file of its own that computes. The same seed gives
@@ -27,6 +28,7 @@ from null_test import (
     null_test,
     realised_power,
 )
+from ranges import CASES, told
 from rules import HEADER, RULES, TOLERATED, Case, families, rows_of, simulated_cases, table_line
 
 NUM_SIMULATIONS = 4000
@@ -138,6 +140,43 @@ def power_part(num_simulations: int) -> None:
             )
 
 
+def range_part(num_simulations: int) -> None:
+    """How often the range of batch sizes or the acceptable ones are wrong."""
+    columns = list(product((4, 9, 16), (2, 3, 6)))
+    print(f"wrong answers in %, {num_simulations:,} simulations each; batch sizes, seeds")
+    print(f"| noise of a seed | {' | '.join(f'{sizes}, {seeds}' for sizes, seeds in columns)} |")
+    print("| --- |" + " --- |" * len(columns))
+    for name, case in CASES.items():
+        wrong = [
+            told(
+                case,
+                num_sizes=num_sizes,
+                num_seeds=num_seeds,
+                num_simulations=num_simulations,
+                seed=0,
+            ).wrong
+            for num_sizes, num_seeds in columns
+        ]
+        print(f"| {name} | {' | '.join(map(_percent, wrong))} |", flush=True)
+    name, case = next(iter(CASES.items()))
+    print(f"\nwhat is told, in %, noise {name}, {num_simulations:,} simulations each")
+    print("| batch sizes | seeds | of all in the range | of those within the margin acceptable |")
+    print("| --- | --- | --- | --- |")
+    for num_sizes, num_seeds in product((4, 9), (2, 3, 4, 5, 6)):
+        found = told(
+            case,
+            num_sizes=num_sizes,
+            num_seeds=num_seeds,
+            num_simulations=num_simulations,
+            seed=1,
+        )
+        print(
+            f"| {num_sizes} | {num_seeds} | {_percent(found.in_range)} "
+            f"| {_percent(found.acceptable)} |",
+            flush=True,
+        )
+
+
 def rules_part(num_pairs: int, cost_ratios: Sequence[float]) -> None:
     """Rules for choosing batch size and LR: regret against cost on simulated pairs of models."""
     for held_out in (False, True):
@@ -180,6 +219,7 @@ PARTS = {
     "coverage": coverage_part,
     "answers": answers_part,
     "power": power_part,
+    "range": range_part,
 }
 
 

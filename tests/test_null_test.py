@@ -6,6 +6,7 @@ import pytest
 
 from decisions import main
 from null_test import answer_coverage, null_test
+from ranges import CASES
 
 
 def test_choosing_and_scoring_on_the_test_is_ahead_89_times_in_100_by_a_point():
@@ -52,6 +53,15 @@ def test_the_same_seed_gives_the_same_bytes(capsys):
     main(["null-test", "--simulations", "2"])
     assert capsys.readouterr().out == first
     assert len(first.splitlines()) == 3 + 5
+
+
+def test_the_range_part_prints_a_row_for_every_case_and_what_is_told(capsys):
+    main(["range", "--simulations", "2"])
+    first = capsys.readouterr().out
+    assert len(first.splitlines()) == 3 + len(CASES) + 4 + 10
+    assert "| equal, with a best one |" in first
+    main(["range", "--simulations", "2"])
+    assert capsys.readouterr().out == first
 
 
 @pytest.mark.slow

@@ -91,6 +91,17 @@ def test_one_seed_is_undecided_and_the_evidence_still_shows_what_was_seen():
     assert "batch size 16" in found.evidence.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "sizes", "is_said"),
+    [(2, (4, 16, 64), True), (3, (4, 16, 64), False), (2, (4, 16), False)],
+)
+def test_what_two_seeds_cannot_tell_of_the_noise_is_said(seeds, sizes, is_said):
+    found = recommend(sweep(bowl(), batch_sizes=sizes, seeds=seeds))
+    assert found.batch_size == 16
+    said = [note for note in found.evidence.notes if "less sure than 95%; run 3 seeds" in note]
+    assert len(said) == is_said
+
+
 def test_one_batch_size_is_undecided():
     undecided(sweep(bowl(), batch_sizes=[16]), "only batch size 16")
 

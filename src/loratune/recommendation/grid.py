@@ -19,7 +19,7 @@ from loratune.analyse.scores import trial_score
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
-from loratune.recommendation.best import against_best
+from loratune.recommendation.best import FEWEST_SEEDS_OF_OWN, against_best
 from loratune.recommendation.searched import Searched, answer_of_search, answered
 from loratune.records import TrialResult
 
@@ -87,7 +87,9 @@ class Recommendation:
 
     `batch_size_low` and `batch_size_high` bound the batch sizes tried that cannot be excluded as
     the best; `acceptable_batch_sizes` are those whose expected score is within `margin` (relative)
-    of the best's. Both hold together with 95% confidence. `fastest_acceptable_batch_size` has the
+    of the best's. Both hold together with 95% confidence where a seed moves all batch sizes equally
+    much. Where it does not, in simulations with 94% at least from three seeds on, and with two with
+    76% at least, which a note says (`recommendation.best`). `fastest_acceptable_batch_size` has the
     most measured rows per second of them. `cost_fraction` is tokens trained over tokens of the
     full sweep; a grid is the full sweep, so it is below 1 only while trials are unfinished or
     where they diverged early. None where no trial has run, and for an adaptive search, which has no
@@ -370,6 +372,13 @@ def _notes(
             notes.append(
                 f"no batch size can be shown to be within {100 * margin:g}% of the best; "
                 "run more seeds"
+            )
+        num_scored = sum(point.score is not None for point in curve.points)
+        if compared and num_scored > 2 and len(_shared_seeds(curve)) < FEWEST_SEEDS_OF_OWN:
+            notes.append(
+                "two seeds do not tell whether one batch size is noisier than the others: where "
+                "one is, the range and what is acceptable are less sure than 95%; run "
+                f"{FEWEST_SEEDS_OF_OWN} seeds"
             )
     at_edge = [p.batch_size for p in curve.points if p.lr_at_edge and p is not best]
     if at_edge:
