@@ -55,12 +55,23 @@ def test_the_same_seed_gives_the_same_bytes(capsys):
     assert len(first.splitlines()) == 3 + 5
 
 
-def test_the_range_part_prints_a_row_for_every_case_and_what_is_told(capsys):
-    main(["range", "--simulations", "2"])
+@pytest.mark.parametrize(
+    ("part", "num_lines", "row"),
+    [
+        ("range", 3 + len(CASES) + 4 + 10, "| equal, with a best one |"),
+        ("laws", 3 + 3 + 3 + 3 + 12, "| 0.33 | 0.1 |"),
+        ("optima", 3 + 5 + 5, "| another | 0.2 | 5 |"),
+        ("lemma", 3 + 3, "| 8 |"),
+    ],
+)
+def test_the_other_parts_print_a_row_for_every_case_and_the_same_again(
+    part, num_lines, row, capsys
+):
+    main([part, "--simulations", "1"])
     first = capsys.readouterr().out
-    assert len(first.splitlines()) == 3 + len(CASES) + 4 + 10
-    assert "| equal, with a best one |" in first
-    main(["range", "--simulations", "2"])
+    assert len(first.splitlines()) == num_lines
+    assert row in first
+    main([part, "--simulations", "1"])
     assert capsys.readouterr().out == first
 
 
