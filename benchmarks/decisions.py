@@ -1,9 +1,13 @@
-"""The long simulations and searches behind docs/decisions.md, as tables.
+"""The long simulations and searches behind docs/decisions.md and other pages, as tables.
 
     python benchmarks/decisions.py null-test
     python benchmarks/decisions.py coverage
     python benchmarks/decisions.py answers
     python benchmarks/decisions.py power
+    python benchmarks/decisions.py range
+    python benchmarks/decisions.py laws
+    python benchmarks/decisions.py optima
+    python benchmarks/decisions.py lemma
     python benchmarks/decisions.py rules [--pairs 50] [--ratios 4 16 28 56]
 
 Each part is a function here that prints, and a file of its own that computes. The same seed gives
@@ -14,6 +18,16 @@ import argparse
 from collections.abc import Sequence
 from itertools import product
 
+from law_intervals import (
+    LOSS_FORMS,
+    RATE_FORMS,
+    TWOFOLD,
+    dependence,
+    interval_coverage,
+    lemma_coverage,
+    rate_coverage,
+    stated_optima,
+)
 from loratune.planning.power import DifferenceNoise
 from null_test import (
     ANSWER_CASES,
@@ -27,9 +41,12 @@ from null_test import (
     null_test,
     realised_power,
 )
+from ranges import CASES, told
 from rules import HEADER, RULES, TOLERATED, Case, families, rows_of, simulated_cases, table_line
 
 NUM_SIMULATIONS = 4000
+# Where one takes longer.
+NUM_SIMULATIONS_OF = {"laws": 1000, "optima": 200, "lemma": 2000}
 # Pairs of models of each family; seeds below FIRST_PAIR may have been seen in tuning the rule.
 NUM_PAIRS, FIRST_PAIR = 50, 5000
 # A trial of the target costs so many times one of the proxy.
@@ -138,6 +155,96 @@ def power_part(num_simulations: int) -> None:
             )
 
 
+def range_part(num_simulations: int) -> None:
+    """How often the range of batch sizes or the acceptable ones are wrong."""
+    columns = list(product((4, 9, 16), (2, 3, 6)))
+    print(f"wrong answers in %, {num_simulations:,} simulations each; batch sizes, seeds")
+    print(f"| noise of a seed | {' | '.join(f'{sizes}, {seeds}' for sizes, seeds in columns)} |")
+    print("| --- |" + " --- |" * len(columns))
+    for name, case in CASES.items():
+        wrong = [
+            told(
+                case,
+                num_sizes=num_sizes,
+                num_seeds=num_seeds,
+                num_simulations=num_simulations,
+                seed=0,
+            ).wrong
+            for num_sizes, num_seeds in columns
+        ]
+        print(f"| {name} | {' | '.join(map(_percent, wrong))} |", flush=True)
+    name, case = next(iter(CASES.items()))
+    print(f"\nwhat is told, in %, noise {name}, {num_simulations:,} simulations each")
+    print("| batch sizes | seeds | of all in the range | of those within the margin acceptable |")
+    print("| --- | --- | --- | --- |")
+    for num_sizes, num_seeds in product((4, 9), (2, 3, 4, 5, 6)):
+        found = told(
+            case,
+            num_sizes=num_sizes,
+            num_seeds=num_seeds,
+            num_simulations=num_simulations,
+            seed=1,
+        )
+        print(
+            f"| {num_sizes} | {num_seeds} | {_percent(found.in_range)} "
+            f"| {_percent(found.acceptable)} |",
+            flush=True,
+        )
+
+
+def laws_part(num_simulations: int) -> None:
+    """How often the intervals of `laws` cover, and how often a dependence is called none."""
+    print(f"coverage of 95% intervals in %, {num_simulations:,} simulations each")
+    print("| what | case | held |")
+    print("| --- | --- | --- |")
+    for form in RATE_FORMS:
+        held = rate_coverage(form, num_simulations=num_simulations, seed=0)
+        print(f"| shape of the best learning rate | {form} | {_percent(held)} |", flush=True)
+    for noise in (0.0003, 0.003, 0.03):
+        held = interval_coverage(noise, num_simulations=num_simulations, seed=0)
+        print(f"| M* | noise {100 * noise:g}% | {_percent(held)} |", flush=True)
+    print("\n| exponent of the best batch size | noise, doublings | held | does not depend |")
+    print("| --- | --- | --- | --- |")
+    for number, (noise, exponent) in enumerate(product((0.1, 0.2, 0.3, 0.5), (0, TWOFOLD, 0.5))):
+        found = dependence(exponent, noise, num_simulations=num_simulations, seed=number)
+        print(
+            f"| {exponent:.2f} | {noise:g} | {_percent(found.held)} "
+            f"| {_percent(found.called_equal)} |",
+            flush=True,
+        )
+
+
+def optima_part(num_simulations: int) -> None:
+    """Of how many sweeps `laws` states a best batch size, and of how many wrongly."""
+    print(f"of {num_simulations:,} sweeps each")
+    print("| form | noise, % | seeds | three terms chosen | M* stated | held by its interval |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    noises = {
+        "the three terms": ((0.0003, 3), (0.001, 3), (0.003, 3), (0.01, 3), (0.001, 2)),
+        "another": ((0.001, 3), (0.002, 3), (0.003, 3), (0.002, 2), (0.002, 5)),
+    }
+    for name, form in LOSS_FORMS.items():
+        for noise, num_seeds in noises[name]:
+            found = stated_optima(
+                form, noise, num_seeds=num_seeds, num_simulations=num_simulations, seed=0
+            )
+            print(
+                f"| {name} | {100 * noise:g} | {num_seeds} | {found.chosen} | {found.stated} "
+                f"| {found.held} |",
+                flush=True,
+            )
+
+
+def lemma_part(num_simulations: int) -> None:
+    """How often the interval of `lemma`'s mean covers r N / (r - 2), at ranks 5 to 8."""
+    print(f"coverage of 95% intervals in %, {num_simulations:,} simulations each")
+    print("| rank | held |")
+    print("| --- | --- |")
+    for rank in (5, 6, 8):
+        held = lemma_coverage(rank, num_simulations=num_simulations, seed=0)
+        print(f"| {rank} | {_percent(held)} |", flush=True)
+
+
 def rules_part(num_pairs: int, cost_ratios: Sequence[float]) -> None:
     """Rules for choosing batch size and LR: regret against cost on simulated pairs of models."""
     for held_out in (False, True):
@@ -180,6 +287,10 @@ PARTS = {
     "coverage": coverage_part,
     "answers": answers_part,
     "power": power_part,
+    "range": range_part,
+    "laws": laws_part,
+    "optima": optima_part,
+    "lemma": lemma_part,
 }
 
 
@@ -193,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         command = commands.add_parser(name, help=_first_line(part.__doc__))
-        command.add_argument("--simulations", type=int, default=NUM_SIMULATIONS)
+        number = NUM_SIMULATIONS_OF.get(name, NUM_SIMULATIONS)
+        command.add_argument("--simulations", type=int, default=number)
     command = commands.add_parser("rules", help=_first_line(rules_part.__doc__))
     command.add_argument("--pairs", type=int, default=NUM_PAIRS)
     command.add_argument("--ratios", type=float, nargs="+", default=COST_RATIOS)

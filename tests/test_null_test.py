@@ -6,6 +6,7 @@ import pytest
 
 from decisions import main
 from null_test import answer_coverage, null_test
+from ranges import CASES
 
 
 def test_choosing_and_scoring_on_the_test_is_ahead_89_times_in_100_by_a_point():
@@ -52,6 +53,26 @@ def test_the_same_seed_gives_the_same_bytes(capsys):
     main(["null-test", "--simulations", "2"])
     assert capsys.readouterr().out == first
     assert len(first.splitlines()) == 3 + 5
+
+
+@pytest.mark.parametrize(
+    ("part", "num_lines", "row"),
+    [
+        ("range", 3 + len(CASES) + 4 + 10, "| equal, with a best one |"),
+        ("laws", 3 + 3 + 3 + 3 + 12, "| 0.33 | 0.1 |"),
+        ("optima", 3 + 5 + 5, "| another | 0.2 | 5 |"),
+        ("lemma", 3 + 3, "| 8 |"),
+    ],
+)
+def test_the_other_parts_print_a_row_for_every_case_and_the_same_again(
+    part, num_lines, row, capsys
+):
+    main([part, "--simulations", "1"])
+    first = capsys.readouterr().out
+    assert len(first.splitlines()) == num_lines
+    assert row in first
+    main([part, "--simulations", "1"])
+    assert capsys.readouterr().out == first
 
 
 @pytest.mark.slow

@@ -63,18 +63,20 @@ def test_the_expected_best_is_the_mean_over_all_subsets_and_opda_agrees_on_the_b
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 5])
-@pytest.mark.parametrize("num", [9, 27])
+@pytest.mark.parametrize("num", [3, 4, 5, 6, 9, 27])
 def test_the_noise_near_the_best_is_the_true_one_within_a_fifth(num, num_seeds):
-    draw = np.random.default_rng(num_seeds)
+    draw = np.random.default_rng([num, num_seeds])
     found = [
         noise_near_the_best(
             # Seeds that are lucky for all are no noise between configurations.
             0.1 * draw.normal(size=(num, num_seeds)) + 10 * draw.normal(size=num_seeds),
             higher_is_better=True,
         )
-        for _ in range(1000)
+        for _ in range(2000)
     ]
-    assert np.mean([one or 0.0 for one in found]) == pytest.approx(0.1, rel=0.2)
+    # 2,000 means have a standard error of 2% at most.
+    within = 0.2 if num_seeds == 2 and num < 7 else 0.12
+    assert np.mean([one or 0.0 for one in found]) == pytest.approx(0.1, rel=within)
 
 
 @pytest.mark.parametrize("higher", [True, False])

@@ -91,6 +91,17 @@ def test_one_seed_is_undecided_and_the_evidence_still_shows_what_was_seen():
     assert "batch size 16" in found.evidence.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "sizes", "is_said"),
+    [(2, (4, 16, 64), True), (3, (4, 16, 64), False), (2, (4, 16), False)],
+)
+def test_what_two_seeds_cannot_tell_of_the_noise_is_said(seeds, sizes, is_said):
+    found = recommend(sweep(bowl(), batch_sizes=sizes, seeds=seeds))
+    assert found.batch_size == 16
+    said = [note for note in found.evidence.notes if "less sure than 95%; run 3 seeds" in note]
+    assert len(said) == is_said
+
+
 def test_one_batch_size_is_undecided():
     undecided(sweep(bowl(), batch_sizes=[16]), "only batch size 16")
 
@@ -187,6 +198,8 @@ def test_batch_sizes_at_one_learning_rate_are_not_compared_at_their_best():
     undecided(sweep(bowl(), learning_rates=[1.6e-2]), "rate 0.016 alone", "rates 0.005 and 0.05")
     diverged = sweep(lambda *trial: bowl()(*trial) if trial[1] == 1e-4 else math.nan)
     undecided(diverged, "rate 0.0001 alone", "add learning rate 1e-05")
+    between = sweep(lambda *trial: bowl()(*trial) if trial[1] == 1e-3 else math.nan)
+    undecided(between, "rate 0.001 alone", "add learning rates 0.00032 and 0.0032 to the study")
     failed = without(sweep(bowl()), "failed", is_one=lambda trial: trial.learning_rate > 1e-4)
     undecided(failed, "18 failed", "rate 0.0001 alone")
 

@@ -159,33 +159,35 @@ def test_seeds_that_confirm_choose_nothing(loss: float):
     assert confirmed.batch_size == plain.batch_size
 
 
-def noisy(method: str = "lora") -> list[TrialResult]:
-    """The same with noise of 3%: the surface and the lowest mean name different points."""
-    draw = np.random.default_rng(7)
+def lucky(method: str = "lora") -> list[TrialResult]:
+    """The same with three seeds at 8e-4 too, the first lucky by a tenth: its mean is the lowest.
+
+    The surface, which knows the other rates and the spread of the seeds, stays lowest at 4e-4.
+    """
     points = [
         *((size, rate, 0) for size in SIZES for rate in RATES),
         *((16, rate, seed) for rate in (4e-4, 8e-4) for seed in (1, 2)),
     ]
     return [
-        trial(*point, loss=bowl(*point) * (1 + 0.03 * draw.normal()), method=method)
+        trial(*point, loss=bowl(*point) * (0.9 if point == (16, 8e-4, 0) else 1.0), method=method)
         for point in points
     ]
 
 
 def test_what_is_confirmed_compared_and_shown_is_what_is_recommended():
-    (raw,) = make_curves(make_cells(noisy()))
-    (curve,) = make_curves(answered(noisy()))
+    (raw,) = make_curves(make_cells(lucky()))
+    (curve,) = make_curves(answered(lucky()))
     assert raw.best is not None
     assert curve.best is not None
     point = (curve.best.batch_size, curve.best.learning_rate)
     assert point != (raw.best.batch_size, raw.best.learning_rate)
-    found = recommend(noisy(), margin=1.0)
+    found = recommend(lucky(), margin=1.0)
     assert (found.batch_size, found.learning_rate) == point == (16, 4e-4)
     chosen = confirmation(curve.cells, seeds=Seeds(grid=(0, 1, 2), confirm=2))
     assert chosen is not None
     best, points = chosen
     assert (best.trial.batch_size, {rate for rate, _ in points}) == (16, {4e-4})
-    table = cells_table(answered(noisy()))
+    table = cells_table(answered(lucky()))
     assert table.loc[table["batch_size"] == 16, "best_learning_rate"].tolist() == [4e-4]
     fresh = [
         trial(16, 4e-4, seed, loss=1.0 + 0.01 * seed + 0.001 * (seed * index % 3), method=method,
@@ -193,10 +195,10 @@ def test_what_is_confirmed_compared_and_shown_is_what_is_recommended():
         for index, method in ((1, "lora"), (2, "pissa"))
         for seed in (7, 8, 9)
     ]  # fmt: skip
-    (compared,) = compare([*noisy(), *noisy("pissa"), *fresh], cells_of=answered)
+    (compared,) = compare([*lucky(), *lucky("pissa"), *fresh], cells_of=answered)
     assert (compared.baseline_batch_size, compared.baseline_learning_rate) == point
     assert compared.seeds == "fresh"
-    (unaware,) = compare([*noisy(), *noisy("pissa"), *fresh])
+    (unaware,) = compare([*lucky(), *lucky("pissa"), *fresh])
     assert unaware.seeds == "chose"
 
 

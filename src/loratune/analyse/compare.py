@@ -17,9 +17,12 @@ true difference that this very comparison finds with 80% power: estimates that a
 smaller are mostly exaggerated (Gelman and Carlin 2014, "Beyond power calculations"). The method
 that had more (batch size, LR) points to choose from is not called better where that may be why:
 where what its surplus is expected to have gained it (`selection_bias.expected_best`) would undo the
-verdict. No method is called better by less than what choosing it may have flattered it, where the
-seeds that chose are those that are compared. And no method is called better than one whose best
-batch size or LR lies at the edge of those tried, nor equal to it: that one's own best is not known.
+verdict. Where the seeds that chose are those that are compared, no method is called better by a
+difference (the estimate, not its whole interval) that is at most what choosing it is expected to
+have flattered it; with fewer than three comparable points to choose from, or under a metric that
+did not select, that is not known, and no verdict is held back for it. And no method is called
+better than one whose best batch size or LR lies at the edge of those tried, nor equal to it: that
+one's own best is not known.
 """
 
 import math
@@ -861,7 +864,11 @@ def _flattery(side: _Side) -> float | None:
 
 
 def _luck_vetoes(sides: tuple[_Side, _Side], estimate: Estimate) -> list[Veto]:
-    """Why the one ahead is not better, where the seeds that chose it may have put it ahead."""
+    """Why the one ahead is not better, where the seeds that chose it may have put it ahead.
+
+    Nothing is vetoed where that is not known: fewer than three comparable points, as where others
+    diverged, or a metric that did not select.
+    """
     first_ahead = (estimate.value > 0) == sides[0].scoring.metric.higher_is_better
     ahead = sides[0] if first_ahead else sides[1]
     most = _flattery(ahead)

@@ -19,7 +19,7 @@ from loratune.analyse.scores import trial_score
 from loratune.analyse.tables import as_document
 from loratune.errors import AnalysisError
 from loratune.recommendation.adaptive import DEFAULT_MARGIN
-from loratune.recommendation.best import against_best
+from loratune.recommendation.best import FEWEST_SEEDS_OF_OWN, against_best
 from loratune.recommendation.searched import Searched, answer_of_search, answered
 from loratune.records import TrialResult
 
@@ -87,7 +87,9 @@ class Recommendation:
 
     `batch_size_low` and `batch_size_high` bound the batch sizes tried that cannot be excluded as
     the best; `acceptable_batch_sizes` are those whose expected score is within `margin` (relative)
-    of the best's. Both hold together with 95% confidence. `fastest_acceptable_batch_size` has the
+    of the best's. Both hold together with 95% confidence where a seed moves all batch sizes equally
+    much. Where it does not, in simulations with 94% at least from three seeds on, and with two with
+    76% at least, which a note says (`recommendation.best`). `fastest_acceptable_batch_size` has the
     most measured rows per second of them. `cost_fraction` is tokens trained over tokens of the
     full sweep; a grid is the full sweep, so it is below 1 only while trials are unfinished or
     where they diverged early. None where no trial has run, and for an adaptive search, which has no
@@ -322,10 +324,14 @@ def _not_yet_tried(curve: Curve) -> list[str]:
         )
     scored = {rate.learning_rate for rate in tried if rate.verdict in ("eligible", "screened")}
     if len(scored) == 1:
+        (alone,) = scored
+        more = _rates_beyond(curve) or _rates_beside(
+            alone, sorted({rate.learning_rate for rate in tried})
+        )
         reasons.append(
-            f"learning rate {min(scored):g} alone has a score: which batch size is best where each "
-            f"has its own best learning rate cannot be told; add {_rates_beyond(curve)} to the "
-            "study file and run it again"
+            f"learning rate {alone:g} alone has a score: which batch size is best where each "
+            f"has its own best learning rate cannot be told; add {more} to the study file and run "
+            "it again"
         )
     return reasons
 
@@ -366,6 +372,13 @@ def _notes(
             notes.append(
                 f"no batch size can be shown to be within {100 * margin:g}% of the best; "
                 "run more seeds"
+            )
+        num_scored = sum(point.score is not None for point in curve.points)
+        if compared and num_scored > 2 and len(_shared_seeds(curve)) < FEWEST_SEEDS_OF_OWN:
+            notes.append(
+                "two seeds do not tell whether one batch size is noisier than the others: where "
+                "one is, the range and what is acceptable are less sure than 95%; run "
+                f"{FEWEST_SEEDS_OF_OWN} seeds"
             )
     at_edge = [p.batch_size for p in curve.points if p.lr_at_edge and p is not best]
     if at_edge:
@@ -469,10 +482,19 @@ def _rates_beyond(curve: Curve) -> str:
                 beyond.add(_next_rate(rates[0], rates[1:2], up=False))
             if point.learning_rate == rates[-1]:
                 beyond.add(_next_rate(rates[-1], rates[-2:-1], up=True))
-    if not beyond:
-        return ""
-    plural = "s" if len(beyond) > 1 else ""
-    return f"learning rate{plural} {_enumerated([f'{rate:g}' for rate in sorted(beyond)])}"
+    return _named_rates(sorted(beyond)) if beyond else ""
+
+
+def _rates_beside(rate: float, tried: Sequence[float]) -> str:
+    """Between one LR and its neighbours of the ascending ones tried, to two digits."""
+    place = tried.index(rate)
+    beside = (*tried[max(place - 1, 0) : place], *tried[place + 1 : place + 2])
+    return _named_rates([float(f"{math.sqrt(rate * other):.2g}") for other in beside])
+
+
+def _named_rates(rates: Sequence[float]) -> str:
+    plural = "s" if len(rates) > 1 else ""
+    return f"learning rate{plural} {_enumerated([f'{rate:g}' for rate in rates])}"
 
 
 def _rates(curve: Curve, point: Point) -> list[float]:

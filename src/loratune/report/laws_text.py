@@ -98,6 +98,8 @@ def _loss(one: LossFinding) -> str:
             f"  L = {' + '.join(terms)}, residual {one.fit.residual:.2g}, "
             f"{one.fit.num_points} losses"
         )
+        if one.lack_of_fit is not None:
+            lines.append(f"  that seeds explain what it leaves: p = {one.lack_of_fit:.2g}")
         if one.fit.left_out_error is not None:
             lines.append(f"  largest batch size left out: off by {one.fit.left_out_error:+.3g}")
     if one.optimum is not None:

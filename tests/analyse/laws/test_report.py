@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from loratune.analyse.laws.report import find_laws
+from loratune.analyse.laws.loss import LossPoint, fit_loss
+from loratune.analyse.laws.report import find_laws, judge_optimum
 from loratune.errors import AnalysisError
 from loratune.report.laws_text import laws_text
 from recorded_sweep import recorded_results
@@ -236,75 +237,159 @@ def test_everything_diverged_is_undecided_and_no_number():
 BEST_AT_65536 = (0.5 * 3 / (0.65 * 40)) ** (1 / 1.15) * 65536 ** (0.65 / 1.15)
 
 
-def three_terms(sizes, *, noise):
+def three_terms(sizes, *, noise, number=0, seeds=3):
     """Sweeps at two numbers of rows whose losses follow the three terms."""
 
     def loss(total):
         return lambda size, rate, seed: (
             0.5
             + 3 * size**-0.5
-            + 40 * (total / size) ** -0.65
+            + 40 * math.ceil(total / size) ** -0.65
             + 0.1 * math.log2(rate / 4e-4) ** 2
-            + np.random.default_rng(size * seed + total).normal(0, noise)
+            + np.random.default_rng([size, seed, total, number]).normal(0, noise)
         )
 
     return [
         one
         for total in (8192, 65536)
         for one in sweep(
-            loss(total), batch_sizes=sizes, learning_rates=RATES[:4], num_train_rows=total
+            loss(total),
+            batch_sizes=sizes,
+            learning_rates=RATES[1:4],
+            num_train_rows=total,
+            seeds=seeds,
         )
     ]
 
 
 def test_three_terms_are_found_where_rows_vary_too():
-    made = three_terms([*SIZES, 44], noise=1e-3)
+    made = three_terms(SIZES, noise=1e-3)
     (found,) = find_laws(made).loss
     assert found.samples == (8192, 65536)
     assert found.fit is not None
     assert found.fit.chosen == "three_terms"
     assert found.optimum is not None
+    # Between two of the batch sizes tried, and neither of them is in its interval.
     assert found.optimum.batch_size == pytest.approx(BEST_AT_65536, rel=0.02)
-    assert found.tried_best == 44
+    assert found.optimum.low is not None
+    assert found.tried_best == 32
+    assert found.optimum.low > 32
+    assert found.lack_of_fit is not None
+    assert found.lack_of_fit > 0.1
     assert found.undecided == ()
     text = laws_text(find_laws(made))
     assert "best batch size at 65,536 samples: 44" in text
-    assert "best batch size tried there: 44" in text
+    assert "best batch size tried there: 32" in text
+    assert "that seeds explain what it leaves: p = 0." in text
     assert "only if the three terms are the true form" in text
 
 
-def test_an_optimum_between_the_batch_sizes_tried_rests_on_the_form_alone():
-    (found,) = find_laws(three_terms(SIZES, noise=1e-3)).loss
+@pytest.mark.parametrize("noise", [5e-4, 6e-3])
+def test_of_losses_that_do_follow_the_three_terms_the_optimum_is_stated_however_exact(noise):
+    found = [
+        find_laws(three_terms(SIZES, noise=noise, number=number, seeds=2)).loss[0]
+        for number in range(1, 13)
+    ]
+    stated = [one.optimum for one in found if one.optimum is not None]
+    # The level is 10%: fewer than 8 of 12 once in 230 times.
+    assert len(stated) >= 8
+    held = [(one.low or 0) <= BEST_AT_65536 <= (one.high or math.inf) for one in stated]
+    # Of 12 at 95%: more than 3 of them miss it once in 400 times.
+    assert sum(held) >= len(held) - 3
+
+
+def lopsided(number, *, seeds=3, change=True):
+    """Steeper above the best, 8, than below; the three terms fit it well, with the best at 6.4."""
+    draw = np.random.default_rng(number)
+
+    def loss(size, rate, seed):
+        off = math.log2(size / 8)
+        luck = 1 + 0.002 * draw.normal() * change
+        return (0.643 + (0.003 if off < 0 else 0.006) * off**2) * luck + 0.1 * (rate != 1e-3)
+
+    return sweep(
+        loss,
+        batch_sizes=[1, *SIZES[:8]],
+        num_train_rows=4096,
+        learning_rates=[1e-4, 1e-3, 1e-2],
+        seeds=seeds,
+    )
+
+
+@pytest.mark.parametrize(("seeds", "fewest"), [(3, 0.7), (5, 0.9)])
+def test_of_losses_of_another_form_the_optimum_is_refused_by_what_seeds_explain(seeds, fewest):
+    found = [find_laws(lopsided(number, seeds=seeds)).loss[0] for number in range(20)]
+    three = [one for one in found if one.fit is not None and one.fit.chosen == "three_terms"]
+    assert len(three) > 10
+    refused = [one for one in three if one.optimum is None]
+    assert len(refused) >= fewest * len(three)
+    for one in refused:
+        assert "further off these losses than seeds explain (F test, p = " in one.undecided[0]
+        assert "batch sizes between 4 and 16 at 4,096 samples" in one.run_next
+
+
+def test_seeds_that_change_nothing_say_nothing_of_the_form():
+    (found,) = find_laws(lopsided(0, change=False)).loss
+    assert found.tried_best == 8
+    assert (found.optimum, found.lack_of_fit) == (None, None)
+    assert "the seeds change no loss" in found.undecided[0]
+
+
+def test_an_optimum_beside_the_smallest_batch_size_tried_is_the_forms_alone():
+    # PiSSA's, 2.88, lies between the two smallest, and 2 is the best tried: docs/log.md.
+    found = {one.method: one for one in find_laws(recorded_results()).loss}["pissa"]
     assert found.fit is not None
     assert found.fit.chosen == "three_terms"
-    assert (found.optimum, found.assumed, found.tried_best) == (None, (), 32)
-    assert "the best batch size tried is 32, by the three terms it is 44" in found.undecided[0]
-    assert found.run_next == ("batch sizes between 32 and 64",)
+    assert (found.optimum, found.assumed, found.tried_best) == (None, (), 2)
+    assert found.lack_of_fit == pytest.approx(0.334, abs=0.001)
+    assert "the best batch size tried is the smallest, 2, and by the" in found.undecided[0]
+    assert found.run_next[0] == "a smaller batch size at 4,096 samples"
 
 
-def test_losses_of_another_form_give_no_interval_that_misses_their_best():
-    # Steeper above the best than below; the three terms fit it well, with the optimum at 6.4.
-    def lopsided(number):
-        draw = np.random.default_rng(number)
-
-        def loss(size, rate, seed):
-            off = math.log2(size / 8)
-            luck = 1 + 0.002 * draw.normal()
-            return (0.643 + (0.003 if off < 0 else 0.006) * off**2) * luck + 0.1 * (rate != 1e-3)
-
-        return sweep(
-            loss,
-            batch_sizes=[1, *SIZES[:8]],
-            num_train_rows=4096,
-            learning_rates=[1e-4, 1e-3, 1e-2],
+@pytest.mark.parametrize(
+    ("terms", "most", "sizes", "tried_best", "refused"),
+    [
+        ((0.0969, 5), 1024, (1, 2, 4, 8, 16, 32), 1, None),
+        (
+            (3, 40),
+            65536,
+            (2, 4, 8, 16, 32),
+            32,
+            "is the largest, 32, and by the three terms it is 44",
+        ),
+        (
+            (3, 40),
+            65536,
+            (64, 128, 256),
+            64,
+            "is the smallest, 64, and by the three terms it is 44",
+        ),
+        ((3, 40), 65536, (2, 8, 32, 128), 32, None),
+    ],
+)
+def test_a_best_batch_size_tried_at_an_end_is_refused_unless_there_is_none_smaller(
+    terms, most, sizes, tried_best, refused
+):
+    at = [*((size, most) for size in sizes), *((2**k, most // 4) for k in range(8))]
+    points = [
+        LossPoint(
+            size,
+            samples // size,
+            0.5 + terms[0] * size**-0.5 + terms[1] * (samples // size) ** -0.65,
         )
-
-    found = [find_laws(lopsided(number)).loss[0] for number in range(20)]
-    three = [one for one in found if one.fit is not None and one.fit.chosen == "three_terms"]
-    assert len(three) > 5
-    for one in three:
-        assert one.optimum is None or (one.optimum.high or math.inf) > 8 / 1.04
-    assert sum(one.optimum is None for one in three) > len(three) / 2
+        for size, samples in at
+    ]
+    found = judge_optimum(
+        fit_loss(points),
+        points,
+        seeds=[[one.loss - 1e-3, one.loss + 1e-3] for one in points],
+        samples=[samples for _, samples in at],
+    )
+    assert found.tried_best == tried_best
+    assert found.lack_of_fit == pytest.approx(1.0)
+    said = None if found.refused is None else found.refused[0]
+    assert (said is None) == (refused is None)
+    assert (refused or "") in (said or "")
 
 
 def test_with_equal_steps_no_two_batch_sizes_share_their_samples_and_no_optimum_is_stated():

@@ -88,10 +88,21 @@ def read_csv(path: Path, *, columns: Mapping[str, str]) -> AuditTable:
         if name in index and _in_percent(path, name, lines, index[name])
     }  # fmt: skip
     remarks += [f"{name} is taken as percent: it exceeds 1" for name in sorted(percents)]
+    purposes = [cells[index["purpose"]] if "purpose" in index else "" for _, cells in lines]
+    if others := sorted({one for one in purposes if one and one not in _PURPOSES}):
+        named = ", ".join(map(repr, others[:3])) + (" and others" if len(others) > 3 else "")
+        remarks.append(
+            f"purpose {named} is taken as absent: it is none of ours ({', '.join(_PURPOSES)})"
+        )
+    if left_out := purposes.count("confirm"):
+        remarks.append(
+            f"{left_out} of {len(lines)} rows are left out: by their purpose, confirm, they choose "
+            "nothing"
+        )
     rows = tuple(
         _row(path, number, cells, index, tasks, settings, percents)
-        for number, cells in lines
-        if "purpose" not in index or cells[index["purpose"]] != "confirm"
+        for (number, cells), purpose in zip(lines, purposes, strict=True)
+        if purpose != "confirm"
     )
     return AuditTable(f"CSV {path.name}", rows, tuple(remarks))
 
@@ -236,11 +247,6 @@ def _row(
         raise DataError(
             f"{path}, line {number}: select_on is {select_on!r}; expected {', '.join(_SELECT_ON)}"
         )
-    purpose = text("purpose")
-    if purpose is not None and purpose not in _PURPOSES:
-        raise DataError(
-            f"{path}, line {number}: purpose is {purpose!r}; expected {', '.join(_PURPOSES)}"
-        )
     scored = [(task, accuracy(f"{task}_accuracy"), total(task)) for task in tasks]
     loss, status = number_of("validation_loss"), text("status")
     rank, alpha = whole("rank"), number_of("alpha")
@@ -272,7 +278,7 @@ def _row(
         diverged=status == "diverged" or (loss is not None and not math.isfinite(loss)),
         failed=status in _FAILED,
         stopped=status == "stopped",
-        is_searched=purpose == "adaptive",
+        is_searched=text("purpose") == "adaptive",
     )
 
 

@@ -21,8 +21,9 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize, nnls
+from scipy.special import fdtrc
 
-from loratune.analyse.intervals import CONFIDENCE, t_quantile
+from loratune.analyse.intervals import CONFIDENCE, NO_SPREAD, t_quantile
 from loratune.analyse.laws.fitting import Array, aicc, find_root
 from loratune.errors import AnalysisError
 
@@ -185,6 +186,31 @@ def fit_optimum(points: Sequence[LossPoint], *, samples: float) -> Optimum | Non
     return Optimum(samples=samples, batch_size=best, low=ends[0], high=ends[1])
 
 
+def lack_of_fit(law: LossLaw, *, seeds: Sequence[Sequence[float]]) -> float | None:
+    """p of the F test that the chosen form leaves no more than the seeds explain.
+
+    F = the residuals' mean square, n - parameters degrees of freedom, over that of the mean of a
+    point's seeds: one variance, pooled over the points' own means. A seed that is lucky at every
+    point counts as noise here and is no residual: the test then refuses less. It does not know that
+    AICc chose the form, nor how a best LR was chosen.
+
+    Args:
+        law: of the points whose losses are the means of these seeds.
+        seeds: the losses of each point, in any order.
+
+    Returns:
+        None where the seeds differ by no more than rounding, or no point has two.
+    """
+    df_residual = law.num_points - _NUM_PARAMETERS[law.chosen]
+    df_seeds = sum(len(losses) - 1 for losses in seeds)
+    scatter = math.fsum(float(np.var(losses)) * len(losses) for losses in seeds)
+    largest = max(abs(loss) for losses in seeds for loss in losses)
+    if df_seeds == 0 or scatter <= df_seeds * (NO_SPREAD * largest) ** 2:
+        return None
+    of_a_mean = scatter / df_seeds * math.fsum(1 / len(losses) for losses in seeds) / len(seeds)
+    return float(fdtrc(df_residual, df_seeds, law.residual**2 / of_a_mean))
+
+
 def _profile_end(
     sizes: Array,
     updates: Array,
@@ -220,7 +246,7 @@ def _profile_end(
     while abs(inside - start) < _DOUBLINGS:
         outside = inside + direction * step
         if rss_at(outside) > limit:
-            root = find_root(lambda one: rss_at(one) - limit, inside, outside, precision=0.005)
+            root = find_root(lambda one: rss_at(one) - limit, inside, outside, precision=1e-5)
             return float(2.0**root)
         inside, step = outside, step * 1.5
     return None

@@ -26,6 +26,7 @@ from loratune.analyse.laws.loss import (
     Optimum,
     fit_loss,
     fit_optimum,
+    lack_of_fit,
 )
 from loratune.analyse.laws.optimum import PowerLaw, SeedOptima, fit_power_law, vertex
 from loratune.analyse.laws.sizes import parameters_of_name
@@ -46,8 +47,8 @@ _FOLLOWS: dict[Axis, frozenset[str]] = {
 _COARSE = math.log2(2.0) + 1e-9
 # A loss of one seed is that seed's luck as much as the batch size's.
 _FEWEST_SEEDS = 2
-# Batch sizes less than a twentieth of a doubling (3.5%) apart are one here: chosen, not measured.
-_ALIKE = 2**0.05
+# Of optima of the true form so many are not stated: to refuse is the lesser mistake.
+_LACK_OF_FIT_LEVEL = 0.1
 _ONE_DATA_SET = "a study of its own for each data set, in a folder of its own"
 
 
@@ -77,9 +78,11 @@ class LossFinding:
 
     `samples` are the numbers of samples of the losses that were used; `left_out` the batch sizes
     of those that were not: no best LR, one at the edge of those tried, or fewer than two seeds.
-    `optimum` is the three-term form's at the most samples, given only where AICc chose that form,
-    among the batch sizes tried, and where its interval holds the best of these, `tried_best` (None
-    where fewer than two were tried at the most samples). `assumed` is what its interval rests on.
+    Where AICc chose the three terms, `lack_of_fit` is p of the F test that they leave no more than
+    the seeds explain, `tried_best` the best batch size tried at the most samples (None where fewer
+    than two were), and `optimum` that of the form there: given only where it lies among the batch
+    sizes tried, the best of these is at neither end, and p is 10% or more. `assumed` is what its
+    interval rests on.
     """
 
     setting: str
@@ -89,6 +92,7 @@ class LossFinding:
     fit: LossLaw | None
     optimum: Optimum | None
     tried_best: int | None
+    lack_of_fit: float | None
     assumed: tuple[str, ...]
     undecided: tuple[str, ...]
     run_next: tuple[str, ...]
@@ -250,6 +254,7 @@ def _loss(group: Sequence[Curve]) -> LossFinding:
     mixed = _mixed_data("rows", group)
     cells = [] if mixed else [cell for curve in group for cell in curve.cells]
     points, used, left_out = list[LossPoint](), list[Cell](), list[Cell]()
+    seeds = list[list[float]]()
     for cell in cells:
         losses = _losses(cell)
         # An LR at the edge of those tried is not the best one, nor is its loss the lowest. After an
@@ -258,6 +263,7 @@ def _loss(group: Sequence[Curve]) -> LossFinding:
             mean = math.fsum(losses) / len(losses)
             points.append(LossPoint(cell.trial.batch_size, cell.trial.num_updates, mean))
             used.append(cell)
+            seeds.append(losses)
         else:
             left_out.append(cell)
     samples = sorted({cell.trial.num_samples for cell in used})
@@ -265,7 +271,7 @@ def _loss(group: Sequence[Curve]) -> LossFinding:
     undecided, run_next = list(mixed), [run for _, run in missing]
     if mixed:
         run_next.append(_ONE_DATA_SET)
-    fit, optimum, tried_best = None, None, None
+    fit, optimum, tried_best, unexplained = None, None, None, None
     try:
         fit = None if mixed else fit_loss(points)
     except AnalysisError as error:
@@ -273,19 +279,15 @@ def _loss(group: Sequence[Curve]) -> LossFinding:
         if len(cells) < FEWEST_POINTS or len({cell.trial.batch_size for cell in cells}) < 3:
             run_next.append("more batch sizes, at two or more numbers of training rows")
     if fit is not None and fit.chosen == "three_terms":
-        at_most = {
-            point.batch_size: point.loss
-            for point, cell in zip(points, used, strict=True)
-            if cell.trial.num_samples == samples[-1]
-        }
-        if len(at_most) > 1:
-            tried_best = min(at_most, key=lambda size: at_most[size])
-        optimum = fit_optimum(points, samples=samples[-1])
-        refused = _refused(optimum, tried_best, sorted({point.batch_size for point in points}))
-        if refused is not None:
-            optimum = None
-            undecided.append(refused[0])
-            run_next.append(refused[1])
+        judged = judge_optimum(
+            fit, points, seeds=seeds, samples=[cell.trial.num_samples for cell in used]
+        )
+        tried_best, unexplained = judged.tried_best, judged.lack_of_fit
+        if judged.refused is None:
+            optimum = judged.optimum
+        else:
+            undecided.append(judged.refused[0])
+            run_next.append(judged.refused[1])
     elif fit is not None:
         undecided.append(
             f"AICc chooses the form {fit.chosen!r}: these losses do not show a best batch size "
@@ -305,15 +307,64 @@ def _loss(group: Sequence[Curve]) -> LossFinding:
         fit=fit,
         optimum=optimum,
         tried_best=tried_best,
+        lack_of_fit=unexplained,
         assumed=()
         if optimum is None
         else (
             "the interval of the best batch size holds only if the three terms are the true form "
-            "of the loss, which no fit can show",
+            "of the loss, which no fit can show; that seeds explain what they leave speaks against "
+            "large errors alone",
         ),
         undecided=tuple(undecided),
         run_next=tuple(run_next),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedOptimum:
+    """The three terms' optimum at the most samples, and what speaks for it beside the form.
+
+    `refused` is why it is not to be stated, and what to run; None where it is. The others are those
+    of `LossFinding`.
+    """
+
+    optimum: Optimum | None
+    tried_best: int | None
+    lack_of_fit: float | None
+    refused: tuple[str, str] | None
+
+
+def judge_optimum(
+    fit: LossLaw,
+    points: Sequence[LossPoint],
+    *,
+    seeds: Sequence[Sequence[float]],
+    samples: Sequence[int],
+) -> JudgedOptimum:
+    """The optimum of a fit that chose three terms, and whether to state it.
+
+    Args:
+        fit: of these points, by `fit_loss`.
+        seeds: the losses of which each point's is the mean.
+        samples: the number of samples of each point.
+    """
+    most = max(samples)
+    at_most = {
+        point.batch_size: point.loss
+        for point, num_samples in zip(points, samples, strict=True)
+        if num_samples == most
+    }
+    tried_best = min(at_most, key=lambda size: at_most[size]) if len(at_most) > 1 else None
+    optimum = fit_optimum(points, samples=most)
+    unexplained = lack_of_fit(fit, seeds=seeds)
+    refused = _refused(
+        optimum,
+        tried=sorted({point.batch_size for point in points}),
+        at_most=sorted(at_most),
+        tried_best=tried_best,
+        unexplained=unexplained,
+    )
+    return JudgedOptimum(optimum, tried_best, unexplained, refused)
 
 
 def _losses(cell: Cell) -> list[float]:
@@ -365,48 +416,68 @@ def _sizes(cells: Sequence[Cell]) -> tuple[int, ...]:
 
 
 def _refused(
-    optimum: Optimum | None, tried_best: int | None, tried: Sequence[int]
+    optimum: Optimum | None,
+    *,
+    tried: Sequence[int],
+    at_most: Sequence[int],
+    tried_best: int | None,
+    unexplained: float | None,
 ) -> tuple[str, str] | None:
     """Why an optimum of the three terms is not stated, and what to run; None where it is.
 
-    Its interval knows the form and the noise, not whether the form is true. What was measured
-    without any form is which of the batch sizes tried is the best: where that one lies outside of
-    the interval, only the form speaks for the optimum.
+    Its interval knows the form and the noise, not whether the form is true. What is known without
+    any form is where the loss rises again on both sides, and how far the form is off the means,
+    against the seeds. The best batch size *tried* says little against it: on a grid by doublings it
+    is half a doubling off, however exact the losses are.
+
+    Args:
+        tried: all batch sizes, ascending; `at_most`: those at the most samples.
+        unexplained: p of the lack of fit.
     """
     if optimum is None:
         return (
             "the three terms have their lowest loss at no batch size",
             "batch sizes further apart",
         )
-    low, high = optimum.low or 0.0, optimum.high or math.inf
     if not tried[0] <= optimum.batch_size <= tried[-1]:
         return (
             f"the best batch size by the three terms, {optimum.batch_size:.3g}, lies outside "
             f"of those tried ({tried[0]} to {tried[-1]}): extrapolated, not measured",
             "batch sizes around it",
         )
+    where = f"at {optimum.samples:,.0f} samples"
     if tried_best is None:
         return (
-            f"at {optimum.samples:,.0f} samples fewer than two batch sizes were tried: the best "
-            "one there would be the form's alone",
-            f"other batch sizes at {optimum.samples:,.0f} samples",
+            f"{where} fewer than two batch sizes were tried: the best one there would be the "
+            "form's alone",
+            f"other batch sizes {where}",
         )
-    if not low / _ALIKE <= tried_best <= high * _ALIKE:
+    by_form = f"by the three terms it is {optimum.batch_size:.3g}"
+    # Below batch size 1 there is nothing to try.
+    if tried_best in (at_most[0], at_most[-1]) and tried_best > 1:
+        is_smallest = tried_best == at_most[0]
+        end, beyond = ("smallest", "smaller") if is_smallest else ("largest", "larger")
         return (
-            f"at {optimum.samples:,.0f} samples the best batch size tried is {tried_best}, by the "
-            f"three terms it is {optimum.batch_size:.3g} with a 95% interval that does not hold "
-            f"{tried_best}: either the form is not the true one, or no batch size near enough was "
-            "tried",
-            f"batch sizes between {_between(tried_best, optimum.batch_size, tried)}",
+            f"{where} the best batch size tried is the {end}, {tried_best}, and {by_form}: that "
+            "the loss rises on both sides of it only the form says",
+            f"a {beyond} batch size {where}",
+        )
+    place = at_most.index(tried_best)
+    around = f"{at_most[max(place - 1, 0)]} and {at_most[place + 1]}"
+    if unexplained is None:
+        return (
+            f"the seeds change no loss, so that nothing says how exact the three terms should be; "
+            f"{where} the best batch size tried is {tried_best}, {by_form}",
+            "seeds that shuffle the rows",
+        )
+    if unexplained < _LACK_OF_FIT_LEVEL:
+        return (
+            f"the three terms are further off these losses than seeds explain (F test, p = "
+            f"{unexplained:.2g}), so that their interval says nothing; {where} the best batch "
+            f"size tried is {tried_best}, {by_form}",
+            f"batch sizes between {around} {where}",
         )
     return None
-
-
-def _between(tried_best: int, best: float, tried: Sequence[int]) -> str:
-    """The best batch size tried and the next one tried beyond the form's optimum."""
-    if best > tried_best:
-        return f"{tried_best} and {min(size for size in tried if size >= best)}"
-    return f"{max(size for size in tried if size <= best)} and {tried_best}"
 
 
 def _mixed_data(axis: Axis, group: Sequence[Curve]) -> list[str]:
