@@ -599,7 +599,7 @@ def test_the_limit_of_an_answer_has_the_names_that_the_harness_own_model_knows(b
     for number, name in enumerate(names, start=3):
         # With a temperature that counts for nothing, and settings at which nothing changes.
         options = {"until": "\n\n", "do_sample": False, "temperature": 0.5, name: number}
-        neutral = {"top_p": 0.9, "num_beams": 1, "repetition_penalty": 1.0}
+        neutral = {"top_p": 0.9, "num_beams": 1, "length_penalty": 2.0, "repetition_penalty": 1.0}
         asked = [
             instance("generate_until", {}, (text, options | neutral), index)
             for index, text in enumerate(texts(20, 45))

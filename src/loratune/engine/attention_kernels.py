@@ -38,8 +38,8 @@ class Launch(NamedTuple):
 
 
 # By the width of a head, filled up to a power of two. For 16 bits and large shared memory (A100,
-# H100). Those of 64 and 128 are what benchmarks/attention_launches.py found fastest on an H200; the
-# others are chosen so that ptxas for sm_90 spills no registers.
+# H100). Those of 64 and 128 are what benchmarks/attention_launches.py chose on an H200, over two
+# kinds of rows together; the others are chosen so that ptxas for sm_90 spills no registers.
 FORWARD = {
     16: Launch(64, 64, 4, 3),
     32: Launch(64, 64, 4, 3),

@@ -38,6 +38,7 @@ DEFAULT_MAX_NEW_TOKENS = 256
 _DEFAULT_MAX_LENGTH = 2048
 # Settings that greedy decoding does not look at, and the values at which others change nothing.
 OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+OF_BEAMS = ("length_penalty", "early_stopping")
 NEUTRAL: Mapping[str, float] = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -284,7 +285,9 @@ def _greedy_settings(
     changing = [
         name
         for name, value in settings.items()
-        if name not in OF_SAMPLING and value is not None and value != NEUTRAL.get(name)
+        if name not in (*OF_SAMPLING, *OF_BEAMS)
+        and value is not None
+        and value != NEUTRAL.get(name)
     ]
     if changing:
         raise EvaluationError(
