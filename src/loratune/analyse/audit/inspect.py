@@ -51,7 +51,7 @@ def audit_table(table: AuditTable) -> Audit:
     if not any(row.tried for row in table.rows):
         raise AnalysisError(
             f"{table.source}: none of {len(table.rows)} runs has a score that could be audited; "
-            "map a loss or an accuracy"
+            "a CSV's column becomes one by --map COLUMN=validation_loss or COLUMN=gsm8k_accuracy"
         )
     methods = methods_of(table.rows)
     if len(methods) > MOST_METHODS:
