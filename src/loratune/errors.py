@@ -39,3 +39,12 @@ class AnalysisError(LoratuneError):
 
 class EvaluationError(LoratuneError):
     """A task that is unknown or whose questions cannot be had."""
+
+
+def one_line(error: Exception, *, most: int | None = None) -> str:
+    """What an error says, on one line: its text alone where loratune raised it, else its type too.
+
+    `most`: characters of the text.
+    """
+    text = " ".join(str(error).split())[:most]
+    return text if isinstance(error, LoratuneError) else f"{type(error).__name__}: {text}".strip()

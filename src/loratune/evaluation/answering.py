@@ -26,7 +26,7 @@ from loratune.engine.decoding import (
 )
 from loratune.engine.decoding_adapters import Adapter, read_layers
 from loratune.engine.memory import out_of_memory_reason, release_memory
-from loratune.errors import CapacityError, LoratuneError, ModelError
+from loratune.errors import CapacityError, LoratuneError, ModelError, one_line
 from loratune.evaluation.questions import TaskQuestions
 from loratune.evaluation.score import answer_questions, choices_answer, grade
 from loratune.methods.attach_files import attach_files
@@ -116,7 +116,7 @@ class _Work:
                 try:
                     score, predictions = grade(answers, questions, unsafe_exec=self._unsafe_exec)
                 except LoratuneError as error:
-                    yield NotScored(index, _one_line(error))
+                    yield NotScored(index, one_line(error))
                 else:
                     yield Scored(index, score, predictions)
 
@@ -137,12 +137,12 @@ class _Work:
                 try:
                     read_layers(self._base.model, adapter)
                 except Exception as error:  # noqa: BLE001 - it must not cost the other adapters
-                    refused[key] = _one_line(error)
+                    refused[key] = one_line(error)
                     # Put on and taken off, so that nothing is said to answer that does not fit.
                     try:
                         attach_files(self._base.model, adapter).detach()
                     except Exception as damage:  # noqa: BLE001 - likewise
-                        unfit[key] = _one_line(damage)
+                        unfit[key] = one_line(damage)
         tasks = dict[tuple[str, str], list[int]]()
         for index in tuple(self._left):
             one = self._asked[index]
@@ -186,9 +186,9 @@ class _Work:
         except LoratuneError as error:  # It would be the same one by one.
             for index in indices:
                 if index in self._left:
-                    yield self._not_scored(index, _one_line(error))
+                    yield self._not_scored(index, one_line(error))
         except Exception as error:  # noqa: BLE001 - a kernel that fails must not cost the scores
-            reason = _one_line(error)
+            reason = one_line(error)
         if reason is not None:
             release_memory(self._base.device)
             self._set_apart([index for index in indices if index in self._left], reason)
@@ -208,7 +208,7 @@ class _Work:
             try:
                 yield from self._ask_alone(index)
             except Exception as error:  # noqa: BLE001 - it must not cost the other adapters
-                yield self._not_scored(index, _one_line(error))
+                yield self._not_scored(index, one_line(error))
                 if out_of_memory_reason(error) is not None:
                     release_memory(self._base.device)
 
@@ -313,8 +313,3 @@ def _key(adapter: Adapter) -> str:
     if adapter is None:
         return "the base"
     return str(adapter) if isinstance(adapter, Path) else f"in memory, {id(adapter)}"
-
-
-def _one_line(error: Exception) -> str:
-    told = str(error) if isinstance(error, LoratuneError) else f"{type(error).__name__}: {error}"
-    return " ".join(told.split())

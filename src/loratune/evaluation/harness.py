@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from loratune.errors import EvaluationError, LoratuneError
+from loratune.errors import EvaluationError, LoratuneError, one_line
 from loratune.evaluation.generate import generate_answers
 from loratune.evaluation.likelihood import Continuation, log_likelihoods
 from loratune.evaluation.score import NOT_FINITE
@@ -74,8 +74,8 @@ def manager_of(tasks: Sequence[str], *, include_path: str | None = None) -> Task
             manager.load([name])
         except Exception as error:  # A task's file and its data can fail in any way.
             raise EvaluationError(
-                f"lm-evaluation-harness cannot load task {name}: {_one_line(error)}; check its "
-                "file, its data, and the network"
+                f"lm-evaluation-harness cannot load task {name}: {one_line(error, most=300)}; "
+                "check its file, its data, and the network"
             ) from error
     return manager
 
@@ -120,13 +120,9 @@ def run_harness(
         raise
     except (OSError, ValueError) as error:
         raise EvaluationError(
-            f"lm-evaluation-harness cannot run {', '.join(tasks)}: {_one_line(error)}"
+            f"lm-evaluation-harness cannot run {', '.join(tasks)}: {one_line(error, most=300)}"
         ) from error
     return cast("dict[str, dict[str, Any]]", found["results"])
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _warn_of_cuts(num_cut: int, num_asked: int, *, most: int) -> None:

@@ -26,7 +26,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
-from loratune.errors import ModelError
+from loratune.errors import ModelError, one_line
 from loratune.methods.adapter_files import AdapterFiles, all_finite, read_adapter
 from loratune.methods.peft_adapter import ADAPTER, quiet_peft
 from loratune.methods.resident import Resident
@@ -98,7 +98,7 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
         # PEFT's, and each of its types fails in its own ways: no target matches, a field is
         # malformed or too large for this base, shapes differ, a package is not there.
         resident.restore()
-        raise ModelError(f"{where} does not fit this base: {_one_line(error)}") from error
+        raise ModelError(f"{where} does not fit this base: {one_line(error, most=300)}") from error
     except BaseException:
         resident.restore()
         raise
@@ -108,10 +108,6 @@ def attach_files(model: PreTrainedModel, adapter: AdapterFiles | Path) -> Loaded
 def _not_a_number(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
     del module, inputs
     return torch.full_like(logits, torch.nan)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def check_complete(missing: Sequence[str], *, where: str) -> None:
@@ -161,7 +157,9 @@ def config_of(files: AdapterFiles, *, where: str) -> PeftConfig:
     try:
         config = of_kind(**cast("Any", {**kept, **settled}))
     except Exception as error:  # A field may hold anything, and each type checks its own.
-        raise ModelError(f"the config of {where} is malformed: {_one_line(error)}") from error
+        raise ModelError(
+            f"the config of {where} is malformed: {one_line(error, most=300)}"
+        ) from error
     more = [name for name in ASKS_MORE_FIELDS if given.get(name)]
     if config.is_prompt_learning or kind in ASKS_MORE or more:
         what = ", ".join(more) or f"PEFT's type {kind!r}"
