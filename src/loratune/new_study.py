@@ -14,6 +14,7 @@ from typing import Literal
 
 from loratune.data.fields import detect_fields
 from loratune.data.sources import read_rows
+from loratune.planning.alternatives import FEWEST_UPDATES
 from loratune.study.loading import LoadedStudy, parse_study
 from loratune.study.methods import describe
 from loratune.study.schema import Source, source_of
@@ -40,7 +41,6 @@ PROXY_GRIDS = (
 CHEAP_SEARCH, DEAR_SEARCH = 0.01, 0.02
 # What a fixed sweep would train, for a cost to be a fraction of.
 SWEEP_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-FEWEST_UPDATES_IN_GRID = 8
 HELD_OUT_SHARE, MOST_HELD_OUT = 10, 512
 
 
@@ -62,7 +62,7 @@ class Request:
 
     def sizes_of(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Those of the batch sizes at which an epoch has updates enough."""
-        most = max(1, (self.num_rows - self.num_held_out) // FEWEST_UPDATES_IN_GRID)
+        most = max(1, (self.num_rows - self.num_held_out) // FEWEST_UPDATES)
         return tuple(size for size in sizes if size <= most) or (1,)
 
 

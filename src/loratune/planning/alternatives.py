@@ -18,6 +18,7 @@ from loratune.study.schema import Study
 # What `tune` trains on a target: three LRs and one between them at the proxy's batch size, and the
 # best one at half and at twice that.
 TRIALS_OF_TARGET = 6
+# Of an epoch: at larger batch sizes nothing is swept or searched.
 FEWEST_UPDATES = 8
 # How much smaller a proxy is where none is known.
 ASSUMED_RATIO = 1 / 16
